@@ -1,0 +1,643 @@
+"""Everything that touches tensors or processes.
+
+In order of appearance
+  fused_logprobs         log p(token) from hidden states without ever holding [tokens, vocabulary] logits
+  Rollout                G completions of one prompt: what passes between sampling and update
+  Policy                 a vision-language model that can encode, sample, logprobs, save
+    .sample              the sampler: one prefill per prompt, all completions decoded together
+    .logprobs            the same tokens scored with gradients, over the same shared prefill
+  load_policy, build_tiny     a model folder or hub id, or the built-in tiny Qwen3-VL made from scratch
+  save_checkpoint, resume     whole-or-nothing checkpoints
+  setup, rank, sum_over_ranks, gather_objects, StopRequest     processes and signals
+"""
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import tokenizers
+import transformers
+from safetensors import SafetensorError
+from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
+                          PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig,
+                          Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
+from transformers.processing_utils import ProcessorMixin
+
+import data
+from data import Example, InputError
+
+# ---------------------------------------------------------------------------------------------- fused log-probs
+
+BUFFER = 1 << 24                        # float32 numbers in the one logits buffer (64 MiB)
+
+
+class FusedLogProbs(torch.autograd.Function):
+    """Chunks of rows x the whole head -> log-sum-exp, gather and entropy; the backward recomputes each chunk."""
+
+    @staticmethod
+    def chunk_logits(hidden, weight, temperature, banned):
+        logits = hidden.float() @ weight.T / temperature                                   # (n, V) float32
+        if banned is not None:
+            logits[:, banned] = -torch.inf
+        return logits
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, banned):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.options = temperature, banned, max(1, BUFFER // weight.shape[0])
+        logprobs, entropy, w = [], [], weight.float()
+        for h, t in zip(hidden.split(ctx.options[2]), targets.split(ctx.options[2])):
+            logits = FusedLogProbs.chunk_logits(h, w, temperature, banned)
+            lse = logits.logsumexp(-1, keepdim=True)
+            logprobs.append((logits.gather(-1, t[:, None]) - lse).squeeze(-1))
+            p = (logits - lse).exp_()
+            entropy.append(lse.squeeze(-1) - torch.linalg.vecdot(p, logits.masked_fill_(p == 0, 0)))   # 0 * -inf = 0
+        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets = ctx.saved_tensors
+        temperature, banned, n = ctx.options
+        w = weight.float()
+        grad_hidden = []
+        grad_weight = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        for h, t, g in zip(hidden.split(n), targets.split(n), grad.split(n)):
+            # d log p(t) / d logits = onehot(t) - p, and logits = h w / temperature
+            d = FusedLogProbs.chunk_logits(h, w, temperature, banned).softmax(-1).mul_(-g[:, None] / temperature)
+            d.scatter_add_(1, t[:, None], g[:, None] / temperature)
+            grad_hidden.append(d @ w)
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, h.float())
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return torch.cat(grad_hidden).to(hidden.dtype), grad_weight, None, None, None
+
+
+def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None):
+    """Log-probabilities of `targets` and entropies under softmax(hidden @ weight.T / temperature), in float32.
+
+    hidden (N, H), weight (V, H) of any float dtype, targets (N,) ids; `banned` (K,) ids have probability zero.
+    Returns (logprobs (N,), entropy (N,)); only logprobs carries gradients. Memory: one buffer of BUFFER numbers
+    (and, for a half-precision head, its float32 copy).
+    """
+    if len(targets) == 0:                                                 # keeps the graph for an empty micro-batch
+        return hidden.sum(-1).float() + 0 * weight.sum().float(), hidden.new_zeros(0, dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return FusedLogProbs.apply(hidden, weight, targets, temperature, banned)
+
+
+# ---------------------------------------------------------------------------------------------- the policy
+
+@dataclass
+class Rollout:
+    """G sampled completions of one prompt, with the prompt's image held once."""
+    example: Example
+    prompt: dict                        # the processor's tensors for this prompt
+    tokens: list                        # G tensors (T_g,) of sampled ids, the end-of-turn token included
+    logprobs: list                      # G tensors (T_g,): log-probabilities under which they were sampled
+    texts: list                         # G decoded strings
+    finished: list                      # G bools: ended by itself rather than at max_new_tokens
+    parts: dict = field(default_factory=dict)       # reward part -> (G,), filled in by scoring
+    rewards: torch.Tensor | None = None             # (G,)
+    advantages: torch.Tensor | None = None          # (G,)
+
+
+def collate(prompts):
+    """Single-prompt inputs -> one batch: token-shaped tensors are left-padded with 0, the others concatenated."""
+    length = max(p["input_ids"].shape[1] for p in prompts)
+    per_token = [k for k, v in prompts[0].items() if v.shape == prompts[0]["input_ids"].shape]
+    return {k: torch.cat([F.pad(p[k], (length - p[k].shape[1], 0)) if k in per_token else p[k] for p in prompts])
+            for k in prompts[0]}
+
+
+def repeat_prompt(prompt, count):
+    """The same prompt `count` times, images included (repeat_interleave on pixel_values would repeat patches)."""
+    return [prompt] * count
+
+
+class Policy:
+    """A Hugging Face vision-language model with its processor."""
+
+    def __init__(self, model, processor, config):
+        self.config = config
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        self.model, self.processor, self.tokenizer = model.float().eval().to(self.device), processor, processor.tokenizer
+        self.base = model.model                                           # without the language-model head
+        model.requires_grad_(True)
+        if not config.model.train_vision:
+            for name in ("visual", "vision_tower", "vision_model"):
+                getattr(self.base, name, torch.nn.Module()).requires_grad_(False)
+        if config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()                                                 # checkpointing is active in train mode only
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0                                        # old and new log-probs must agree
+        stop = model.generation_config.eos_token_id
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+        self.stop_ids = torch.tensor(sorted({*stop, self.tokenizer.eos_token_id}), device=self.device)
+        vision = [getattr(model.config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end")]
+        vision = sorted({i for i in vision if i is not None})
+        # A sampled image token could not be scored again (no image belongs to it): banned in sampling and scoring alike.
+        self.banned = torch.tensor(vision, device=self.device) if vision else None
+
+    @property
+    def head(self):
+        return self.model.get_output_embeddings().weight                  # (V, H)
+
+    def parameters(self):
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def autocast(self):
+        half = self.config.model.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
+
+    # -- inputs: the one function that every stage builds its inputs with
+
+    def encode(self, example):
+        """The model inputs for one prompt: a dict of tensors (1, P) plus pixel values. Raises InputError."""
+        images = data.open_images(example)
+        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": data.prompt_text(example)}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                                  tokenize=False)
+        try:
+            inputs = dict(self.processor(text=[text], images=images, return_tensors="pt"))
+        except ValueError as error:
+            sizes = ", ".join(f"{i.width}x{i.height}" for i in images)
+            raise InputError(f"{example.id}: the processor refuses its images ({sizes}): {error}") from None
+        length, limit = inputs["input_ids"].shape[1], self.config.model.max_prompt_tokens
+        if length > limit:
+            raise InputError(f"{example.id}: the prompt with its images takes {length} tokens, more than "
+                             f"model.max_prompt_tokens={limit}; raise it or lower model.max_pixels")
+        return {k: v.to(self.device) for k, v in inputs.items()}
+
+    def encode_all(self, examples):
+        """(example, inputs) for each usable example. data.on_error=skip leaves the others out and says so."""
+        pairs = []
+        for example in examples:
+            try:
+                pairs.append((example, self.encode(example)))
+            except InputError as error:
+                if self.config.data.on_error == "stop":
+                    raise
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        return pairs
+
+    def encode_target(self, example):
+        """(T,) ids of the supervised answer with its end-of-turn token."""
+        ids = self.tokenizer(data.target_text(example), add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids + [self.tokenizer.eos_token_id], device=self.device)
+
+    def positions(self, batch):
+        """Prompt positions, (3, B, P) for M-RoPE models and (B, P) otherwise, and each prompt's next position (B,).
+
+        Passed explicitly everywhere: left to itself, an M-RoPE model reuses offsets cached by an earlier call.
+        """
+        mask = batch["attention_mask"]
+        if hasattr(self.base, "get_rope_index"):
+            kinds = {k: batch[k] for k in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask") if k in batch}
+            positions, _ = self.base.get_rope_index(**kinds)
+            return positions, positions.amax((0, 2)) + 1
+        return (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
+
+    def later_positions(self, start, offsets):
+        """Positions (R, T) of completion tokens, for M-RoPE the same on all three axes. start (R,), offsets (T,)."""
+        positions = start[:, None] + offsets[None]
+        return positions.expand(3, -1, -1) if hasattr(self.base, "get_rope_index") else positions
+
+    def prefill(self, prompts):
+        """Runs B prompts once: last hidden states (B, H), their key-value cache, mask (B, P), next positions (B,)."""
+        batch = collate(prompts)
+        positions, start = self.positions(batch)
+        out = self.base(**batch, position_ids=positions, use_cache=True)
+        return out.last_hidden_state[:, -1], out.past_key_values, batch["attention_mask"], start
+
+    # -- sampling
+
+    @torch.no_grad()
+    def sample(self, examples, group_size, max_new_tokens, temperature, stream=(0,), progress=None):
+        """G completions of every example's prompt from the full softmax (never top-k or top-p); temperature 0 is greedy.
+
+        Each (stream, example, sample) has its own random numbers, so the samples do not depend on batch order or on the
+        number of processes. Returns one Rollout per usable example.
+        """
+        pairs = self.encode_all(examples)
+        if not pairs:
+            return []
+        with self.autocast():
+            hidden, cache, mask, start = self.prefill([prompt for _, prompt in pairs])
+            cache.batch_repeat_interleave(group_size)
+        hidden, mask, start = (t.repeat_interleave(group_size, 0) for t in (hidden, mask, start))
+        uniform = torch.from_numpy(np.stack([
+            np.random.default_rng([*stream, int(hashlib.sha1(e.id.encode()).hexdigest()[:12], 16), g]).random(max_new_tokens)
+            for e, _ in pairs for g in range(group_size)])).to(self.device)                # (R, max_new_tokens)
+        rows = torch.arange(len(uniform), device=self.device)             # which completion each live row belongs to
+        tokens = torch.zeros(uniform.shape, dtype=torch.long, device=self.device)
+        logprobs = torch.zeros(uniform.shape, device=self.device)
+        lengths = torch.full((len(uniform),), max_new_tokens, device=self.device)
+        finished = torch.zeros(len(uniform), dtype=torch.bool, device=self.device)
+        for t in range(max_new_tokens):
+            logits = hidden.float() @ self.head.float().T / (temperature or 1.0)           # (live rows, V)
+            if self.banned is not None:
+                logits[:, self.banned] = -torch.inf
+            logp = logits.log_softmax(-1)
+            if temperature:                                               # inverse of the cumulative distribution
+                cdf = logp.double().exp().cumsum(-1)
+                token = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True).squeeze(-1)
+                token = token.clamp(max=cdf.shape[1] - 1)
+            else:
+                token = logp.argmax(-1)
+            tokens[rows, t], logprobs[rows, t] = token, logp.gather(-1, token[:, None]).squeeze(-1)
+            ended = torch.isin(token, self.stop_ids) & ~finished[rows]
+            lengths[rows[ended]], finished[rows[ended]] = t + 1, True
+            live = ~finished[rows]
+            if t + 1 == max_new_tokens or not live.any():
+                break
+            if live.sum() <= 0.8 * len(rows):                             # retire finished rows
+                cache.batch_select_indices(live.nonzero().squeeze(-1))
+                rows, token, mask, start = rows[live], token[live], mask[live], start[live]
+            mask = F.pad(mask, (0, 1), value=1)
+            with self.autocast():
+                hidden = self.base(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
+                                   position_ids=self.later_positions(start, start.new_tensor([t]))).last_hidden_state[:, 0]
+        rollouts = []
+        for i, (example, prompt) in enumerate(pairs):
+            group = range(i * group_size, (i + 1) * group_size)
+            ids = [tokens[r, :lengths[r]] for r in group]
+            rollouts.append(Rollout(example, prompt, ids, [logprobs[r, :lengths[r]] for r in group],
+                                    [self.decode(row) for row in ids], finished[group.start:group.stop].tolist()))
+        return rollouts
+
+    def decode(self, ids):
+        """Text of sampled ids without the end-of-turn token; other special tokens stay visible to the rewards."""
+        return self.tokenizer.decode(ids[~torch.isin(ids, self.stop_ids)], skip_special_tokens=False)
+
+    # -- scoring
+
+    def logprobs(self, prompts, completions, temperature=1.0):
+        """Scores G completions for each of B prompts; gradients flow.
+
+        prompts: B dicts from `encode`; completions: B lists of G id tensors (T,). Returns log-probabilities, entropies
+        and a mask of real tokens, each (B*G, T_max).
+        """
+        ids = pad_sequence([c for group in completions for c in group], batch_first=True)              # (R, T)
+        lengths = torch.tensor([len(c) for group in completions for c in group], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]                         # (R, T)
+        with self.autocast():
+            forward = self.shared_prefix_hidden if self.config.model.shared_prefix else self.plain_hidden
+            hidden = forward(prompts, ids, mask)                                                        # (R, T, H)
+        flat, flat_entropy = fused_logprobs(hidden[mask], self.head, ids[mask], temperature, self.banned)
+        logp = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+        return logp, flat_entropy.new_zeros(mask.shape).masked_scatter(mask, flat_entropy), mask
+
+    def shared_prefix_hidden(self, prompts, ids, mask):
+        """Hidden states that predict each completion token. Every prompt (and image) runs once: its cache, repeated G
+        times, is differentiable, so the gradients of all G completions meet in it."""
+        last, cache, prompt_mask, start = self.prefill(prompts)
+        group_size = len(ids) // len(prompts)
+        last, prompt_mask, start = (t.repeat_interleave(group_size, 0) for t in (last, prompt_mask, start))
+        hidden = last[:, None]                                            # the last prompt token predicts the first one
+        if ids.shape[1] > 1:
+            cache.batch_repeat_interleave(group_size)
+            offsets = torch.arange(ids.shape[1] - 1, device=ids.device)
+            out = self.base(input_ids=ids[:, :-1], attention_mask=torch.cat([prompt_mask, mask[:, :-1]], 1),
+                            position_ids=self.later_positions(start, offsets), past_key_values=cache, use_cache=True)
+            hidden = torch.cat([hidden, out.last_hidden_state], 1)
+        return hidden
+
+    def plain_hidden(self, prompts, ids, mask):
+        """The plain twin: B*G full rows [prompt | completion], each with its own copy of the image."""
+        group_size = len(ids) // len(prompts)
+        batch = collate([prompt for prompt in prompts for _ in range(group_size)])
+        positions, start = self.positions(batch)
+        later = self.later_positions(start, torch.arange(ids.shape[1], device=ids.device))
+        length = batch["input_ids"].shape[1]
+        batch |= {"input_ids": torch.cat([batch["input_ids"], ids], 1),
+                  "attention_mask": torch.cat([batch["attention_mask"], mask], 1),
+                  **{k: F.pad(v, (0, ids.shape[1])) for k, v in batch.items()
+                     if v.shape == batch["input_ids"].shape and k not in ("input_ids", "attention_mask")}}
+        out = self.base(**batch, position_ids=torch.cat([positions, later], -1), use_cache=False)
+        return out.last_hidden_state[:, length - 1:-1]
+
+    # -- files
+
+    def save(self, folder):
+        """Writes model, tokenizer and image processor in Hugging Face format."""
+        self.model.save_pretrained(folder)
+        if isinstance(self.processor, ImageOnlyProcessor):                # the layout of Qwen's own model folders
+            self.tokenizer.save_pretrained(folder)
+            self.processor.image_processor.save_pretrained(folder)
+            patch = {k: getattr(self.processor.image_processor, k) for k in ("patch_size", "temporal_patch_size", "merge_size")}
+            video = {"video_processor_type": "Qwen3VLVideoProcessor", **patch}
+            Path(folder, "video_preprocessor_config.json").write_text(json.dumps(video))
+        else:
+            self.processor.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+class ImageOnlyProcessor(Qwen3VLProcessor):
+    """The Qwen-VL processor without its video half, which cannot be built without torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+            token, short = f"<|{name}|>", name.removesuffix("_pad")
+            setattr(self, f"{short}_token", token)
+            setattr(self, f"{short}_token_id", tokenizer.convert_tokens_to_ids(token))
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def load_policy(config, path=None):
+    """The policy in `path` (default: model.path): "tiny", a local model folder or a hub id. Raises InputError."""
+    path = str(path or config.model.path)
+    pixels = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
+    if path == "tiny":
+        return Policy(*build_tiny(config.seed, pixels), config)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        try:
+            processor = AutoProcessor.from_pretrained(path, **pixels)
+            if not hasattr(processor, "image_processor"):
+                raise ImportError("no image processor")
+        except ImportError:                                               # no torchvision, which only videos need
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            processor = ImageOnlyProcessor(AutoImageProcessor.from_pretrained(path, **pixels), tokenizer,
+                                           tokenizer.chat_template)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"model {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    return Policy(model, processor, config)
+
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                  "<|video_pad|>"]
+CHAT_TEMPLATE = """{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}
+{%- endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def build_tokenizer(vocabulary=1024):
+    """A byte-level BPE tokenizer with Qwen's special tokens, trained on the phantoms' own texts."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words = tokenizers.Regex(r"\p{N}|[^\s\p{L}\p{N}]+| ?\p{L}+|\s+")         # digits one by one, as in Qwen
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(words, "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    corpus = data.phantom_corpus()
+    tokenizer.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=SPECIAL_TOKENS, padding_side="left")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_tiny(seed, pixels):
+    """A randomly initialised Qwen3-VL of about 2 M parameters (deepstack on, 8-pixel patches merged 2x2) and its processor."""
+    tokenizer = build_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
+    width, layers = 160, 4
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=5, num_key_value_heads=5, head_dim=32, max_position_embeddings=4096,
+            rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
+            eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], tie_word_embeddings=True),
+        vision_config=dict(
+            depth=4, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=8, spatial_merge_size=2,
+            temporal_patch_size=2, out_hidden_size=width, num_position_embeddings=256, deepstack_visual_indexes=[1, 2]),
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["im_end"], ids["endoftext"]
+    images = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
+                                      image_std=[0.5] * 3, **pixels)
+    return model, ImageOnlyProcessor(images, tokenizer, tokenizer.chat_template)
+
+
+# ---------------------------------------------------------------------------------------------- optimiser and checkpoints
+
+def make_optimizer(policy, section):
+    """AdamW on float32 weights; no decay on vectors (norms, biases)."""
+    groups = [{"params": [p for p in policy.parameters() if p.ndim >= 2], "weight_decay": section.weight_decay},
+              {"params": [p for p in policy.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=section.lr)
+
+
+def optimizer_step(policy, optimizer, lr, grad_clip):
+    """Sums gradients over processes (each holds its share of one global mean), clips, steps. Returns the gradient norm."""
+    for p in policy.parameters():
+        if world_size() > 1:                                              # a rank without tokens still takes part
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def point(link, folder):
+    """Makes the symbolic link `link` point to `folder` (beside it), atomically."""
+    aside = link.with_name(link.name + ".new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(folder.name)
+    os.replace(aside, link)
+
+
+def save_checkpoint(run, step, policy, optimizer, is_best=False, **state):
+    """Writes run/step_N beside, then renames it: it is there whole or not at all. `last` (and `best`) point to it.
+
+    The folder is a Hugging Face model folder plus training_state.pt; older steps that nothing points to are removed.
+    """
+    if rank() == 0:
+        final, aside = run / f"step_{step:06d}", run / f"step_{step:06d}.tmp"
+        if not final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            policy.save(aside)
+            torch.save({"step": step, "optimizer": optimizer.state_dict(), **state}, aside / "training_state.pt")
+            for path in [*aside.iterdir(), aside]:
+                sync(path)
+            os.rename(aside, final)
+        for name in ["best", "last"] if is_best else ["last"]:
+            point(run / name, final)
+        sync(run)
+        keep = {(run / name).resolve().name for name in ("best", "last")}
+        for old in run.glob("step_*"):
+            if old.name not in keep:
+                shutil.rmtree(old)
+    barrier()
+
+
+def last_step(run):
+    """The step that run/last holds, 0 without one."""
+    return int((run / "last").resolve().name.removeprefix("step_")) if (run / "last").exists() else 0
+
+
+def resume(run, policy_of, make_optimizer_of):
+    """(policy, optimizer, state) of run/last, or of a fresh start with state {"step": 0}. policy_of(path or None)."""
+    path = run / "last" if (run / "last").exists() else None
+    policy = policy_of(path)
+    optimizer = make_optimizer_of(policy)
+    if path is None:
+        return policy, optimizer, {"step": 0}
+    state = torch.load(path / "training_state.pt", map_location=policy.device, weights_only=True)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return policy, optimizer, state
+
+
+def open_run(run, config, sections):
+    """Makes the run folder and its config.yaml; refuses a folder made with other settings in `sections`.
+
+    What does not change the result may change: how often to save, how much to do at once, how long GRPO runs.
+    """
+    text = data.config_text(config)
+    free = {"grpo.steps", "grpo.save_every", "grpo.micro_batch", "grpo.sample_batch", "sft.micro_batch", "sft.save_every",
+            "data.val_size", "data.test_size", "data.on_error"}
+    path = run / "config.yaml"
+    if path.exists() and (run / "last").exists():
+        before, now = data.load_config(path), config
+        for key in data.known_keys():
+            if (key == "seed" or key.split(".")[0] in sections) and key not in free:
+                old, new = data.get_key(before, key), data.get_key(now, key)
+                if old != new:
+                    raise InputError(f"{run} was made with {key}={old}, now it is {new}; choose another folder with out=..., "
+                                     f"or delete this one")
+    if rank() == 0:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".new").write_text(text)
+            os.replace(path.with_suffix(".new"), path)
+        except OSError as error:
+            raise InputError(f"out={config.out}: cannot write there ({error.strerror})") from None
+    barrier()
+
+
+class Log:
+    """metrics.jsonl (and tensorboard or wandb when asked for); on resume, lines after the resumed step are dropped."""
+
+    def __init__(self, run, step, config):
+        self.files, self.board, self.wandb = {}, None, None
+        if rank() != 0:
+            return
+        for name in ("metrics", "samples"):
+            path = run / f"{name}.jsonl"
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step] \
+                if path.exists() else []
+            path.write_text("".join(line + "\n" for line in kept))
+            self.files[name] = open(path, "a", buffering=1)
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(run)
+        if config.log.wandb:
+            import wandb
+            self.wandb = wandb.init(project="mrg-grpo", name=str(run), config=data.dataclasses.asdict(config))
+
+    def metrics(self, step, values):
+        if rank() == 0:
+            self.files["metrics"].write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                if self.board:
+                    self.board.add_scalar(name, value, step)
+            if self.wandb:
+                self.wandb.log(values, step=step)
+
+    def sample(self, step, row):
+        if rank() == 0:
+            self.files["samples"].write(json.dumps({"step": step, **row}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- processes and signals
+
+def setup():
+    """Joins the other processes that torchrun started, if any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(value):
+    """[value of rank 0, value of rank 1, ...]"""
+    values = [None] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+        return values
+    return [value]
+
+
+def say(text):
+    """Prints on the first process, above any progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C asks to stop after the current step; a second one, over a second later, stops at once.
+
+    (torchrun forwards a Ctrl-C that the processes have already seen: that echo is not a second request.)
+    """
+
+    def __init__(self):
+        self.since = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, _frame):
+        now = time.monotonic()
+        if self.since is not None and now - self.since > 1:
+            os._exit(128 + number)
+        self.since = self.since or now
+
+    def __bool__(self):
+        """True on every process as soon as one was asked."""
+        return any(gather_objects(self.since is not None))

@@ -1,0 +1,341 @@
+"""Group relative policy optimisation for chest X-ray reports and grounding, by hand.
+
+  torchrun train_grpo.py config.yaml [key=value ...]          # or python train_grpo.py ...; --nproc_per_node 8 for more
+
+What of GRPO is here, top to bottom, and the switch for each part
+  1. Sampling      G completions per prompt from the full softmax      grpo.group_size, temperature, max_new_tokens
+  2. Rewards       several parts per task, weighted                    rewards.report, rewards.grounding
+  3. Advantages    reward against the group's mean, over its std       grpo.adv_norm: group | none (Dr. GRPO) | batch
+                   every part normalised by itself (GDPO)              grpo.normalize_parts
+                   groups that teach nothing left out                  grpo.drop_degenerate
+  4. Ratio         pi / pi_old per token or per sequence (GSPO)        grpo.importance; epochs, mini_batch: updates per rollout
+  5. Clipping      min(r A, clip(r, 1 - low, 1 + high) A)              grpo.clip_low, clip_high (DAPO's clip-higher)
+  6. KL            to the frozen start, in the loss                    grpo.kl_coef (0: no reference), kl_estimator: k1 | k2 | k3
+  7. Aggregation   over all tokens of the step, per sequence, or a constant (Dr. GRPO)                       grpo.loss_agg
+Left out: a value network, top-k / top-p while training, KL in the reward, an asynchronous sampler.
+
+If the checkpoint it starts from does not exist, it is trained first. Writes OUT/grpo/ (config.yaml, metrics.jsonl,
+samples.jsonl, step_N/, last), continues from `last` when started again, and ends with OUT/eval: before and after.
+"""
+import argparse
+import dataclasses
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import model
+import rewards
+import train_sft
+from data import InputError
+
+# ---------------------------------------------------------------------------------------------- the algorithm
+
+EQUAL = 1e-6                            # rewards closer than this are equal: their difference is rounding
+
+
+def group_advantages(rewards, norm="group", eps=1e-4):
+    """Advantages (B, G) of rewards (B, G): reward - group mean, divided by the group's std, nothing, or the batch's std.
+
+    A group whose rewards are all equal (and so any group of one) gets zeros. float64 inside.
+    """
+    r = rewards.double()
+    centred = r - r.mean(1, keepdim=True)
+    spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
+    if norm == "group":
+        scale = r.std(1, keepdim=True, correction=min(1, r.shape[1] - 1)) + eps
+    elif norm == "batch":
+        scale = r.std(correction=min(1, r.numel() - 1)) + eps
+    else:
+        scale = 1.0
+    return torch.where(spread > EQUAL, centred / scale, 0.0).to(rewards.dtype)
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip_low, clip_high, importance="token"):
+    """The clipped surrogate, per token: -min(r A, clip(r) A), with r = pi / pi_old. (R, T) each, advantages (R,).
+
+    importance="sequence": one ratio per completion, its geometric mean over tokens (GSPO). Returns (loss, ratio), (R, T).
+    """
+    log_ratio = torch.where(mask, logp - old_logp, 0.0)
+    if importance == "sequence":
+        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(logp)
+    ratio = log_ratio.exp()
+    a = advantages[:, None]
+    return -torch.min(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a), ratio
+
+
+def kl_terms(logp, ref_logp):
+    """Per-token estimates of KL(policy || reference) from samples of the policy (Schulman 2020), (R, T) each.
+
+    k1 = log pi - log ref: unbiased, noisy, and its gradient is zero in expectation; k2 = k1^2 / 2: biased, low variance;
+    k3 = ref/pi - 1 - log(ref/pi): unbiased and never negative.
+    """
+    k1 = logp - ref_logp
+    return {"k1": k1, "k2": k1.square() / 2, "k3": torch.expm1(-k1) + k1}
+
+
+def token_weights(mask, kept, loss_agg, n_tokens, n_sequences, max_new_tokens):
+    """w (R, T) such that the loss is sum(w * per-token loss). n_tokens and n_sequences are those of the whole optimiser
+    step: all micro-batches, all processes, kept (R,) rows only. A mean of micro-batch means would weigh tokens unevenly."""
+    mask = mask.float() * kept[:, None]
+    if loss_agg == "token":
+        return mask / max(1, n_tokens)
+    if loss_agg == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(1, n_sequences)
+    return mask / (max(1, n_sequences) * max_new_tokens)
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo):
+    """The scalar loss of one micro-batch, and sums over its real tokens to log."""
+    loss, ratio = policy_loss(logp, old_logp, advantages, mask, grpo.clip_low, grpo.clip_high, grpo.importance)
+    a = advantages[:, None]
+    sums = {"clip_ratio/low_mean": (ratio < 1 - grpo.clip_low) & (a < 0), "ratio": ratio,
+            "clip_ratio/high_mean": (ratio > 1 + grpo.clip_high) & (a > 0)}
+    if ref_logp is not None:
+        kl = kl_terms(logp, ref_logp)
+        loss = loss + grpo.kl_coef * kl[grpo.kl_estimator]
+        sums |= {f"kl/{name}": value for name, value in kl.items()}
+    return (weights * loss).sum(), {name: float(value.detach()[mask].sum()) for name, value in sums.items()}
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+def score(rollouts, config):
+    """Fills every rollout's rewards (G,) and their parts."""
+    completions = [text for r in rollouts for text in r.texts]
+    examples = [r.example for r in rollouts for _ in r.texts]
+    total, parts = rewards.score_completions(completions, examples, config.rewards, data.style_of(config))
+    for i, r in enumerate(rollouts):
+        group = slice(i * len(r.texts), (i + 1) * len(r.texts))
+        r.rewards = torch.tensor(total[group], dtype=torch.float32)
+        r.parts = {name: torch.tensor(values[group], dtype=torch.float32) for name, values in parts.items()
+                   if not values[group][0] != values[group][0]}           # NaN: the part is not for this task
+
+
+def assign_advantages(rollouts, config):
+    """Fills every rollout's advantages (G,); rewards of all processes count for adv_norm=batch."""
+    grpo = config.grpo
+
+    def normalised(values):
+        """values: one (G,) tensor per local rollout -> advantages, one (G,) per local rollout."""
+        everyone = model.gather_objects(values)
+        first = sum(len(v) for v in everyone[:model.rank()])
+        table = torch.stack([v for part in everyone for v in part])
+        return group_advantages(table, grpo.adv_norm)[first:first + len(values)]
+    if not grpo.normalize_parts:
+        advantages = normalised([r.rewards for r in rollouts])
+    else:
+        weights = {**config.rewards.report, **config.rewards.grounding}
+        zero = torch.zeros(grpo.group_size)
+        advantages = sum(weight * normalised([r.parts.get(name, zero) for r in rollouts])
+                         for name, weight in sorted(weights.items()))
+    for r, a in zip(rollouts, advantages):
+        r.advantages = a
+
+
+def degenerate(rollout):
+    """All rewards equal: no advantage, no policy gradient."""
+    return not bool(rollout.advantages.any())
+
+
+def pieces(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def logprobs_of(policy, rollouts, grpo):
+    """Log-probabilities, entropies, mask of the rollouts' tokens, (R, T) each."""
+    return policy.logprobs([r.prompt for r in rollouts], [r.tokens for r in rollouts], grpo.temperature)
+
+
+@torch.no_grad()
+def fixed_logprobs(policy, rollouts, grpo):
+    """id of rollout -> (G, T) log-probabilities under a policy that does not change during the step."""
+    result = {}
+    for micro in pieces(rollouts, grpo.micro_batch):
+        logp, _, _ = logprobs_of(policy, micro, grpo)
+        result |= {id(r): rows for r, rows in zip(micro, logp.split(grpo.group_size))}
+    return result
+
+
+def rows_of(table, rollouts, length):
+    """Rows of `fixed_logprobs` for these rollouts, padded or cut to (R, length)."""
+    rows = [row for r in rollouts for row in table[id(r)]]
+    return pad_sequence(rows, batch_first=True)[:, :length] if rows[0].ndim else None
+
+
+def update(policy, optimizer, rollouts, old, ref, lr, grpo):
+    """One optimiser step on these rollouts (this process's share of the mini-batch). Returns token sums and the
+    gradient norm. old is None for the first update of a rollout: the policy itself, pi_old = pi without gradient."""
+    kept = [r for r in rollouts if not (grpo.drop_degenerate and degenerate(r))]
+    counts = model.gather_objects((sum(len(t) for r in kept for t in r.tokens), sum(len(r.tokens) for r in kept)))
+    n_tokens, n_sequences = (sum(c) for c in zip(*counts))
+    sums = {"tokens": 0, "loss": 0.0, "entropy": 0.0, "gap": 0.0, "gap_max": 0.0}
+    for micro in pieces(kept, grpo.micro_batch):
+        logp, entropy, mask = logprobs_of(policy, micro, grpo)                                       # (R, T)
+        advantages = torch.cat([r.advantages for r in micro]).to(logp.device)                        # (R,)
+        old_logp = logp.detach() if old is None else rows_of(old, micro, mask.shape[1])
+        ref_logp = None if ref is None else rows_of(ref, micro, mask.shape[1])
+        weights = token_weights(mask, torch.ones_like(advantages), grpo.loss_agg, n_tokens, n_sequences,
+                                grpo.max_new_tokens)
+        loss, micro_sums = grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo)
+        loss.backward()
+        sampled = pad_sequence([t for r in micro for t in r.logprobs], batch_first=True)
+        gap = (old_logp - sampled).abs()[mask]
+        micro_sums |= {"tokens": int(mask.sum()), "loss": float(loss.detach()), "entropy": float(entropy[mask].sum()),
+                       "gap": float(gap.sum())}
+        for name, value in micro_sums.items():
+            sums[name] = sums.get(name, 0) + value
+        sums["gap_max"] = max(sums["gap_max"], float(gap.max()))
+    return sums, model.optimizer_step(policy, optimizer, lr, grpo.grad_clip)
+
+
+def rollout_metrics(rollouts):
+    """What the samples of this process look like: lists to be joined over processes."""
+    joined = {"reward": [r.rewards for r in rollouts], "lengths": [[len(t) for t in r.tokens] for r in rollouts],
+              "finished": [r.finished for r in rollouts], "degenerate": [degenerate(r) for r in rollouts],
+              "parts": [{k: v.tolist() for k, v in r.parts.items()} for r in rollouts]}
+    return joined
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def step_metrics(everyone, sums, norms, grpo):
+    """One line of metrics.jsonl. everyone: rollout_metrics of all processes; sums: token sums of every update of all
+    processes. Names follow TRL's GRPOTrainer where it has one."""
+    rewards_ = torch.stack([r for m in everyone for r in m["reward"]])                               # (B, G)
+    lengths = [n for m in everyone for group in m["lengths"] for n in group]
+    finished = [f for m in everyone for group in m["finished"] for f in group]
+    ended = [n for n, f in zip(lengths, finished) if f]
+    parts = [p for m in everyone for p in m["parts"]]
+    values = {"reward": float(rewards_.mean()), "reward_std": float(rewards_.std(1, correction=0).mean()),
+              "frac_reward_zero_std": mean(d for m in everyone for d in m["degenerate"])}
+    for name in sorted({name for p in parts for name in p}):
+        column = torch.tensor([v for p in parts if name in p for v in p[name]])
+        values |= {f"rewards/{name}/mean": float(column.mean()), f"rewards/{name}/std": float(column.std(correction=0))}
+    values |= {"completions/mean_length": mean(lengths), "completions/min_length": min(lengths),
+               "completions/max_length": max(lengths), "completions/mean_terminated_length": mean(ended),
+               "completions/clipped_ratio": 1 - mean(finished)}
+    tokens = max(1, sum(s["tokens"] for s in sums))
+
+    def total(name):
+        return sum(s.get(name, 0.0) for s in sums)
+    values |= {"loss": total("loss") / max(1, len(norms)), "grad_norm": mean(norms), "entropy": total("entropy") / tokens,
+               "ratio": total("ratio") / tokens, "clip_ratio/low_mean": total("clip_ratio/low_mean") / tokens,
+               "clip_ratio/high_mean": total("clip_ratio/high_mean") / tokens,
+               "sampling/sampling_logp_difference/mean": total("gap") / tokens,
+               "sampling/sampling_logp_difference/max": max(s["gap_max"] for s in sums), "num_tokens": sum(lengths)}
+    values["clip_ratio/region_mean"] = values["clip_ratio/low_mean"] + values["clip_ratio/high_mean"]
+    if any("kl/k1" in s for s in sums):
+        values |= {f"kl/{k}": total(f"kl/{k}") / tokens for k in ("k1", "k2", "k3")}
+        values["kl"] = values[f"kl/{grpo.kl_estimator}"]
+    return values
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+def starting_point(config, stop):
+    """The folder that GRPO starts from (None: model.path itself). The sft checkpoint is trained if it is missing."""
+    init = config.grpo.init
+    if init == "base":
+        return None
+    if init != "auto":
+        if not Path(init).is_dir():
+            raise InputError(f"grpo.init={init}: no such checkpoint folder (auto trains one, base starts from model.path)")
+        return Path(init)
+    return train_sft.trained(config, "cold_start" if config.data.thinking else "sft", stop)
+
+
+def train(config, stop):
+    """Runs GRPO to its last step (or on from the last checkpoint). Returns {"sft": folder, "grpo": folder} or None."""
+    grpo, run = config.grpo, Path(config.out, "grpo")
+    try:
+        rewards.check_rewards(config.rewards)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    start = starting_point(config, stop)
+    if stop:
+        return None
+    checkpoints = {"before": start or config.model.path, "grpo": run / "last"}
+    model.open_run(run, config, ["model", "data", "grpo", "rewards"])
+    if model.last_step(run) >= grpo.steps:
+        return checkpoints
+    examples = data.load_split(config, "train")
+    policy, optimizer, state = model.resume(run, lambda last: model.load_policy(config, last or start),
+                                            lambda p: model.make_optimizer(p, grpo))
+    reference = model.load_policy(config, start) if grpo.kl_coef else None
+    log = model.Log(run, state["step"], config)
+    model.say(f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
+              f"from {start or config.model.path}")
+    bar = tqdm(range(state["step"], grpo.steps), run.name, initial=state["step"], total=grpo.steps, disable=model.rank() != 0)
+    for step in bar:
+        times = {}
+
+        @contextmanager
+        def phase(name):
+            began = time.perf_counter()
+            yield
+            times[f"time/{name}"] = times.get(f"time/{name}", 0.0) + time.perf_counter() - began
+
+        chosen = data.batch(examples, grpo.prompts, step, config.seed, "grpo", config.data.report_share)
+        mine = chosen[model.rank()::model.world_size()]
+        with phase("sample"):
+            rollouts = [r for some in pieces(mine, grpo.sample_batch)
+                        for r in policy.sample(some, grpo.group_size, grpo.max_new_tokens, grpo.temperature, (config.seed, step))]
+        with phase("reward"):
+            score(rollouts, config)
+            assign_advantages(rollouts, config)
+        with phase("reference"):
+            ref = reference and fixed_logprobs(reference, rollouts, grpo)
+        # pi_old: with one update per rollout it is the policy itself; with several, its log-probs before the first one.
+        size = -(-(grpo.mini_batch or grpo.prompts) // model.world_size())
+        minis = pieces(rollouts, size) or [[]]
+        minis += [[]] * (max(model.gather_objects(len(minis))) - len(minis))            # every process takes every step
+        with phase("old"):
+            old = fixed_logprobs(policy, rollouts, grpo) if grpo.epochs * len(minis) > 1 else None
+        with phase("update"):
+            lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))
+            results = [update(policy, optimizer, mini, old, ref, lr, grpo) for _ in range(grpo.epochs) for mini in minis]
+        everyone = model.gather_objects((rollout_metrics(rollouts), [s for s, _ in results]))
+        values = step_metrics([m for m, _ in everyone], [s for _, sums in everyone for s in sums], [n for _, n in results], grpo)
+        seconds = sum(times.values())
+        values |= {"learning_rate": lr, **times, "step_time": seconds, "tokens_per_second": values["num_tokens"] / seconds}
+        log.metrics(step + 1, values)
+        for r in rollouts[:config.log.samples]:
+            log.sample(step + 1, {"id": r.example.id, "question": r.example.question, "reference": r.example.answer, "samples": [
+                {"text": text, "reward": float(reward), "advantage": float(a), **{k: float(v[g]) for k, v in r.parts.items()}}
+                for g, (text, reward, a) in enumerate(zip(r.texts, r.rewards, r.advantages))]})
+        bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0):.4f}")
+        stopping, done = bool(stop), step + 1
+        if stopping or done % grpo.save_every == 0 or done == grpo.steps:
+            model.save_checkpoint(run, done, policy, optimizer)
+        if stopping and done < grpo.steps:
+            bar.close()
+            model.say(f"{run}: stopped after step {done}; the same command continues from here")
+            return None
+    return checkpoints
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    config = data.load_config(args.config, args.overrides)
+    model.setup()
+    model.say(data.config_text(config))
+    checkpoints = train(config, model.StopRequest())
+    if checkpoints:
+        table, _ = evaluation.evaluate_checkpoints(config, checkpoints)
+        model.say(table)
+
+
+if __name__ == "__main__":
+    data.run_main(main)

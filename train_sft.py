@@ -1,0 +1,152 @@
+"""Supervised fine-tuning: reports and grounding, and the cold start that teaches thinking.
+
+  python train_sft.py config.yaml                              # or torchrun --nproc_per_node 8 train_sft.py config.yaml
+  python train_sft.py config.yaml sft.stage=more               # as much again, from the result (the control for GRPO)
+  python train_sft.py config.yaml sft.stage=cold_start data.thinking=true
+
+Writes OUT/STAGE/: config.yaml, metrics.jsonl, step_N/ (Hugging Face folders), best -> lowest validation loss, last.
+Started again, the same command continues from `last`.
+"""
+import argparse
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import model
+from data import InputError
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear warm-up to `peak`, then cosine to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def sft_loss(policy, pairs, n_tokens):
+    """-sum of answer-token log-probabilities / n_tokens (of the whole step, all micro-batches and processes).
+
+    pairs: (example, prompt inputs). Prompt tokens carry no loss.
+    """
+    targets = [[policy.encode_target(example)] for example, _ in pairs]
+    logp, _, _ = policy.logprobs([prompt for _, prompt in pairs], targets)
+    return -logp.sum() / n_tokens
+
+
+@torch.no_grad()
+def validation_loss(policy, examples, size):
+    """Mean loss per answer token over `examples`, split over the processes."""
+    total, count = 0.0, 0
+    mine = examples[model.rank()::model.world_size()]
+    for i in range(0, len(mine), size):
+        if pairs := policy.encode_all(mine[i:i + size]):
+            count += sum(len(policy.encode_target(e)) for e, _ in pairs)
+            total += float(sft_loss(policy, pairs, 1))
+    totals = model.gather_objects((total, count))
+    return sum(t for t, _ in totals) / max(1, sum(c for _, c in totals))
+
+
+def starting_point(config):
+    """The checkpoint that the stage starts from; None is model.path itself."""
+    stage, init = config.sft.stage, config.sft.init
+    if init == "base" or init == "auto" and stage == "sft":
+        return None
+    path = Path(config.out, "sft", "best") if init == "auto" else Path(init)
+    if not path.is_dir():
+        raise InputError(f"sft.stage={stage} starts from {path}, which does not exist; run sft.stage=sft first, or set "
+                         f"sft.init to a checkpoint folder or to base")
+    return path
+
+
+def stage_examples(config, examples):
+    """cold_start trains on traces, mixed with plain answers (sft.plain_share); the other stages on plain answers."""
+    if config.sft.stage != "cold_start":
+        return examples
+    if not config.data.thinking:
+        raise InputError("sft.stage=cold_start needs data.thinking=true")
+    traced = [e for e in examples if e.thinking]
+    if not traced:
+        raise InputError(f"sft.stage=cold_start needs thinking traces; data.source={config.data.source} has none")
+    plain = np.random.default_rng([config.seed, 11]).random(len(traced)) < config.sft.plain_share
+    return [dataclasses.replace(e, style="plain") if p else e for e, p in zip(traced, plain)]
+
+
+def train(config, stop):
+    """Trains one supervised stage, or continues it. Returns its best checkpoint, or None when asked to stop before the end."""
+    if config.sft.stage != "cold_start":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, thinking=False))
+    sft, run = config.sft, Path(config.out, config.sft.stage)
+    start = starting_point(config)
+    model.open_run(run, config, ["model", "data", "sft"])
+    if model.last_step(run) >= sft.steps:
+        return run / "best"
+    examples = stage_examples(config, data.load_split(config, "train"))
+    held_out = stage_examples(config, data.load_split(config, "val"))
+    policy, optimizer, state = model.resume(run, lambda last: model.load_policy(config, last or start),
+                                            lambda p: model.make_optimizer(p, sft))
+    best = state.get("best", math.inf)
+    log = model.Log(run, state["step"], config)
+    size = sum(p.numel() for p in policy.model.parameters()) / 1e6
+    model.say(f"{run}: {sft.stage} of {size:.1f} M parameters on {len(examples)} examples, "
+              f"steps {state['step']} to {sft.steps}")
+    bar = tqdm(range(state["step"], sft.steps), run.name, initial=state["step"], total=sft.steps, disable=model.rank() != 0)
+    for step in bar:
+        began = time.perf_counter()
+        chosen = data.batch(examples, sft.batch_size, step, config.seed, sft.stage, config.data.report_share)
+        pairs = policy.encode_all(chosen[model.rank()::model.world_size()])
+        n_tokens = max(1, sum(model.gather_objects(sum(len(policy.encode_target(e)) for e, _ in pairs))))
+        loss_sum = 0.0
+        for i in range(0, len(pairs), sft.micro_batch):
+            loss = sft_loss(policy, pairs[i:i + sft.micro_batch], n_tokens)
+            loss.backward()
+            loss_sum += float(loss.detach())
+        rate = learning_rate(step, sft.steps, sft.warmup, sft.lr)
+        norm = model.optimizer_step(policy, optimizer, rate, sft.grad_clip)
+        done = step + 1
+        values = {"loss": sum(model.gather_objects(loss_sum)), "grad_norm": norm, "learning_rate": rate,
+                  "num_tokens": n_tokens, "step_time": time.perf_counter() - began}
+        stopping = bool(stop)
+        improved = False
+        if done % sft.eval_every == 0 or done == sft.steps:
+            values["eval_loss"] = validation_loss(policy, held_out, sft.micro_batch)
+            improved, best = values["eval_loss"] < best, min(best, values["eval_loss"])
+        log.metrics(done, values)
+        bar.set_postfix(loss=f"{values['loss']:.3f}", best=f"{best:.3f}")
+        if improved or stopping or done % sft.save_every == 0 or done == sft.steps:
+            model.save_checkpoint(run, done, policy, optimizer, improved, best=best)
+        if stopping and done < sft.steps:
+            bar.close()
+            model.say(f"{run}: stopped after step {done}; the same command continues from here")
+            return None
+    return run / "best"
+
+
+def trained(config, stage, stop):
+    """OUT/STAGE/best, training it first (and the stage before it) where it is missing or unfinished; None when stopped."""
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, stage=stage))
+    if stage != "sft" and config.sft.init == "auto":
+        trained(config, "sft", stop)
+    return None if stop else train(config, stop)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    config = data.load_config(args.config, args.overrides)
+    model.setup()
+    model.say(data.config_text(config))
+    best = train(config, model.StopRequest())
+    if best:
+        model.say(f"done: {best}")
+
+
+if __name__ == "__main__":
+    data.run_main(main)
