@@ -19,12 +19,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import typing
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -155,14 +157,9 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-AT_LEAST_ONE = {f"{s}.{k}" for s, keys in {
-    "model": ["min_pixels", "max_pixels", "max_prompt_tokens"], "data": ["train_size", "val_size", "test_size"],
-    "sft": ["steps", "batch_size", "micro_batch", "eval_every", "save_every"], "eval": ["batch_size"],
-    "grpo": ["steps", "prompts", "group_size", "epochs", "micro_batch", "sample_batch", "max_new_tokens", "save_every"],
-}.items() for k in keys}
-BELOW_ONE = {"rewards.mccs_margin"}                               # 0 <= value < 1
-SHARES = {"data.report_share", "sft.plain_share"}                 # 0 <= value <= 1
-POSITIVE = {"sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip", "grpo.clip_high"}
+MAY_BE_ZERO = {"seed", "sft.warmup", "grpo.warmup", "grpo.mini_batch", "eval.limit", "eval.bootstrap", "log.samples"}
+ABOVE_ZERO = {"sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip"}
+AT_MOST_ONE = {"data.report_share", "sft.plain_share", "grpo.clip_low", "rewards.mccs_margin"}
 
 
 def known_keys(node=Config, prefix=""):
@@ -175,41 +172,35 @@ def known_keys(node=Config, prefix=""):
 
 def checked(key, value, kind):
     """`value` as `kind`; InputError when it is of another type or impossible."""
-    def wrong(expected):
-        return InputError(f"{key}: expected {expected}, got {value!r}")
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        if value not in typing.get_args(kind):
-            raise wrong("one of " + ", ".join(typing.get_args(kind)))
-        return value
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong("a mapping of names to weights")
-        return {str(name): checked(f"{key}.{name}", weight, float) for name, weight in value.items()}
-    if origin is list:
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise wrong("a list of names, like [report, grounding]")
-        return value
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise wrong("true or false")
-        return value
-    if kind is str:
-        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-            raise wrong("text")
-        return str(value)
-    try:                                   # YAML reads 1e-4 as text: numbers are accepted in any notation
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not math.isfinite(number) or kind is int and number != int(number):
-        raise wrong("a whole number" if kind is int else "a number")
-    low, strict = (1, False) if key in AT_LEAST_ONE else (0, key in POSITIVE)
-    if not key.startswith(("rewards.report", "rewards.grounding")) and (number < low or strict and number == low):
-        raise wrong(f"a number {'above' if strict else 'of at least'} {low}")
-    if key in SHARES and number > 1 or key in BELOW_ONE and number >= 1:
-        raise wrong("a number from 0 to 1")
-    return kind(number)
+    def require(condition, expected):
+        if not condition:
+            raise InputError(f"{key}: expected {expected}, got {value!r}")
+    if typing.get_origin(kind) is Literal:
+        require(value in typing.get_args(kind), "one of " + ", ".join(typing.get_args(kind)))
+    elif typing.get_origin(kind) is dict:
+        require(isinstance(value, dict), "names with weights, like {mccs: 1}")
+        value = {str(name): checked(f"{key}.{name}", weight, float) for name, weight in value.items()}
+    elif typing.get_origin(kind) is list:
+        require(isinstance(value, list) and all(isinstance(v, str) for v in value), "a list, like [report, grounding]")
+    elif kind is bool:
+        require(isinstance(value, bool), "true or false")
+    elif kind is str:
+        require(isinstance(value, (str, int, float)) and not isinstance(value, bool), "text")
+        value = str(value)
+    else:                                  # YAML reads 1e-4 as text: numbers are accepted in any notation
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        require(math.isfinite(number) and (kind is float or number == int(number)),
+                "a number" if kind is float else "a whole number")
+        if not key.startswith(("rewards.report.", "rewards.grounding.")):           # a weight may be negative
+            require(number >= (kind is int and key not in MAY_BE_ZERO), f"at least {int(kind is int)}")
+        require(number > 0 or key not in ABOVE_ZERO, "more than 0")
+        require(number <= 1 or key not in AT_MOST_ONE, "at most 1")
+        require(number < 1 or key != "rewards.mccs_margin", "less than 1")
+        value = kind(number)
+    return value
 
 
 def set_key(config, key, value, origin):
@@ -592,121 +583,88 @@ PHANTOM_LABELS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Lesion", "
                   "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
                   "Support Devices")
 LABELS = ("No Finding", *PHANTOM_LABELS)
-# Half of the studies are normal; the others draw one clinical picture, whose findings then co-occur: (weight, P(label)).
+# Half of the studies are normal; the others draw one clinical picture, so findings co-occur: (cumulative, P(label)).
 PICTURES = (
-    (0.19, {"Cardiomegaly": .85, "Edema": .50, "Pleural Effusion": .50, "Support Devices": .25, "Atelectasis": .15}),
-    (0.17, {"Pneumonia": .55, "Consolidation": .40, "Lung Opacity": .50, "Pleural Effusion": .20, "Atelectasis": .06}),
-    (0.15, {"Atelectasis": .90, "Pleural Effusion": .30, "Support Devices": .25, "Lung Opacity": .12}),
-    (0.07, {"Fracture": .65, "Pneumothorax": .45, "Pleural Effusion": .15, "Support Devices": .30, "Pleural Other": .05}),
-    (0.10, {"Lung Lesion": .95, "Enlarged Cardiomediastinum": .12, "Lung Opacity": .10, "Pleural Effusion": .08}),
-    (0.12, {"Cardiomegaly": .85, "Enlarged Cardiomediastinum": .15, "Support Devices": .15}),
-    (0.08, {"Enlarged Cardiomediastinum": .65, "Support Devices": .30, "Edema": .12, "Pneumothorax": .06}),
-    (0.06, {"Pleural Other": .90, "Lung Opacity": .20, "Lung Lesion": .06}),
-    (0.06, {"Lung Opacity": .95, "Atelectasis": .10}),
+    (.100, {"Cardiomegaly": .85, "Edema": .50, "Pleural Effusion": .50, "Support Devices": .25, "Atelectasis": .15}),
+    (.185, {"Pneumonia": .55, "Consolidation": .40, "Lung Opacity": .50, "Pleural Effusion": .20, "Atelectasis": .06}),
+    (.260, {"Atelectasis": .90, "Pleural Effusion": .30, "Support Devices": .25, "Lung Opacity": .12}),
+    (.300, {"Fracture": .55, "Pneumothorax": .50, "Pleural Effusion": .15, "Support Devices": .30}),
+    (.345, {"Lung Lesion": .95, "Enlarged Cardiomediastinum": .12, "Lung Opacity": .10, "Pleural Effusion": .08}),
+    (.400, {"Cardiomegaly": .85, "Enlarged Cardiomediastinum": .15, "Support Devices": .15}),
+    (.435, {"Enlarged Cardiomediastinum": .65, "Support Devices": .30, "Edema": .12, "Pneumothorax": .06}),
+    (.490, {"Pleural Other": .50, "Lung Opacity": .60, "Lung Lesion": .05}),
+    (1.00, {"Support Devices": .06}),
 )
-SIZES, DEGREES = ("small", "moderate", "large"), ("mild", "moderate", "severe")
-LUNG = ("Lung Lesion", "Lung Opacity", "Edema", "Consolidation", "Pneumonia", "Atelectasis")  # these unclear the lungs
-REGIONS = {"Cardiomegaly": "heart", "Enlarged Cardiomediastinum": "mediastinum", **{x: "lungs" for x in LUNG},
-           "Pneumothorax": "pleura", "Pleural Effusion": "pleura", "Pleural Other": "pleura", "Fracture": "bones",
-           "Support Devices": "devices"}
-ORDERS = (("heart", "mediastinum", "lungs", "pleura", "bones", "devices"),
-          ("lungs", "pleura", "heart", "mediastinum", "bones", "devices"),
-          ("devices", "heart", "mediastinum", "lungs", "pleura", "bones"),
-          ("devices", "lungs", "pleura", "heart", "mediastinum", "bones"))
-
-# label: (certain, hedged) wordings. {what} is the noun phrase, {a} its article, {be} its verb, {place} where it is.
+# label: (region, noun phrases, or whole sentences where they end in a full stop), in the order of placing.
 WORDINGS = {
-    "Enlarged Cardiomediastinum": (
-        ("the mediastinum is widened.", "there is widening of the mediastinum.", "mediastinal widening is present."),
-        ("the mediastinum may be widened.", "possible widening of the mediastinum.")),
-    "Cardiomegaly": (
-        ("there is {degree} cardiomegaly.", "the heart is {degree}ly enlarged.", "{degree} cardiomegaly is present.",
-         "the cardiac silhouette is {degree}ly enlarged."),
-        ("the heart may be enlarged.", "possible {degree} cardiomegaly.")),
-    "Lung Lesion": (
-        ("there {be} {a}{what} in the {place}.", "{a}{what} {be} seen in the {place}.", "{place} {what} {be} noted."),
-        ("possible {what} in the {place}.", "there may be {a}{what} in the {place}.")),
-    "Lung Opacity": (
-        ("there is a hazy opacity in the {place}.", "a hazy opacity is seen in the {place}.",
-         "hazy {place} opacity is noted.", "ill-defined opacity in the {place}."),
-        ("possible hazy opacity in the {place}.", "there may be an opacity in the {place}.")),
-    "Edema": (
-        ("there is {degree} pulmonary edema.", "{degree} pulmonary edema is present.",
-         "findings are consistent with {degree} pulmonary edema.", "perihilar haze of {degree} pulmonary edema."),
-        ("possible {degree} pulmonary edema.", "findings may represent {degree} pulmonary edema.")),
-    "Consolidation": (
-        ("there is consolidation in the {place}.", "{place} consolidation is present.",
-         "dense consolidation is seen in the {place}."),
-        ("possible consolidation in the {place}.", "there may be consolidation in the {place}.")),
-    "Pneumonia": (
-        ("there is {place} pneumonia.", "findings are consistent with {place} pneumonia.",
-         "patchy {place} pneumonia is present."),
-        ("possible {place} pneumonia.", "findings may represent {place} pneumonia.")),
-    "Atelectasis": (
-        ("there is atelectasis at the {base}.", "linear atelectasis is seen at the {base}.",
-         "{side} basilar atelectasis is present.", "bandlike {side} basilar atelectasis."),
-        ("possible {side} basilar atelectasis.", "there may be atelectasis at the {base}.")),
-    "Pneumothorax": (
-        ("there is a {size} {side} pneumothorax.", "{size} {side} pneumothorax is present.",
-         "a {size} {side} pneumothorax is seen."),
-        ("possible {size} {side} pneumothorax.", "there may be a {size} {side} pneumothorax.")),
-    "Pleural Effusion": (
-        ("there {be} {a}{size} {side} {what}.", "{size} {side} {what} {be} present.", "{a}{size} {side} {what} {be} seen."),
-        ("possible {size} {side} {what}.", "there may be {a}{size} {side} {what}.")),
-    "Pleural Other": (
-        ("there is {side} {what}.", "{side} {what} is present.", "{what} is seen on the {side}."),
-        ("possible {side} {what}.", "there may be {side} {what}.")),
-    "Fracture": (
-        ("there {be} {a}displaced {side} {what}.", "displaced {side} {what} {be} present.", "{side} {what} {be} seen."),
-        ("possible {side} {what}.", "there may be {a}{side} {what}.")),
-    "Support Devices": (
-        ("{a}{what} is in place.", "{a}{what} is present.", "there is {a}{what}.", "{a}{what} is seen."), ()),
+    "Cardiomegaly": ("heart", "{degree} cardiomegaly|the heart is {degree}ly enlarged."),
+    "Enlarged Cardiomediastinum": ("mediastinum", "widening of the mediastinum|the mediastinum is widened."),
+    "Pleural Effusion": ("pleura", "{a}{size} {side} pleural effusion{s}"),
+    "Pneumothorax": ("pleura", "a {size} {side} pneumothorax"),
+    "Atelectasis": ("lungs", "linear {side} basilar atelectasis|atelectasis at the {side} lung base{s}"),
+    "Edema": ("lungs", "{degree} pulmonary edema|findings are consistent with {degree} pulmonary edema."),
+    "Consolidation": ("lungs", "consolidation in the {side} {zone}|dense {side} {zone} consolidation"),
+    "Pneumonia": ("lungs", "patchy {side} {zone} pneumonia|findings are consistent with {side} {zone} pneumonia."),
+    "Lung Opacity": ("lungs", "a hazy opacity in the {side} {zone}|a hazy {side} {zone} opacity"),
+    "Lung Lesion": ("lungs", "{what} in the {side} {zone}"),
+    "Pleural Other": ("pleura", "{side} {what}|{what} on the {side}"),
+    "Fracture": ("bones", "{a}displaced {side} rib fracture{s}|{a}{side} rib fracture{s}"),
+    "Support Devices": ("devices", "{what}|{what} is in place."),
 }
-# (probability, region, labels denied, wordings): taken in this order when every label is absent and not yet denied.
-NEGATIONS = (
-    (.20, "heart", ("Cardiomegaly", "Enlarged Cardiomediastinum"),
-     ("the cardiomediastinal silhouette is normal.", "cardiomediastinal silhouette is within normal limits.")),
-    (.90, "heart", ("Cardiomegaly",),
-     ("heart size is normal.", "the heart is normal in size.", "heart size is within normal limits.")),
-    (.65, "mediastinum", ("Enlarged Cardiomediastinum",),
-     ("the mediastinal contours are normal.", "mediastinal contours are unremarkable.")),
-    (.85, "lungs", LUNG, ("the lungs are clear.", "lungs are clear bilaterally.", "both lungs are clear.")),
-    (.25, "pleura", ("Consolidation", "Pleural Effusion", "Pneumothorax"),
-     ("no focal consolidation, pleural effusion, or pneumothorax.",
-      "there is no focal consolidation, pleural effusion, or pneumothorax.")),
-    (.80, "pleura", ("Pleural Effusion", "Pneumothorax"),
-     ("no pleural effusion or pneumothorax.", "there is no pleural effusion or pneumothorax.",
-      "no evidence of pneumothorax or pleural effusion.")),
-    (.35, "lungs", ("Consolidation",), ("no focal consolidation.", "there is no focal consolidation.")),
-    (.10, "lungs", ("Pneumonia",), ("no evidence of pneumonia.", "there is no pneumonia.")),
-    (.15, "lungs", ("Edema",), ("no pulmonary edema.", "there is no pulmonary edema.")),
-    (.70, "pleura", ("Pneumothorax",), ("no pneumothorax.", "there is no pneumothorax.")),
-    (.60, "pleura", ("Pleural Effusion",), ("no pleural effusion.", "there is no pleural effusion.")),
-    (.08, "bones", ("Fracture",), ("no rib fracture is seen.", "there is no rib fracture.")),
+LUNGS = tuple(label for label, (region, _) in WORDINGS.items() if region == "lungs")
+CERTAIN = ("there {be} {phrase}.", "{phrase} {be} present.", "{phrase} {be} seen.")
+HEDGED = ("possible {bare}.", "there may be {phrase}.")
+DENIED = ("no {}.", "there is no {}.", "no evidence of {}.")
+# (probability, region, labels, whether it denies them, wording), used when all are absent and none is denied yet.
+NORMALS = (
+    (.20, "heart", ("Cardiomegaly", "Enlarged Cardiomediastinum"), True, "the cardiomediastinal silhouette is normal."),
+    (.90, "heart", ("Cardiomegaly",), True, "heart size is normal.|the heart is normal in size."),
+    (.75, "mediastinum", ("Enlarged Cardiomediastinum",), True,
+     "the mediastinal contours are normal.|mediastinal contours are unremarkable."),
+    (.90, "lungs", LUNGS, False, "the lungs are clear.|lungs are clear bilaterally.|both lungs are clear."),
+    (.30, "lungs", ("Edema", "Cardiomegaly"), False, "pulmonary vascularity is normal."),
+    (.25, "pleura", ("Consolidation", "Pleural Effusion", "Pneumothorax"), True,
+     "focal consolidation, pleural effusion, or pneumothorax"),
+    (.80, "pleura", ("Pleural Effusion", "Pneumothorax"), True, "pleural effusion or pneumothorax"),
+    (.35, "lungs", ("Consolidation",), True, "focal consolidation"),
+    (.10, "lungs", ("Pneumonia",), True, "pneumonia"),
+    (.15, "lungs", ("Edema",), True, "pulmonary edema"),
+    (.70, "pleura", ("Pneumothorax",), True, "pneumothorax"),
+    (.60, "pleura", ("Pleural Effusion",), True, "pleural effusion"),
+    (.10, "bones", ("Fracture",), True, "rib fracture"),
+    (.55, "bones", ("Fracture",), False, "the bones are intact.|osseous structures are unremarkable."),
 )
-FILLERS = (.45, ("the bones are intact.", "osseous structures are unremarkable.", "no acute bony abnormality.")), \
-          (.35, ("no acute cardiopulmonary abnormality.", "no acute cardiopulmonary process."))
-ZONES = {"upper": ("upper lobe", -.20), "mid": ("mid lung", -.02), "lower": ("lower lobe", .14)}  # name, centre height
-DEVICES = ("pacemaker", "endotracheal tube", "central venous catheter", "enteric tube", "chest tube")
+ARTICLE, SUMMARY = re.compile("^an? "), "no acute cardiopulmonary abnormality."
+ORDERS = ("heart mediastinum lungs pleura bones devices", "lungs pleura heart mediastinum bones devices",
+          "devices heart mediastinum lungs pleura bones")
+SIZES, DEGREES = ("small", "moderate", "large"), ("mild", "moderate", "severe")
+ZONES = {"upper lobe": -.21, "mid lung": -.03, "lower lobe": .13}                      # heights of their centres
+SIDES = {"Pleural Effusion": ("right", "left", "both"), "Atelectasis": ("right", "left", "both"), "Edema": ("both",),
+         "Pneumothorax": ("right", "left"), "Pleural Other": ("right", "left"), "Fracture": ("right", "left")}
+PLEURA = {"apical pleural thickening": (-.5, -.27), "lateral pleural thickening": (-.16, .14),
+          "pleural plaque": (-.02, .12)}
+TUBES = {"a pacemaker": ((.30, -.24), (.16, -.30), (.01, -.20), (-.03, .05), (.08, .17)),
+         "an endotracheal tube": ((0, -.5), (.005, -.35), (0, -.13)),
+         "a central venous catheter": ((-.22, -.40), (-.12, -.36), (-.065, -.28), (-.05, .0)),
+         "an enteric tube": ((0, -.5), (.01, -.2), (.015, .2), (.06, .32), (.13, .36)),
+         "a chest tube": ((.46, .16), (.33, .08), (.27, -.08), (.24, -.27))}
 QUESTION_NAMES = {"Enlarged Cardiomediastinum": "widened mediastinum", "Cardiomegaly": "enlarged heart",
-                  "Lung Lesion": "lung lesion", "Lung Opacity": "hazy opacity", "Edema": "pulmonary edema",
-                  "Pleural Other": "pleural thickening", "Fracture": "rib fracture", "Support Devices": "support device"}
+                  "Pleural Other": "pleural thickening", "Fracture": "rib fracture"}
 QUESTIONS = ("Where is the {}? Give its boxes.", "Locate the {} in the image.", "Give the boxes of the {}.",
-             "Mark the {} with boxes.", "Is there {}? If so, where?")
+             "Mark the {} with boxes.")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One drawn observation; boxes are fractions (x1, y1, x2, y2) of the image, shapes one primitive list per box."""
     label: str
-    side: str       # "left", "right" (the patient's), "both" or ""
-    zone: str       # "upper", "mid", "lower" or ""
-    severity: int   # 0, 1, 2
-    what: str       # the noun the report uses
+    side: str                           # of the patient: "left", "right", "both" or ""
+    zone: str                           # a key of ZONES, or ""
+    severity: int                       # 0, 1, 2
+    what: str                           # its noun phrase, where the label alone does not tell
     certain: bool
     mentioned: bool
-    boxes: tuple
-    shapes: tuple = field(repr=False)
+    boxes: tuple                        # (x1, y1, x2, y2) in fractions of the image
+    layers: tuple = field(repr=False)   # one per box: (polygons in the thorax frame, blur, density, opacity)
 
 
 @dataclass(frozen=True)
@@ -716,10 +674,10 @@ class Phantom:
     findings: tuple
     report: str
     thinking: str
-    states: tuple   # 14 ints in LABELS order, as the report says: 0 blank, 1 positive, 2 negative, 3 uncertain
-    boxes: dict     # label -> list of boxes of everything drawn, mentioned or not
+    states: tuple   # 14 ints in the order of LABELS, as the report says: 0 blank, 1 positive, 2 negative, 3 uncertain
+    boxes: dict     # label -> boxes of everything drawn, mentioned or not
     size: tuple     # width, height in pixels
-    anatomy: dict = field(repr=False)
+    anatomy: SimpleNamespace = field(repr=False)
 
     @cached_property
     def image(self):
@@ -728,13 +686,12 @@ class Phantom:
 
 
 def phantom(seed, index):
-    """The study `index` of the endless data set `seed`; texts and boxes now, pixels on first use of `.image`."""
+    """Study `index` of the endless data set `seed`: texts and boxes at once, pixels on first use of `.image`."""
     rng = np.random.default_rng([seed, index, 0])
     anatomy = _anatomy(rng)
     findings = _findings(rng, anatomy)
-    report, thinking, states = _texts(np.random.default_rng([seed, index, 1]), findings)
-    boxes = {f.label: list(f.boxes) for f in findings}
-    return Phantom(seed, index, findings, report, thinking, states, boxes, anatomy["size"], anatomy)
+    texts = _texts(np.random.default_rng([seed, index, 1]), findings)   # a stream of its own: pixels never depend on it
+    return Phantom(seed, index, findings, *texts, {f.label: list(f.boxes) for f in findings}, anatomy.size, anatomy)
 
 
 def grounding_questions(label, rng):
@@ -747,305 +704,244 @@ def _pick(rng, items):
 
 
 def _anatomy(rng):
-    """Geometry in the thorax frame: u to the image's right (the patient's left), v down, origin mid-chest, unit ~ image side."""
-    width = int(rng.integers(112, 145))
-    height = int(np.clip(width * rng.uniform(.92, 1.12), 112, 144))
-    angle, lung_w, dome = math.radians(rng.uniform(-5, 5)), rng.uniform(.365, .405), rng.uniform(.25, .30)
-    return dict(size=(width, height), angle=angle, scale=rng.uniform(.94, 1.04), cx=.5 + rng.uniform(-.02, .02),
-                cy=.5 + rng.uniform(-.02, .02), lung_w=lung_w, lung_h=rng.uniform(.40, .44),
-                dome=(dome, dome + rng.uniform(.01, .035)), curve=rng.uniform(1.2, 1.8), heart=lung_w * rng.uniform(.37, .46),
-                med=rng.uniform(.05, .065), rib=rng.uniform(.085, .10), rib_phase=rng.random())
+    """Geometry in the thorax frame: origin mid-chest, u to the patient's left, v down, image side 1."""
+    w, h, angle, scale, x, y, lung, height, dome, higher, curve, heart, middle, rib = rng.random(14).tolist()
+    width, lung, dome = 112 + int(33 * w), .365 + .04 * lung, .25 + .05 * dome
+    return SimpleNamespace(
+        size=(width, min(max(int(width * (.92 + .2 * h)), 112), 144)), angle=math.radians(10 * angle - 5),
+        scale=.94 + .1 * scale, x=.48 + .04 * x, y=.48 + .04 * y, lung=lung, height=.40 + .04 * height,
+        dome={-1: dome, 1: dome + .01 + .025 * higher}, curve=1.2 + .6 * curve, heart=lung * (.40 + .07 * heart),
+        middle=.05 + .012 * middle, rib=.085 + .015 * rib)
 
 
-def _findings(rng, anatomy):
-    """Sample what the patient has, where, and its drawing primitives; crowded places are used once."""
-    if rng.random() < .5:
-        labels = {"Support Devices"} if rng.random() < .06 else set()
-    else:
-        pick, picture = rng.random() * sum(w for w, _ in PICTURES), None
-        for weight, picture in PICTURES:
-            pick -= weight
-            if pick < 0:
-                break
-        labels = {label for label, p in picture.items() if rng.random() < p}
-    slots = [(s, z) for s in ("right", "left") for z in ZONES
-             if not (s == "left" and z != "upper" and "Cardiomegaly" in labels)]  # a large heart hides the left base
-    rng.shuffle(slots)
-    tops, found = {"right": .19, "left": .19}, []
-    for label in sorted(labels, key=("Cardiomegaly", "Pleural Effusion", "Atelectasis", "Pneumothorax").__contains__,
-                        reverse=True):
-        side, zone, severity, what = "", "", min(int(rng.random() * 3), 2), label.lower()
-        if label in ("Lung Lesion", "Lung Opacity", "Consolidation", "Pneumonia"):
-            if not slots:
-                continue
-            side, zone = slots.pop()
-        elif label in ("Pleural Effusion", "Atelectasis"):
-            side = ("right", "left", "both")[min(int(rng.random() * 3), 2)]
-        elif label in ("Pneumothorax", "Pleural Other", "Fracture"):
-            side = _pick(rng, ("right", "left"))
-        elif label == "Edema":
-            side = "both"
-        what, groups = _shapes(rng, label, side, zone, severity, anatomy, tops, found)
-        boxes = tuple(_box(group, anatomy) for group in groups)
-        certain = label == "Support Devices" or rng.random() > (.25, .12, .08)[severity]
-        found.append(Finding(label, side, zone, severity, what, certain, rng.random() > .05, boxes, groups))
-        for s in ("right", "left") if side == "both" else (side,):
-            gone = {"Pleural Effusion": ("lower", "mid")[:1 + (severity == 2)], "Atelectasis": ("lower",),
-                    "Pneumothorax": ("upper",)}.get(label, ())
-            slots = [slot for slot in slots if not (slot[0] == s and slot[1] in gone)]
+def _place(points, an):
+    """Thorax frame -> fractions of the image, (N, 2) -> (N, 2)."""
+    cos, sin = an.scale * math.cos(an.angle), an.scale * math.sin(an.angle)
+    return np.asarray(points) @ ((cos, sin), (-sin, cos)) + (an.x, an.y)
+
+
+def _loop(u1, v1, u2, v2):
+    """Polygon along one curve and back along another."""
+    return np.stack([np.concatenate([u1, u2[::-1]]), np.concatenate([v1, v2[::-1]])], 1)
+
+
+def _ellipse(u, v, ru, rv, tilt=0.):
+    turn = np.linspace(0, 2 * np.pi, 24)
+    return np.stack([u + ru * np.cos(turn), v + rv * np.sin(turn) + tilt * np.cos(turn)], 1)
+
+
+def _stroke(path, width):
+    """Polyline -> one quad per segment."""
+    path = np.asarray(path)
+    step = np.diff(path, axis=0)
+    side = step[:, ::-1] * (-1, 1) * (width / 2 / np.hypot(*step.T))[:, None]
+    return list(np.stack([path[:-1] - side, path[1:] - side, path[1:] + side, path[:-1] + side], 1))
+
+
+def _floor(a, sign, an):  # height of the diaphragm at distance `a` from the midline
+    return an.dome[sign] + an.curve * (a - .16) ** 2
+
+
+def _wall(v, an):  # distance of the chest wall from the midline at height v
+    return .05 + (an.lung - .05) * np.sqrt(np.maximum(1 - (np.minimum(v, 0) / an.height) ** 2, 0))
+
+
+def _rim(sign, top, bottom, thick, an):
+    """Polygon between the chest wall and a parallel of it."""
+    v = np.linspace(max(top, -an.height), bottom, 20)
+    wall = _wall(v, an)
+    inner = np.maximum(wall - thick * (wall - .05) / (an.lung - .05), an.middle)
+    return _loop(sign * wall, v, sign * inner, np.where(v < 0, v * (1 - 1.2 * thick / an.height), v))
+
+
+def _heart(half, an):
+    shape = _ellipse(.055 + .3 * (half - .16), an.dome[-1] - .06, half, .78 * half, .2 * half)
+    return [np.minimum(shape, (1, an.dome[1] + .03))]
+
+
+def _findings(rng, an):
+    """Sample what is there, where, and how it looks; a place taken or hidden by one finding is not used by another."""
+    point = rng.random()
+    picture = next(chances for cumulative, chances in PICTURES if point < cumulative)
+    labels = {label for label, chance in picture.items() if rng.random() < chance}
+    free = [(side, zone) for side in ("right", "left") for zone in ZONES
+            if side == "right" or zone == "upper lobe" or "Cardiomegaly" not in labels]
+    found, bases = [], {-1: .17, 1: .17}                           # height down to which the lung bases are visible
+    for label in (label for label in WORDINGS if label in labels and (free or label not in LUNGS[2:])):
+        severity = int(rng.random() * 3)
+        side, zone = (free.pop(int(rng.random() * len(free))) if label in LUNGS[2:]
+                      else (_pick(rng, SIDES.get(label, ("",))), ""))
+        hidden = {"Pleural Effusion": ("lower lobe", "mid lung")[:severity], "Atelectasis": ("lower lobe",),
+                  "Pneumothorax": ("upper lobe",)}.get(label, ())
+        free = [(s, z) for s, z in free if z not in hidden or side not in (s, "both")]
+        what, layers = _layers(rng, label, side, zone, severity, an, bases, found)
+        boxes = []
+        for polygons, blur, _, _ in layers:
+            points = _place(np.concatenate(polygons), an)
+            pad = .004 + .75 * blur                                  # how far a soft border is visible
+            boxes.append(tuple(np.clip([*points.min(0) - pad, *points.max(0) + pad], 0, 1).tolist()))
+        certain = label == "Support Devices" or rng.random() > (.25, .12, .06)[severity]
+        found.append(Finding(label, side, zone, severity, what, certain, rng.random() > .05, tuple(boxes), layers))
     return tuple(found)
 
 
-def _shapes(rng, label, side, zone, severity, an, tops, found):
-    """(noun, groups): each group is the primitives of one box, in the thorax frame; updates `tops` of the fluid."""
-    uni, lung_w = rng.uniform, an["lung_w"]
-    signs = {"right": (-1,), "left": (1,), "both": (-1, 1), "": (1,)}[side]
-    sign, v = signs[0], ZONES[zone][1] + uni(-.02, .02) if zone else 0
-    u = sign * (uni(.18, .24) if zone != "lower" else uni(.22, .27))
-    if label == "Cardiomegaly":
-        return "", ((("heart", lung_w * (.56, .61, .67)[severity]),),)
-    if label == "Enlarged Cardiomediastinum":
-        return "", ((("mediastinum", uni(.115, .15)),),)
-    if label == "Lung Lesion":
-        if severity == 0 and rng.random() < .5:
-            spots = ((u, v - .05), (u + sign * .05, v + .05))[:2]
-            return "nodules", tuple((("blob", a, b, uni(.03, .04), uni(.03, .04), .8, .3),) for a, b in spots)
-        radius = (.036, .05, .075)[severity] * uni(.9, 1.1)
-        return "mass" if severity == 2 else "nodule", ((("blob", u, v, radius, radius * uni(.85, 1.1), .85, .3),),)
-    if label == "Lung Opacity":
-        return "", ((("blob", u, v, uni(.12, .15), uni(.11, .14), .62, 1.),),)
-    if label == "Pneumonia":
-        return "", (tuple(("blob", u + uni(-.08, .08), v + uni(-.08, .08), uni(.03, .05), uni(.03, .05), .75, .8)
-                          for _ in range(10)),)
-    if label == "Consolidation":
-        return "", ((("slab", sign, v - uni(.09, .12), v + uni(.07, .10), uni(-.2, .2)),),)
-    if label == "Edema":
-        return "", tuple((("blob", s * .17, -.0, .17, .25, (.5, .62, .75)[severity], .8),) for s in signs)
-    if label == "Pleural Effusion":
-        groups = []
-        for s in signs:
-            corner = an["dome"][s > 0] + an["curve"] * (lung_w - .16) ** 2
-            top = corner - (.15, .23, .35)[severity] + uni(-.02, .02)
-            tops["left" if s > 0 else "right"] = top - .03
-            groups.append((("fluid", s, top),))
-        return "pleural effusion" + "s" * (side == "both"), tuple(groups)
-    if label == "Atelectasis":
-        groups = []
-        for s in signs:
-            v, tilt = tops["left" if s > 0 else "right"] - uni(0, .03), uni(-.03, .05)
-            inner = .14 if s < 0 else min(.2, lung_w - .14)
-            lines = [("line", ((s * inner, v + tilt), (s * (inner + lung_w) / 2, v + tilt * .3),
-                               (s * (lung_w - .04), v)), .024, .70)]
-            if severity:
-                lines.append(("line", ((s * (inner + .03), v + tilt - .05), (s * (lung_w - .07), v - .05)), .018, .66))
-            groups.append(tuple(lines))
-        return "", tuple(groups)
-    if label == "Pneumothorax":
-        return "", ((("rim", sign, (.055, .09, .14)[severity], (.02, .10, .18)[severity]),),)
-    if label == "Pleural Other":
-        kind = _pick(rng, ("apical pleural thickening", "lateral pleural thickening", "pleural plaque"))
-        top, bottom = {"a": (-.5, -.27), "l": (-.16, .14), "p": (-.02, .12)}[kind[0]]
-        return kind, ((("wall", sign, top, bottom, .055 if kind[0] != "l" else .045),),)
-    if label == "Fracture":
-        groups, v = [], uni(-.22, .05)
-        for i in range(1 + (severity == 2)):
-            a, b = lung_w - uni(.08, .10), v + .11 * i
-            groups.append((("line", ((sign * (a - .06), b - .015), (sign * (a - .008), b)), .026, .86),
-                           ("line", ((sign * (a + .008), b + .04), (sign * (a + .055), b + .06)), .026, .86)))
-        return "rib fracture" + "s" * (severity == 2), tuple(groups)
-    kind = "chest tube" if any(f.label == "Pneumothorax" for f in found) else _pick(rng, DEVICES[:4])
-    s = next((1 if f.side == "left" else -1 for f in found if f.label == "Pneumothorax"), _pick(rng, (-1, 1, 1)))
-    path = {"pacemaker": ((s * .30, -.24), (s * .16, -.30), (.01 * s, -.20), (-.03, .05), (.08, .18)),
-            "endotracheal tube": ((0, -.5), (.005, -.35), (0, -.13)),
-            "central venous catheter": ((-.2, -.42), (-.12, -.37), (-.065, -.28), (-.055, .0)),
-            "enteric tube": ((0, -.5), (.01, -.2), (.015, .2), (.06, .32), (.13, .36)),
-            "chest tube": ((s * .46, .16), (s * .33, .08), (s * .27, -.08), (s * .24, -.27))}[kind]
-    can = (("line", ((s * .27, -.25), (s * .33, -.25)), .085, .97),) if kind == "pacemaker" else ()
-    return kind, (can + (("line", path, .016 if kind != "chest tube" else .022, .97),),)
-
-
-def _outline(shape, an):
-    """Points (N, 2) on the border of one primitive, thorax frame."""
-    kind, *p = shape
-    lung_w, turn = an["lung_w"], np.linspace(0, 2 * np.pi, 17)
-    if kind == "blob":
-        r = 1 - .2 * p[5]                                   # where a soft edge stops being visible
-        return np.stack([p[0] + p[2] * r * np.cos(turn), p[1] + p[3] * r * np.sin(turn)], 1)
-    if kind == "heart":
-        return np.stack([_heart_u(p[0]) + p[0] * np.cos(turn), an["dome"][0] - .09 + .85 * p[0] * np.sin(turn)], 1)
-    if kind == "line":
-        path, half = np.array(p[0]), p[1] / 2
-        return np.concatenate([path - half, path + half])
-    if kind == "mediastinum":
-        return np.array([(-p[0], -.36), (p[0], -.36), (-p[0], .05), (p[0], .05)])
-    if kind == "slab":
-        sign, top, bottom, tilt = p
-        top_wall = _wall_u(max(top, -.38), an)
-        return np.array([(sign * a, w + tilt * (a - .2)) for a in (.08, top_wall) for w in (max(top, -.38), bottom)])
-    if kind == "fluid":
-        a = np.linspace(.08, lung_w, 24)
-        surface, floor = _surface(a, p[1], an), an["dome"][p[0] > 0] + an["curve"] * (a - .16) ** 2
-        heart = ((p[0] * a - _heart_u(an["heart"])) / an["heart"]) ** 2 < .8
-        keep = (surface < floor) & ~heart
-        a = a[keep]
-        return np.concatenate([np.stack([p[0] * a, surface[keep]], 1), np.stack([p[0] * a, floor[keep]], 1)])
-    sign, top, bottom, thick = (p[0], -.5, p[2], p[1]) if kind == "rim" else p
-    v = np.linspace(max(top, -an["lung_h"]), bottom, 16)
-    outer = np.array([_wall_u(w, an) for w in v])
-    inner = np.maximum(outer - thick, an["med"])
-    return np.stack([sign * np.concatenate([outer, inner]), np.concatenate([v, v])], 1)
-
-
-def _box(shapes, an):
-    """Bounding box of the primitives in image fractions, clipped to the image."""
-    u, v = np.concatenate([_outline(s, an) for s in shapes]).T
-    x = an["cx"] + an["scale"] * (u * math.cos(an["angle"]) - v * math.sin(an["angle"]))
-    y = an["cy"] + an["scale"] * (u * math.sin(an["angle"]) + v * math.cos(an["angle"]))
-    return tuple(float(min(max(z, 0), 1)) for z in (x.min(), y.min(), x.max(), y.max()))
-
-
-def _heart_u(half_width):
-    return .055 + .3 * (half_width - .16)
-
-
-def _wall_u(v, an):
-    return .05 + (an["lung_w"] - .05) * math.sqrt(max(1 - (max(-v, 0) / an["lung_h"]) ** 2, 0))
-
-
-def _surface(a, top, an):
-    return top + .11 * (1 - np.exp((a - an["lung_w"]) / .08))   # meniscus: fluid climbs the lateral wall
-
-
-def _soft(distance, width):
-    return np.clip(.5 + distance / width, 0, 1)
+def _layers(rng, label, side, zone, severity, an, bases, found):
+    """(what, layers) of one finding, a layer per box; an effusion raises `bases`."""
+    uni, lung, what, large = rng.uniform, an.lung, "", any(f.label == "Cardiomegaly" for f in found)
+    signs = {"left": (1,), "both": (-1, 1)}.get(side, (-1,))
+    s, v, a = signs[0], ZONES.get(zone, 0) + uni(-.02, .02), uni(.17, .23) + .04 * (zone == "lower lobe")
+    blur, density, opacity, shapes = 0, .70, 1., []                 # one list of polygons per box
+    match label:
+        case "Cardiomegaly":
+            shapes = [_heart(lung * (.56, .61, .66)[severity], an)]
+        case "Enlarged Cardiomediastinum":
+            half, rows = np.array((.8, 1, 1, .95, .85, .7)) * uni(.12, .15), np.linspace(-.36, .06, 6)
+            shapes = [[_loop(half, rows, -half, rows)]]
+        case "Pleural Effusion":
+            for s in signs:
+                d = np.linspace(.06 if s < 0 else .21 if large else .12, lung, 30)
+                floor, behind = _floor(d, s, an), .05 * (large and s > 0)     # show above a heart that hides the base
+                top = _floor(lung, s, an) - (.16, .24, .35)[severity] - behind + uni(-.02, .02)
+                surface = top + .11 * (1 - np.exp((d - lung) / .08))          # meniscus: it climbs the wall
+                d, surface, floor = (curve[surface < floor - .015] for curve in (d, surface, floor))
+                shapes.append([_loop(s * d, surface, s * d, floor + .01)])
+                bases[s] = top - .03
+        case "Pneumothorax":
+            density, shapes = .06, [[_rim(s, -.5, (.02, .10, .18)[severity], (.07, .095, .13)[severity], an)]]
+        case "Atelectasis":
+            for s in signs:
+                v, tilt, inner = bases[s] - uni(0, .03), uni(-.03, .05), .13 if s < 0 else .20
+                shapes.append(_stroke(((s * inner, v + tilt), (s * (lung - .03), v)), .026))
+                if severity:
+                    shapes[-1] += _stroke(((s * (inner + .03), v + tilt - .06), (s * (lung - .07), v - .05)), .02)
+        case "Edema":
+            blur, opacity, shapes = .045, (.5, .62, .75)[severity], [[_ellipse(s * .17, -.02, .12, .20)] for s in signs]
+        case "Consolidation":
+            blur, opacity, d = .006, .92, np.array((.07, _wall(v - .09, an) - .01))
+            edge = v + uni(-.2, .2) * (d - .2)
+            shapes = [[_loop(s * d, edge - uni(.07, .10), s * d, edge + uni(.07, .09))]]
+        case "Pneumonia":
+            blur, opacity = .011, .9
+            spots = rng.uniform((-.08, -.08, .022, .022), (.08, .08, .036, .036), (10, 4))
+            shapes = [[_ellipse(s * a + x, v + y, *radii) for x, y, *radii in spots.tolist()]]
+        case "Lung Opacity":
+            blur, opacity, shapes = .035, .65, [[_ellipse(s * a, v, *rng.uniform(.08, .10, 2))]]
+        case "Lung Lesion":
+            what, spots, radius = "a mass" if severity == 2 else "a nodule", ((a, v),), (.042, .05, .075)[severity]
+            if severity == 0 and rng.random() < .5:
+                what, spots = "nodules", ((a - .05, v - .05), (a + .05, v + .05))
+            density, shapes = .74, [[_ellipse(s * x, y, radius, radius * uni(.9, 1.1))] for x, y in spots]
+        case "Pleural Other":
+            what = _pick(rng, tuple(PLEURA))
+            density, shapes = .92, [[_rim(s, *PLEURA[what], .05, an)]]
+        case "Fracture":
+            v, d, density = uni(-.22, .05), lung - .09, .90
+            for v in (v, v + .11)[:1 + (severity == 2)]:                      # two ends of a rib, out of line
+                shapes.append(_stroke(((s * (d - .06), v - .015), (s * (d - .006), v)), .028)
+                              + _stroke(((s * (d + .006), v + .035), (s * (d + .055), v + .055)), .028))
+        case "Support Devices":
+            air = [1 if f.side == "left" else -1 for f in found if f.label == "Pneumothorax"]
+            what = "a chest tube" if air else _pick(rng, tuple(TUBES)[:4])
+            s = air[0] if air else _pick(rng, (-1, 1)) if what == "a pacemaker" else 1
+            density, shapes = .97, [_stroke([(s * u, v) for u, v in TUBES[what]], .018)]
+            shapes[0] += _stroke(((s * .26, -.25), (s * .34, -.25)), .085) if what == "a pacemaker" else []
+    return what, tuple((polygons, blur, density, opacity) for polygons in shapes)
 
 
 def draw(phantom, without=None):
-    """Pixels of a phantom as a PIL "L" image, optionally without the finding `without` (same anatomy and noise)."""
+    """Pixels as a PIL "L" image, optionally without the finding `without` (same anatomy, same noise)."""
     an, (w, h) = phantom.anatomy, phantom.size
     rng = np.random.default_rng([phantom.seed, phantom.index, 2])
-    shapes = [s for f in phantom.findings if f.label != without for group in f.shapes for s in group]
-    of = {kind: [s[1:] for s in shapes if s[0] == kind]
-          for kind in ("heart", "mediastinum", "blob", "slab", "fluid", "rim", "wall", "line")}
-    x = ((np.arange(w, dtype=np.float32) + .5) / w - an["cx"])[None] / an["scale"]
-    y = ((np.arange(h, dtype=np.float32) + .5) / h - an["cy"])[:, None] / an["scale"]
-    cos, sin = np.float32(math.cos(an["angle"])), np.float32(math.sin(an["angle"]))
-    u, v = x * cos + y * sin, y * cos - x * sin
-    a, left = np.abs(u), u > 0
-    low = rng.standard_normal((h // 6, w // 6), dtype=np.float32)
-    low = np.asarray(Image.fromarray(low).resize((w, h), Image.Resampling.BICUBIC))
 
-    wall = (1 - np.hypot(np.maximum(a - .05, 0) / (an["lung_w"] - .05), np.maximum(-v, 0) / an["lung_h"])) \
-        * (an["lung_w"] - .05)                                                       # distance from the chest wall
-    floor = np.where(left, an["dome"][1], an["dome"][0]).astype(np.float32) + an["curve"] * (a - .16) ** 2
-    air = _soft(wall, .02) * _soft(floor - v, .02) * _soft(a - an["med"], .03)
-    streaks = np.cos(11 * np.arctan2(v + .03, a - .07) + 2 * low) * np.exp(-np.hypot(a - .10, v + .02) / .13)
-    opaque = .10 * low.clip(-2, 2) * .5 + .22 * np.maximum(streaks, 0)                        # lung markings
-    lines = Image.new("L", (2 * w, 2 * h))
-    pen = ImageDraw.Draw(lines)
-    for u0, v0, ru, rv, amount, soft in of["blob"]:
-        inside = 1 - np.hypot((u - u0) / ru, (v - v0) / rv)
-        opaque = opaque + (1 - opaque) * amount * np.clip(inside / soft, 0, 1)
-    for sign, top, bottom, tilt in of["slab"]:
-        cut = v - tilt * (a - .2)
-        inside = _soft(cut - top, .02) * _soft(bottom - cut, .02) * (left == (sign > 0))
-        opaque = opaque + (1 - opaque) * .92 * inside * (1 - .5 * np.maximum(streaks, 0))
-    for sign, top in of["fluid"]:
-        opaque = opaque + (1 - opaque) * _soft(v - _surface(a, top, an), .015) * (left == (sign > 0))
-    rim = line = plaque = 0
-    for sign, thick, end in of["rim"]:
-        here = _soft(end - v, .06) * (left == (sign > 0))
-        rim = here * _soft(thick - wall, .01)
-        line = here * np.clip(1 - np.abs(wall - thick) / .009, 0, 1)
-    for sign, top, bottom, thick in of["wall"]:
-        lumps = thick * (1 + .15 * low.clip(-1, 1)) - wall
-        plaque = _soft(lumps, .012) * _soft(v - top, .03) * _soft(bottom - v, .03) * (left == (sign > 0))
-    opaque = opaque * (1 - rim) - .30 * rim                                          # free air has no markings
-    density = .60 + .12 * _soft(v - floor, .04) * _soft(.46 - a, .05) + .03 * low    # soft tissue, denser abdomen
-    density = density - .36 * air * (1 - opaque)
-    half = max([an["med"]] + [m[0] for m in of["mediastinum"]])
-    centre = _soft(np.where(v < .05, half, an["med"]) - a - .02 * _soft(v - .0, .1), .02)
-    ru = max([an["heart"]] + [m[0] for m in of["heart"]])
-    heart = np.clip((1 - np.hypot((u - _heart_u(ru)) / ru, (v - an["dome"][0] + .09) / (.85 * ru))) / .12, 0, 1)
-    solid = np.maximum(centre * .9, heart)
-    density = density + np.maximum(.68 - density, 0) * solid + .05 * _soft(.035 - a, .02)
-    density = density - .12 * _soft(.018 - a, .01) * _soft(-.14 - v, .04)             # trachea
-    ribs = np.cos((v + .9 * a * a - .55 * a) * (2 * np.pi / an["rib"]) + 6.28 * an["rib_phase"])
-    density = density + .09 * np.maximum(ribs - .1, 0) * _soft(wall + .03, .02) * _soft(floor + .02 - v, .08) * _soft(a - .04, .02)
-    clavicle = np.clip(1 - np.abs(v + .32 + .16 * a) / .018, 0, 1) * _soft(a - .05, .02) * _soft(.36 - a, .04)
-    density = density + .10 * clavicle + .25 * line + (.92 - density) * plaque * (np.abs(wall) < .1)
-    for path, width, value in of["line"]:
-        pixels = [(2 * w * (an["cx"] + an["scale"] * (p * cos - q * sin)), 2 * h * (an["cy"] + an["scale"] * (p * sin + q * cos)))
-                  for p, q in path]
-        pen.line(pixels, fill=int(255 * value), width=max(2, round(2 * width * w * an["scale"])), joint="curve")
-    if of["line"]:
-        density = np.maximum(density, np.asarray(lines.reduce(2), dtype=np.float32) / 255)
-    density = density * _soft(.20 + .34 * _soft(v + .40, .14) - a, .03)               # outside the body
-    gain, offset, gamma, grain = rng.uniform(.88, 1.08), rng.uniform(-.03, .03), rng.uniform(.85, 1.15), rng.uniform(2, 6)
-    pixels = 255 * np.clip(density * gain + offset, 0, 1) ** np.float32(gamma)
-    pixels = pixels + grain * rng.standard_normal((h, w), dtype=np.float32)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8), "L")
+    def mask(polygons, blur=0):
+        """Coverage of the pixels, 0..1: drawn at twice the size for smooth borders."""
+        canvas = Image.new("L", (2 * w, 2 * h))
+        pen, points = ImageDraw.Draw(canvas), _place(np.concatenate(polygons), an) * (2 * w, 2 * h)
+        for part in np.split(points, np.cumsum([len(p) for p in polygons[:-1]])):
+            pen.polygon(part.ravel().tolist(), fill=255)
+        canvas = canvas.reduce(2).filter(ImageFilter.GaussianBlur(blur * w)) if blur else canvas.reduce(2)
+        return np.asarray(canvas, dtype=np.float32) / 255
+
+    def findings(density, *regions, within=1):
+        for f in phantom.findings:
+            if f.label != without and WORDINGS[f.label][0] in regions:
+                for polygons, blur, value, opacity in f.layers:
+                    density = density + (value - density) * (mask(polygons, blur) * (opacity * within))
+        return density
+
+    cos, sin = math.cos(an.angle) / an.scale, math.sin(an.angle) / an.scale
+    x = (np.arange(w, dtype=np.float32) + .5) / w - an.x
+    y = ((np.arange(h, dtype=np.float32) + .5) / h - an.y)[:, None]
+    a, v = np.abs(x * cos + y * sin), y * cos - x * sin
+    low = Image.fromarray(rng.standard_normal((h // 5, w // 5), dtype=np.float32))
+    low = np.asarray(low.resize((w, h), Image.Resampling.BILINEAR)) * np.float32(.03)
+    d, rows = np.linspace(0, .5, 20), np.linspace(-an.height, .36, 30)
+    belly = mask([_loop(s * d, _floor(d, s, an), s * d, d * 0 + .7) for s in (-1, 1)])
+    lungs = mask([_loop(s * _wall(rows, an), rows, np.full(30, s * .03), rows) for s in (-1, 1)]) * (1 - belly)
+    turn, reach, s = rng.uniform(-1.5, 1.5, 18), rng.uniform(.12, .26, 18), np.repeat((-1, 1), 9)
+    ends = np.stack([s * .07, np.full(18, -.02), s * (.07 + reach * np.cos(turn)), 1.2 * reach * np.sin(turn)], 1)
+    vessels = _stroke(ends.reshape(-1, 2), .009)                                           # from the hilum and back
+    density = .60 + low + (-.33 + .10 * mask(vessels)) * lungs
+    density = findings(density, "lungs", "pleura", within=lungs)
+    ribs = np.cos((v + .9 * a * a - .55 * a) * (2 * math.pi / an.rib))
+    density += .08 * np.maximum(ribs - .1, 0) * lungs
+    half, rows = an.middle * np.array((.9, .9, 1, 1.25, 1.1, 1.4, 1.7)), (-.5, -.3, -.24, -.18, -.10, 0, .3)
+    density += (.68 - density) * mask([_loop(half, rows, -half, rows), *_heart(an.heart, an)])
+    density = findings(density, "heart", "mediastinum")
+    density += (.74 + low - density) * belly
+    # Clavicles over everything soft; the trachea dark and the spine bright on the midline.
+    clavicles = [quad for s in (-1, 1) for quad in _stroke(((s * .04, -.31), (s * .2, -.35), (s * .38, -.39)), .024)]
+    density += .08 * mask(clavicles)
+    density += np.where(a < .016, np.where(v < -.13, np.float32(-.06), np.float32(.04)), np.float32(.04) * (a < .03))
+    density = findings(density, "bones", "devices")
+    density *= np.clip((.20 + .34 * np.clip((v + .44) / .1, 0, 1) - a) / .03, 0, 1)                    # air around
+    gain, offset, gamma, grain = rng.uniform((.88, -.03, .85, 2), (1.08, .03, 1.15, 6)).astype(np.float32)
+    film = Image.fromarray((255 * np.clip(density * gain + offset, 0, 1) ** gamma).astype(np.uint8))
+    pixels = np.asarray(film.filter(ImageFilter.SMOOTH)) + grain * rng.standard_normal((h, w), dtype=np.float32)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _say(finding, wording):
-    """Fill one wording for one finding and capitalise it."""
-    plural = finding.side == "both" or finding.what.endswith("s") and finding.what != "mass"
-    side = "bilateral" if finding.side == "both" else finding.side
-    what = finding.what
-    article = "" if plural else "an " if what[:1] in "ae" and what[:1] and "{size}" not in wording else "a "
-    text = wording.format(what=what, a=article, be="are" if plural else "is", side=side, size=SIZES[finding.severity],
-                          degree=DEGREES[finding.severity], base="lung bases" if plural else f"{side} lung base",
-                          place=f"{side} {ZONES[finding.zone][0]}" if finding.zone else side)
-    return text[0].upper() + text[1:]
+def _phrases(f):
+    """The wordings of a finding, filled in."""
+    plural = f.side == "both" or len(f.boxes) > 1
+    return WORDINGS[f.label][1].format(
+        what=f.what, a="" if plural else "a ", s="s" * plural, side="bilateral" if f.side == "both" else f.side,
+        zone=f.zone, size=SIZES[f.severity], degree=DEGREES[f.severity]).split("|")
 
 
 def _texts(rng, findings):
-    """(report, thinking, states) in the words of a reader who mentions most findings and denies some others."""
-    drawn, states = {f.label for f in findings}, [0] * 14
-    stock = not findings and rng.random() < .3                       # the report that says normal in the usual words
-    pick = (lambda items: items[0]) if stock else (lambda items: _pick(rng, items))
-    parts = {region: [] for region in ORDERS[0]}
-    for f in findings:
-        if f.mentioned:
-            states[LABELS.index(f.label)] = 1 if f.certain else 3
-            parts[REGIONS[f.label]].append(_say(f, pick(WORDINGS[f.label][0 if f.certain else 1])))
-    denied = set()
-    for chance, region, labels, wordings in NEGATIONS:
-        if not drawn.intersection(labels) and not denied.intersection(labels) and (.5 if stock else rng.random()) < chance:
-            parts[region].append(pick(wordings).capitalize())
-            if labels != LUNG:                                       # "the lungs are clear" denies no single observation
-                denied.update(labels)
-                for label in labels:
-                    states[LABELS.index(label)] = 2
-    normal = not any(s in (1, 3) for s in states[1:13])
-    if "Fracture" not in drawn and not stock and rng.random() < FILLERS[0][0]:
-        parts["bones"].append(pick(FILLERS[0][1]).capitalize())
-    order = ORDERS[0] if stock else _pick(rng, ORDERS[:2] if rng.random() < .7 else ORDERS)
-    sentences = [s for region in order for s in parts[region]]
-    if normal and rng.random() < FILLERS[1][0] or not sentences:
-        sentences.append(pick(FILLERS[1][1]).capitalize())
-    states[0] = int(normal)
-    return " ".join(sentences), _thinking(findings), tuple(states)
+    """(report, thinking, states) of a reader who mentions most findings and denies some others."""
+    drawn, denied, states = {f.label for f in findings}, set(), [0] * len(LABELS)
+    stock = not findings and rng.random() < .3                     # the usual words for a normal study
+    choose = (lambda items: items[0]) if stock else (lambda items: _pick(rng, items))
+    said = {region: [] for region in ORDERS[0].split()}
+    for f in (f for f in findings if f.mentioned):
+        states[LABELS.index(f.label)] = 1 if f.certain else 3
+        phrase = choose(_phrases(f)) if f.certain else _phrases(f)[0]
+        if not phrase.endswith("."):
+            be = "are" if phrase.endswith("s") or phrase.startswith("nodules") else "is"
+            phrase = choose(CERTAIN if f.certain else HEDGED).format(phrase=phrase, bare=ARTICLE.sub("", phrase), be=be)
+        said[WORDINGS[f.label][0]].append(phrase)
+    for chance, region, labels, denies, phrases in NORMALS:
+        if drawn.isdisjoint(labels) and denied.isdisjoint(labels) and (.5 if stock else rng.random()) < chance:
+            phrase = choose(phrases.split("|"))
+            said[region].append(phrase if phrase.endswith(".") else choose(DENIED).format(phrase))
+            denied.update(labels if denies else ())
+    for label in denied:
+        states[LABELS.index(label)] = 2
+    states[0] = int(not {1, 3} & set(states[1:13]))
+    sentences = [sentence for region in choose(ORDERS).split() for sentence in said[region]]
+    if states[0] and rng.random() < .4 or not sentences:
+        sentences.append(SUMMARY)
+    return " ".join(s[0].upper() + s[1:] for s in sentences), _thinking(findings), tuple(states)
 
 
 def _thinking(findings):
     """A systematic reading, region by region, of what the report mentions."""
-    def describe(labels, side=""):
-        said = []
-        for f in findings:
-            if f.mentioned and f.label in labels and (not side or f.side in (side, "both")):
-                name = f.what or f.label.lower()
-                words = {"Cardiomegaly": f"{DEGREES[f.severity]} cardiomegaly", "Lung Opacity": "hazy opacity",
-                         "Enlarged Cardiomediastinum": "widened", "Edema": f"{DEGREES[f.severity]} edema",
-                         "Pneumothorax": f"{SIZES[f.severity]} {f.side} pneumothorax"}.get(f.label, name)
-                if f.label in ("Pleural Effusion", "Pleural Other", "Fracture"):
-                    size = SIZES[f.severity] + " " if f.label == "Pleural Effusion" else ""
-                    words = f"{size}{'bilateral' if f.side == 'both' else f.side} {name}"
-                zone = " in the " + ZONES[f.zone][0] if f.zone else ""
-                said.append(("" if f.certain else "possible ") + words + zone)
-        return ", ".join(said)
-    rows = (("Heart", ("Cardiomegaly",), "", "normal size"), ("Mediastinum", ("Enlarged Cardiomediastinum",), "", "normal"),
-            ("Right lung", LUNG, "right", "clear"), ("Left lung", LUNG, "left", "clear"),
-            ("Pleura", ("Pneumothorax", "Pleural Effusion", "Pleural Other"), "", "normal"),
-            ("Bones", ("Fracture",), "", "intact"), ("Devices", ("Support Devices",), "", "none"))
-    return " ".join(f"{name}: {describe(labels, side) or default}." for name, labels, side, default in rows)
+    def read(region, default, side=""):
+        seen = [f for f in findings if f.mentioned and WORDINGS[f.label][0] == region
+                and f.side in (side or f.side, "both")]
+        return ", ".join("possible " * (not f.certain) + ARTICLE.sub("", _phrases(f)[0]) for f in seen) or default
+    return (f"Heart: {read('heart', 'normal size')}. Mediastinum: {read('mediastinum', 'normal')}. Right lung: "
+            f"{read('lungs', 'clear', 'right')}. Left lung: {read('lungs', 'clear', 'left')}. Pleura: "
+            f"{read('pleura', 'normal')}. Bones: {read('bones', 'intact')}. Devices: {read('devices', 'none')}.")

@@ -2,7 +2,7 @@
 
   python eval.py config.yaml --checkpoint RUN [RUN ...] [key=value ...]
 
-Decodes greedily; writes OUT/eval/NAME.jsonl (predictions) and OUT/eval/metrics.json.
+Decodes greedily; writes OUT/eval/NAME.jsonl (predictions) and OUT/eval/metrics.json. NAME is RUN's path tail.
 Reports: ce_ (clinical efficacy) compares the labels that rewards.extract_labels reads in the generated and reference
 text, uncertain as positive in both; over all 14, the 13 without No Finding, or the 5 CheXpert competition labels.
   ce_f1_micro*, ce_f1_macro*     F1 of the pooled counts; mean F1 of the labels that some reference has
@@ -59,10 +59,6 @@ def predict(policy, examples, cfg):
     return [merged[i] for i in sorted(merged)]
 
 
-def of_task(predictions, task):
-    return [p for p in predictions if p["task"] == task]
-
-
 def mean(values):
     return float(np.mean(values)) if len(values) else math.nan
 
@@ -93,7 +89,7 @@ def f1_score(counts, average):
 @np.errstate(invalid="ignore")
 def report_metrics(predictions):
     """Metrics over the report predictions as a flat dict of numbers; {} if there are none."""
-    if not (predictions := of_task(predictions, "report")):
+    if not (predictions := [p for p in predictions if p["task"] == "report"]):
         return {}
     counts = label_counts(predictions)
     generated, reference = counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]
@@ -129,8 +125,9 @@ def mean_average_precision(predictions, threshold=0.5):
     """
     scores = []
     for label in sorted({p["label"] for p in predictions if p["boxes"]}):
-        rows = [p for p in predictions if p["label"] == label]
-        free, hits, n_reference = [list(p["boxes"]) for p in rows], [], sum(len(p["boxes"]) for p in rows)
+        rows, hits = [p for p in predictions if p["label"] == label], []
+        free = [list(p["boxes"]) for p in rows]
+        n_reference = sum(map(len, free))
         for _, i, box in sorted((rank, i, box) for i, p in enumerate(rows)
                                 for rank, box in enumerate(parse_boxes(p["answer"]))):
             best = max(free[i], key=lambda reference: iou(box, reference), default=None)
@@ -145,7 +142,7 @@ def mean_average_precision(predictions, threshold=0.5):
 
 def grounding_metrics(predictions):
     """Metrics over the grounding predictions as a flat dict of numbers; {} if there are none."""
-    if not (predictions := of_task(predictions, "grounding")):
+    if not (predictions := [p for p in predictions if p["task"] == "grounding"]):
         return {}
     scores, nonempty = soft_f1_scores(predictions), np.array([bool(p["boxes"]) for p in predictions])
     pairs = [pair for p in predictions for pair in match_boxes(parse_boxes(p["answer"])[:MAX_MATCHED], p["boxes"])]
@@ -159,27 +156,29 @@ def bootstrap(predictions_by_model, metrics, n, seed):
 
     Returns {metric: {model: {"interval": [low, high], "difference": [value, low, high]}}}, 95 %; differences are
     paired (the same samples for all models), to the first model. Leaves out what the split does not define.
+    ValueError: the models saw other examples.
     """
     if len({tuple(p["id"] for p in predictions) for predictions in predictions_by_model.values()}) != 1:
         raise ValueError("paired differences need every model's predictions over the same examples in the same order")
-    first, result, values = next(iter(predictions_by_model)), {}, {}
+    first, result = next(iter(predictions_by_model)), {}
     for metric in metrics if n else ():
-        for name, predictions in predictions_by_model.items():
-            rows = of_task(predictions, "grounding" if metric == "soft_f1" else "report")
-            patients, patient = np.unique([p["patient"] or p["id"] for p in rows], return_inverse=True)
-            size, rng = len(patients), np.random.default_rng(seed)
-            weights = rng.multinomial(size, np.full(size, 1 / max(size, 1)), n)                # (n, patients)
-            weights = np.vstack([np.ones(size), weights])[:, patient]                          # row 0: the metric itself
-            if metric == "soft_f1":
-                values[name] = weights @ soft_f1_scores(rows) / weights.sum(1)
-            else:
-                average, columns = F1_METRICS[metric]
-                values[name] = f1_score(np.tensordot(weights, label_counts(rows)[:, :, columns], 1), average)
-        if rows and not np.isnan(values[first][0]):
-            result[metric] = {}
-            for name, own in values.items():
-                low_high, paired = np.nanpercentile([own[1:], own[1:] - values[first][1:]], [2.5, 97.5], axis=1).T.tolist()
-                result[metric][name] = {"interval": low_high, "difference": [float(own[0] - values[first][0]), *paired]}
+        task = "grounding" if metric == "soft_f1" else "report"
+        rows = {name: [p for p in every if p["task"] == task] for name, every in predictions_by_model.items()}
+        patients, patient = np.unique([p["patient"] or p["id"] for p in rows[first]], return_inverse=True)
+        if not (size := len(patients)):
+            continue
+        draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), n)      # (n, patients)
+        weights = np.vstack([np.ones(size), draws])[:, patient]        # (1 + n, N); row 0 is the metric itself
+        if metric == "soft_f1":
+            values = {name: weights @ soft_f1_scores(p) / weights.sum(1) for name, p in rows.items()}
+        else:
+            average, columns = F1_METRICS[metric]
+            values = {name: f1_score(np.tensordot(weights, label_counts(p)[:, :, columns], 1), average)
+                      for name, p in rows.items()}
+        for name, own in values.items() if not np.isnan(values[first][0]) else ():
+            gain = own - values[first]
+            low_high, paired = np.nanpercentile([own[1:], gain[1:]], [2.5, 97.5], axis=1).T.tolist()
+            result.setdefault(metric, {})[name] = {"interval": low_high, "difference": [float(gain[0]), *paired]}
     return result
 
 
@@ -200,9 +199,8 @@ def table(results):
     for block in ("reports", "grounding"):
         rows += [[f"{block}: {key}", *(cell(results[block][m][key], *(boot[key][m]["interval"] if key in boot else ()))
                                        for m in names)] for key in results[block][names[0]]]
-    if len(names) > 1:
-        rows += [[f"{key} - that of {names[0]}", "", *(cell(*boot[key][m]["difference"], sign="+") for m in names[1:])]
-                 for key in boot]
+    rows += [[f"minus {names[0]}: {key}", "", *(cell(*boot[key][m]["difference"], sign="+") for m in names[1:])]
+             for key in boot if len(names) > 1]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)

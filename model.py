@@ -115,6 +115,8 @@ class Rollout:
     texts: list                         # G decoded strings
     finished: list                      # G bools: ended by itself rather than at max_new_tokens
     parts: dict = field(default_factory=dict)       # reward part -> (G,), filled in by scoring
+    old_logprobs: list | None = None    # like logprobs, under the policy before the first of several updates
+    ref_logprobs: list | None = None    # like logprobs, under the frozen reference
     rewards: torch.Tensor | None = None             # (G,)
     advantages: torch.Tensor | None = None          # (G,)
 
@@ -125,11 +127,6 @@ def collate(prompts):
     per_token = [k for k, v in prompts[0].items() if v.shape == prompts[0]["input_ids"].shape]
     return {k: torch.cat([F.pad(p[k], (length - p[k].shape[1], 0)) if k in per_token else p[k] for p in prompts])
             for k in prompts[0]}
-
-
-def repeat_prompt(prompt, count):
-    """The same prompt `count` times, images included (repeat_interleave on pixel_values would repeat patches)."""
-    return [prompt] * count
 
 
 class Policy:

@@ -79,10 +79,10 @@ def kl_terms(logp, ref_logp):
     return {"k1": k1, "k2": k1.square() / 2, "k3": torch.expm1(-k1) + k1}
 
 
-def token_weights(mask, kept, loss_agg, n_tokens, n_sequences, max_new_tokens):
-    """w (R, T) such that the loss is sum(w * per-token loss). n_tokens and n_sequences are those of the whole optimiser
-    step: all micro-batches, all processes, kept (R,) rows only. A mean of micro-batch means would weigh tokens unevenly."""
-    mask = mask.float() * kept[:, None]
+def token_weights(mask, loss_agg, n_tokens, n_sequences, max_new_tokens):
+    """w (R, T) such that the loss is sum(w * per-token loss). n_tokens and n_sequences count the whole optimiser step,
+    all micro-batches and processes: a mean of micro-batch means would weigh tokens unevenly."""
+    mask = mask.float()
     if loss_agg == "token":
         return mask / max(1, n_tokens)
     if loss_agg == "sequence":
@@ -154,23 +154,21 @@ def logprobs_of(policy, rollouts, grpo):
 
 @torch.no_grad()
 def fixed_logprobs(policy, rollouts, grpo):
-    """id of rollout -> (G, T) log-probabilities under a policy that does not change during the step."""
-    result = {}
+    """For each rollout G tensors (T_g,): log-probabilities under a policy that stays as it is during the step."""
+    result = []
     for micro in pieces(rollouts, grpo.micro_batch):
-        logp, _, _ = logprobs_of(policy, micro, grpo)
-        result |= {id(r): rows for r, rows in zip(micro, logp.split(grpo.group_size))}
+        logp, _, mask = logprobs_of(policy, micro, grpo)
+        result += pieces([row[real] for row, real in zip(logp, mask)], grpo.group_size)
     return result
 
 
-def rows_of(table, rollouts, length):
-    """Rows of `fixed_logprobs` for these rollouts, padded or cut to (R, length)."""
-    rows = [row for r in rollouts for row in table[id(r)]]
-    return pad_sequence(rows, batch_first=True)[:, :length] if rows[0].ndim else None
+def padded(groups):
+    """Lists of G tensors (T_g,) -> (R, T)."""
+    return pad_sequence([row for group in groups for row in group], batch_first=True)
 
 
-def update(policy, optimizer, rollouts, old, ref, lr, grpo):
-    """One optimiser step on these rollouts (this process's share of the mini-batch). Returns token sums and the
-    gradient norm. old is None for the first update of a rollout: the policy itself, pi_old = pi without gradient."""
+def update(policy, optimizer, rollouts, lr, grpo):
+    """One optimiser step on these rollouts (this process's share of the mini-batch): (token sums to log, gradient norm)."""
     kept = [r for r in rollouts if not (grpo.drop_degenerate and degenerate(r))]
     counts = model.gather_objects((sum(len(t) for r in kept for t in r.tokens), sum(len(r.tokens) for r in kept)))
     n_tokens, n_sequences = (sum(c) for c in zip(*counts))
@@ -178,14 +176,12 @@ def update(policy, optimizer, rollouts, old, ref, lr, grpo):
     for micro in pieces(kept, grpo.micro_batch):
         logp, entropy, mask = logprobs_of(policy, micro, grpo)                                       # (R, T)
         advantages = torch.cat([r.advantages for r in micro]).to(logp.device)                        # (R,)
-        old_logp = logp.detach() if old is None else rows_of(old, micro, mask.shape[1])
-        ref_logp = None if ref is None else rows_of(ref, micro, mask.shape[1])
-        weights = token_weights(mask, torch.ones_like(advantages), grpo.loss_agg, n_tokens, n_sequences,
-                                grpo.max_new_tokens)
+        old_logp = padded([r.old_logprobs for r in micro]) if micro[0].old_logprobs else logp.detach()
+        ref_logp = padded([r.ref_logprobs for r in micro]) if micro[0].ref_logprobs else None
+        weights = token_weights(mask, grpo.loss_agg, n_tokens, n_sequences, grpo.max_new_tokens)
         loss, micro_sums = grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo)
         loss.backward()
-        sampled = pad_sequence([t for r in micro for t in r.logprobs], batch_first=True)
-        gap = (old_logp - sampled).abs()[mask]
+        gap = (old_logp - padded([r.logprobs for r in micro])).abs()[mask]
         micro_sums |= {"tokens": int(mask.sum()), "loss": float(loss.detach()), "entropy": float(entropy[mask].sum()),
                        "gap": float(gap.sum())}
         for name, value in micro_sums.items():
@@ -196,10 +192,9 @@ def update(policy, optimizer, rollouts, old, ref, lr, grpo):
 
 def rollout_metrics(rollouts):
     """What the samples of this process look like: lists to be joined over processes."""
-    joined = {"reward": [r.rewards for r in rollouts], "lengths": [[len(t) for t in r.tokens] for r in rollouts],
-              "finished": [r.finished for r in rollouts], "degenerate": [degenerate(r) for r in rollouts],
-              "parts": [{k: v.tolist() for k, v in r.parts.items()} for r in rollouts]}
-    return joined
+    return {"reward": [r.rewards for r in rollouts], "lengths": [[len(t) for t in r.tokens] for r in rollouts],
+            "finished": [r.finished for r in rollouts], "degenerate": [degenerate(r) for r in rollouts],
+            "parts": [{k: v.tolist() for k, v in r.parts.items()} for r in rollouts]}
 
 
 def mean(values):
@@ -293,16 +288,18 @@ def train(config, stop):
             score(rollouts, config)
             assign_advantages(rollouts, config)
         with phase("reference"):
-            ref = reference and fixed_logprobs(reference, rollouts, grpo)
+            for r, logprobs in zip(rollouts, fixed_logprobs(reference, rollouts, grpo) if reference else ()):
+                r.ref_logprobs = logprobs
         # pi_old: with one update per rollout it is the policy itself; with several, its log-probs before the first one.
         size = -(-(grpo.mini_batch or grpo.prompts) // model.world_size())
         minis = pieces(rollouts, size) or [[]]
         minis += [[]] * (max(model.gather_objects(len(minis))) - len(minis))            # every process takes every step
         with phase("old"):
-            old = fixed_logprobs(policy, rollouts, grpo) if grpo.epochs * len(minis) > 1 else None
+            for r, logprobs in zip(rollouts, fixed_logprobs(policy, rollouts, grpo) if grpo.epochs * len(minis) > 1 else ()):
+                r.old_logprobs = logprobs
         with phase("update"):
             lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))
-            results = [update(policy, optimizer, mini, old, ref, lr, grpo) for _ in range(grpo.epochs) for mini in minis]
+            results = [update(policy, optimizer, mini, lr, grpo) for _ in range(grpo.epochs) for mini in minis]
         everyone = model.gather_objects((rollout_metrics(rollouts), [s for s, _ in results]))
         values = step_metrics([m for m, _ in everyone], [s for _, sums in everyone for s in sums], [n for _, n in results], grpo)
         seconds = sum(times.values())

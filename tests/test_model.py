@@ -1,0 +1,258 @@
+"""Log-probabilities, sampling, inputs and checkpoints, each against an independent computation."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import model
+from model import fused_logprobs
+
+
+def naive_logprobs(hidden, weight, targets, temperature, banned):
+    logits = hidden.double() @ weight.double().T / temperature
+    if banned is not None:
+        logits = logits.index_fill(1, banned, -torch.inf)
+    logp = logits.log_softmax(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), torch.special.entr(logp.exp()).sum(-1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)])
+@pytest.mark.parametrize("temperature, ban", [(1.0, False), (0.7, True)])
+def test_fused_logprobs_equal_float64(monkeypatch, dtype, tolerance, temperature, ban):
+    """Values, entropies and both gradients, over several chunks of uneven size."""
+    monkeypatch.setattr(model, "BUFFER", 13 * 300)
+    generator = torch.Generator().manual_seed(4)
+    hidden = (2 * torch.randn(50, 24, generator=generator)).to(dtype).requires_grad_()
+    weight = torch.randn(300, 24, generator=generator).to(dtype).requires_grad_()
+    banned = torch.tensor([3, 299]) if ban else None
+    targets = torch.randint(4, 299, (50,), generator=generator)
+    upstream = torch.randn(50, generator=generator)
+    logp, entropy = fused_logprobs(hidden, weight, targets, temperature, banned)
+    got = torch.autograd.grad(logp @ upstream, (hidden, weight))
+    expected, expected_entropy = naive_logprobs(hidden, weight, targets, temperature, banned)
+    wanted = torch.autograd.grad(expected @ upstream.double(), (hidden, weight))
+    assert logp.dtype == torch.float32 and not entropy.requires_grad
+    assert (logp - expected).abs().max() < tolerance * expected.abs().max()
+    assert (entropy - expected_entropy).abs().max() < 1e-4
+    for a, b in zip(got, wanted):
+        assert (a.double() - b.double()).abs().max() < (1e-5 if dtype == torch.float32 else 1e-2) * b.abs().max()
+
+
+def test_fused_logprobs_of_nothing():
+    logp, entropy = fused_logprobs(torch.zeros(0, 8, requires_grad=True), torch.randn(9, 8), torch.zeros(0, dtype=torch.long))
+    assert logp.shape == entropy.shape == (0,)
+    logp.sum().backward()
+
+
+def plain_logits(policy, prompt, ids):
+    """The model's own logits for one row [prompt | ids], with nothing of ours but the inputs."""
+    full = torch.cat([prompt["input_ids"], ids[None]], 1)
+    types = torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(ids[None])], 1)
+    out = policy.model(input_ids=full, attention_mask=torch.ones_like(full), mm_token_type_ids=types,
+                       pixel_values=prompt["pixel_values"], image_grid_thw=prompt["image_grid_thw"])
+    return out.logits[0, -len(ids) - 1:-1].index_fill(1, policy.banned, -torch.inf)
+
+
+@pytest.fixture(scope="module")
+def mixed(examples):
+    """Prompts of different lengths and image sizes; the last has two images (frontal and lateral)."""
+    grounding = next(e for e in examples if e.task == "grounding")
+    two = dataclasses.replace(examples[0], id="two", images=examples[0].images + examples[3].images)
+    return [examples[0], grounding, two]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_sampled_equals_rescored_equals_plain(policy, mixed, temperature):
+    rollouts = policy.sample(mixed, 4, 15, temperature, (1, 2))
+    logp, entropy, mask = policy.logprobs([r.prompt for r in rollouts], [r.tokens for r in rollouts], temperature)
+    rows = [row[m] for row, m in zip(logp, mask)]
+    assert [len(x) for x in rows] == [len(t) for r in rollouts for t in r.tokens]
+    for i, r in enumerate(rollouts):
+        for g, ids in enumerate(r.tokens):
+            reference = (plain_logits(policy, r.prompt, ids) / temperature).log_softmax(-1)
+            reference = reference[torch.arange(len(ids)), ids]
+            assert (r.logprobs[g] - reference).abs().max() < 1e-4
+            assert (rows[4 * i + g] - reference).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("group_size", [1, 5])
+def test_shared_prefix_equals_plain_rows(policy, config, mixed, group_size):
+    """Log-probabilities and every parameter's gradient; completions of one token and of many."""
+    prompts = [policy.encode(e) for e in mixed]
+    generator = torch.Generator().manual_seed(0)
+    completions = [[torch.randint(10, 200, (1 + 6 * ((g + b) % 3),), generator=generator) for g in range(group_size)]
+                   for b in range(len(mixed))]
+    results = []
+    for shared in (True, False):
+        policy.config = dataclasses.replace(config, model=dataclasses.replace(config.model, shared_prefix=shared))
+        policy.model.zero_grad()
+        logp, _, mask = policy.logprobs(prompts, completions)
+        (logp * torch.linspace(-1, 1, logp.numel()).view(logp.shape)).sum().backward()
+        results.append((logp.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}))
+    policy.config = config
+    (a, grads_a), (b, grads_b) = results
+    assert (a - b).abs().max() < 1e-4
+    scale = max(float(g.abs().max()) for g in grads_b.values())
+    assert grads_a.keys() == grads_b.keys()
+    assert any("visual" in name for name in grads_a) and any("deepstack" in name for name in grads_a)
+    assert max(float((grads_a[n] - grads_b[n]).abs().max()) for n in grads_a) < 1e-5 * scale
+
+
+def test_samples_do_not_depend_on_batch_or_order(policy, mixed):
+    together = policy.sample(mixed, 3, 10, 1.0, (7, 0))
+    alone = [policy.sample([e], 3, 10, 1.0, (7, 0))[0] for e in reversed(mixed)][::-1]
+    for a, b in zip(together, alone):
+        assert a.texts == b.texts
+    other_step = policy.sample(mixed, 3, 10, 1.0, (7, 1))
+    assert [r.texts for r in other_step] != [r.texts for r in together]
+    assert all(len(set(r.texts)) > 1 for r in together)                   # samples of a group differ
+
+
+def test_sampling_follows_the_distribution(policy, examples):
+    """First tokens of 4,000 samples against the model's own probabilities (chi-square over the likelier tokens)."""
+    prompt = policy.encode(examples[0])
+    p = plain_logits(policy, prompt, torch.tensor([0]))[0].double().softmax(-1)
+    rollout, = policy.sample([examples[0]], 4000, 1, 1.0, (3, 3))
+    counts = torch.bincount(torch.cat(rollout.tokens), minlength=len(p)).double()
+    likely = p > 5 / 4000
+    observed, expected = torch.cat([counts[likely], counts[~likely].sum()[None]]), 4000 * torch.cat([p[likely], p[~likely].sum()[None]])
+    chi2, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
+    assert abs(chi2 - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_greedy_equals_generate(policy, mixed):
+    for r in policy.sample(mixed, 1, 12, 0.0):
+        out = policy.model.generate(**r.prompt, do_sample=False, max_new_tokens=12, suppress_tokens=policy.banned.tolist())
+        ids = out[0, r.prompt["input_ids"].shape[1]:]
+        assert torch.equal(r.tokens[0], ids[:len(r.tokens[0])])
+
+
+def test_end_of_turn_counts_and_padding_does_not(policy, examples):
+    """The pad token is also a word the policy may sample: masks come from lengths, and the end token is scored."""
+    end, pad = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id
+    completions = [[torch.tensor([50, pad, end]), torch.tensor([end]), torch.tensor([50, 51, 52, 53])]]
+    logp, _, mask = policy.logprobs([policy.encode(examples[0])], completions)
+    assert mask.sum(1).tolist() == [3, 1, 4] and bool((logp[mask] < 0).all()) and not logp[~mask].any()
+
+
+def test_policy_never_samples_a_vision_token(policy, examples, config):
+    with torch.no_grad():
+        head = policy.head
+        saved = head[policy.banned].clone()
+        head[policy.banned] = 50 * head.mean(0)                            # make them loud, either way
+        loud = policy.sample(examples[:2], 8, 8, 1.0, (0, 0))
+        logp, _, mask = policy.logprobs([r.prompt for r in loud], [r.tokens for r in loud])
+        head[policy.banned] = saved
+    assert not torch.isin(torch.cat([t for r in loud for t in r.tokens]), policy.banned).any()
+    assert (torch.cat([x for r in loud for x in r.logprobs]) - logp[mask]).abs().max() < 1e-4
+
+
+def test_each_patient_keeps_its_own_image(policy, examples):
+    """Scores of two prompts in one batch are those of each alone: no image went to the neighbour."""
+    a, b = (dataclasses.replace(e, question=data.REPORT_QUESTION) for e in (examples[0], examples[3]))
+    ids = torch.tensor([60, 61, 62])
+    alone = [policy.logprobs([policy.encode(e)], [[ids, ids]])[0] for e in (a, b)]
+    together = policy.logprobs([policy.encode(a), policy.encode(b)], [[ids, ids], [ids, ids]])[0]
+    assert (together - torch.cat(alone)).abs().max() < 1e-5
+    assert (alone[0] - alone[1]).abs().max() > 1e-3                        # and the image matters
+
+
+def test_prompt_limit_names_the_key(policy, config, examples):
+    policy.config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_prompt_tokens=20))
+    try:
+        with pytest.raises(data.InputError, match="model.max_prompt_tokens=20"):
+            policy.encode(examples[0])
+    finally:
+        policy.config = config
+
+
+def test_no_dropout_while_training(policy):
+    assert not policy.model.training
+
+
+def test_transformers_reads_the_saved_folder(policy, config, examples, tmp_path):
+    """Without our code: model, tokenizer and image processor; and with it: the same log-probabilities."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    policy.save(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    for (name, a), b in zip(policy.model.state_dict().items(), loaded.state_dict().values()):
+        assert torch.equal(a, b), name
+    tokenizer, images = AutoTokenizer.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)
+    text = examples[0].answer
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text and tokenizer.chat_template
+    pixels = images(images=data.open_images(examples[0]), return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, policy.encode(examples[0])["pixel_values"])
+    again = model.load_policy(config, tmp_path)
+    prompt, ids = policy.encode(examples[0]), [[policy.encode_target(examples[0])]]
+    assert torch.equal(again.encode(examples[0])["input_ids"], prompt["input_ids"])
+    assert torch.equal(again.logprobs([prompt], ids)[0], policy.logprobs([prompt], ids)[0])
+    assert torch.equal(again.stop_ids, policy.stop_ids) and torch.equal(again.banned, policy.banned)
+
+
+def test_a_folder_that_is_no_model(config, tmp_path):
+    with pytest.raises(data.InputError, match="cannot be loaded"):
+        model.load_policy(config, tmp_path)
+
+
+def test_frozen_vision_tower(config):
+    frozen = model.load_policy(dataclasses.replace(config, model=dataclasses.replace(config.model, train_vision=False)))
+    trained = {n for n, p in frozen.model.named_parameters() if p.requires_grad}
+    assert trained and not any("visual" in n for n in trained)
+
+
+def test_checkpoints_appear_whole_or_not_at_all(policy, config, tmp_path, monkeypatch):
+    optimizer = model.make_optimizer(policy, config.sft)
+    model.save_checkpoint(tmp_path, 1, policy, optimizer, best=2.0)
+    assert model.last_step(tmp_path) == 1 and not (tmp_path / "best").exists()
+    model.save_checkpoint(tmp_path, 2, policy, optimizer, True, best=1.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step_000002"]
+
+    def fail(*_):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        model.save_checkpoint(tmp_path, 3, policy, optimizer)
+    monkeypatch.undo()
+    assert model.last_step(tmp_path) == 2 and not (tmp_path / "step_000003").exists()
+    model.save_checkpoint(tmp_path, 4, policy, optimizer, best=1.0)       # best stays at 2, last moves on
+    assert model.last_step(tmp_path) == 4 and (tmp_path / "best").resolve().name == "step_000002"
+    _, _, state = model.resume(tmp_path, lambda path: policy, lambda p: model.make_optimizer(p, config.sft))
+    assert state == {"step": 4, "best": 1.0}
+
+
+def test_changed_settings_are_refused(config, tmp_path):
+    run = tmp_path / "grpo"
+    model.open_run(run, config, ["grpo"])
+    (run / "step_000001").mkdir()
+    (run / "last").symlink_to("step_000001")
+    longer = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, steps=999))
+    model.open_run(run, longer, ["grpo"])
+    other = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, kl_coef=0.5))
+    with pytest.raises(data.InputError, match="grpo.kl_coef"):
+        model.open_run(run, other, ["grpo"])
+
+
+def test_log_drops_lines_after_the_resumed_step(config, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = model.Log(tmp_path, 2, config)
+    log.metrics(3, {"reward": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "reward": 0.5}]
+
+
+def test_tiny_model_is_a_real_qwen3_vl(policy):
+    assert type(policy.model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert 1e6 <= sum(p.numel() for p in policy.model.parameters()) <= 3e6
+    assert policy.model.config.vision_config.deepstack_visual_indexes
+    assert policy.tokenizer.eos_token == "<|im_end|>" and len(policy.tokenizer("0.57")["input_ids"]) == 4
+
+
+def test_processor_sees_any_image_mode(policy, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 90), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    example = data.Example("a", "report", (str(tmp_path / "a.png"),), "Report.", "x")
+    assert policy.encode(example)["pixel_values"].isfinite().all()

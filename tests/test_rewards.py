@@ -1,0 +1,342 @@
+"""rewards.py against worked values, brute force, nltk, rouge-score and scipy."""
+import itertools
+import math
+import random
+import re
+import string
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from nltk.translate import bleu_score, gleu_score
+from rouge_score.rouge_scorer import RougeScorer
+from scipy.optimize import linear_sum_assignment
+
+import rewards
+from rewards import BLANK, LABELS, NEGATIVE, POSITIVE, UNCERTAIN
+
+WORDS = "the heart is normal no effusion or edema , . small left lung".split()
+
+
+def states(text):
+    """{label: state} without blanks."""
+    return {label: int(s) for label, s in zip(LABELS, rewards.extract_labels([text])[0], strict=True) if s != BLANK}
+
+
+def row(**labels):
+    """A (1, 14) label array; Pleural_Effusion=POSITIVE."""
+    out = np.zeros((1, 14), np.int8)
+    for label, state in labels.items():
+        out[0, LABELS.index(label.replace("_", " "))] = state
+    return out
+
+
+def random_texts(n, seed, longest=25):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(longest))) for _ in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------- label extractor
+
+@pytest.mark.parametrize("text, expected", [
+    ("Small left pleural effusion.", {"Pleural Effusion": POSITIVE}),
+    ("No pleural effusion, consolidation, or pneumothorax.",
+     {"No Finding": POSITIVE, "Pleural Effusion": NEGATIVE, "Consolidation": NEGATIVE, "Pneumothorax": NEGATIVE}),
+    ("Pneumothorax is not seen.", {"No Finding": POSITIVE, "Pneumothorax": NEGATIVE}),
+    ("Possible right pneumonia.", {"Pneumonia": UNCERTAIN}),
+    ("A small pneumothorax cannot be excluded.", {"Pneumothorax": UNCERTAIN}),
+    ("Opacity in the right base, which may reflect atelectasis.",
+     {"Lung Opacity": POSITIVE, "Atelectasis": UNCERTAIN}),
+    ("No pneumothorax, but there is mild edema.", {"Pneumothorax": NEGATIVE, "Edema": POSITIVE}),
+    ("No focal opacity to suggest pneumonia.",
+     {"No Finding": POSITIVE, "Lung Opacity": NEGATIVE, "Pneumonia": NEGATIVE}),
+    ("No change in the left effusion.", {"Pleural Effusion": POSITIVE}),
+    ("The heart size is normal.", {"No Finding": POSITIVE, "Cardiomegaly": NEGATIVE}),
+    ("The heart is mildly enlarged.", {"Cardiomegaly": POSITIVE}),
+    ("The cardiomediastinal silhouette is within normal limits.",
+     {"No Finding": POSITIVE, "Enlarged Cardiomediastinum": NEGATIVE, "Cardiomegaly": NEGATIVE}),
+    ("The mediastinum is widened.", {"Enlarged Cardiomediastinum": POSITIVE}),
+    ("There is no mediastinal widening.", {"No Finding": POSITIVE, "Enlarged Cardiomediastinum": NEGATIVE}),
+    ("The lungs are clear.", {"No Finding": POSITIVE}),
+    ("Right PICC with its tip in the SVC. Lungs clear.", {"No Finding": POSITIVE, "Support Devices": POSITIVE}),
+    ("There are no XXXX of a pleural effusion.", {"No Finding": POSITIVE, "Pleural Effusion": NEGATIVE}),
+    ("The cardiomediastinal silhouette is stable.", {"Enlarged Cardiomediastinum": UNCERTAIN}),
+    ("Normal and stable heart size.", {"No Finding": POSITIVE, "Cardiomegaly": NEGATIVE}),
+    ("Left ___-A-___ in place.", {"No Finding": POSITIVE, "Support Devices": POSITIVE}),
+    ("Platelike atelectasis and endplate spurs.", {"Atelectasis": POSITIVE}),
+    ("Old rib fracture is noted.", {"Fracture": POSITIVE}),
+    ("No acute bony abnormality.", {"No Finding": POSITIVE}),
+    ("Evaluation for small pneumothorax is limited.", {"No Finding": POSITIVE}),
+    ("Lungs are clear. Pericardial effusion.", {"No Finding": POSITIVE}),
+    ("Scattered calcified granulomas.", {}),
+    ("No effusion on the right. Small effusion on the left. Possible effusion.", {"Pleural Effusion": POSITIVE}),
+    ("No edema. Possible edema.", {"Edema": UNCERTAIN}),
+    ("", {}), (" \n\t", {}), ("...", {}),
+])
+def test_extract_labels(text, expected):
+    assert states(text) == expected
+
+
+def test_extract_labels_shape_and_case():
+    assert rewards.extract_labels([]).shape == (0, 14)
+    out = rewards.extract_labels(["EDEMA.", "edema"])
+    assert out.dtype == np.int8 and (out[0] == out[1]).all()
+
+
+NASTY = ["no " * 33_000, "heart normal " * 8_000, "a" * 100_000, "[1" * 50_000, "[" + "1" * 100_000, "<think>" * 15_000,
+         "\n" * 100_000, "tip " + "a-" * 50_000, "xxx_" * 25_000, ", the " * 17_000, "." * 100_000,
+         "interstitial " * 8_000, "[" + " " * 100_000, "[0,0,1,1]" * 11_000,
+         "".join(map(chr, range(1, 60_000, 3))), "\x00\ud800 \u0130"]
+
+
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
+def test_any_output_is_fast_and_safe(text):
+    report, boxes = example(answer="Mild edema."), example("grounding", boxes=[(0, 0, 1, 1), (.2, .2, .3, .3)])
+    start = time.process_time()
+    for style in ("plain", "tags", "suffix"):
+        texts = [text, "</think>" + text, text]
+        total, _ = rewards.score_completions(texts, [report, report, boxes], EVERYTHING, style)
+        assert np.isfinite(total).all()
+    assert time.process_time() - start < 10
+
+
+# ------------------------------------------------------------------------------------------------- label rewards
+
+N3 = dict(Edema=NEGATIVE, Pneumothorax=NEGATIVE, Pleural_Effusion=NEGATIVE)
+P1N2 = dict(Edema=POSITIVE, Pneumothorax=NEGATIVE, Pleural_Effusion=NEGATIVE)
+
+
+@pytest.mark.parametrize("generated, reference, m05, m03", [
+    (P1N2, P1N2, 1, 1),
+    (N3, N3 | dict(Fracture=NEGATIVE, Consolidation=NEGATIVE), 0.549, 0.678),
+    (N3, P1N2, 0, 0.048),
+    (dict(Pneumothorax=NEGATIVE, Pleural_Effusion=NEGATIVE), P1N2, 0.633, 0.738),
+    (dict(Edema=POSITIVE, Fracture=POSITIVE, Pneumonia=UNCERTAIN), dict(Edema=POSITIVE), 0.155, 0.396),
+    (dict(Edema=UNCERTAIN), dict(Edema=POSITIVE), 1, 1),
+    (dict(No_Finding=POSITIVE), dict(No_Finding=POSITIVE), 1, 1),
+    ({}, dict(No_Finding=POSITIVE), 0, 0),
+    (dict(No_Finding=POSITIVE), N3, 0, 0),
+])
+def test_mccs_worked_values(generated, reference, m05, m03):
+    for margin, expected in ((0.5, m05), (0.3, m03)):
+        assert rewards.mccs(row(**generated), row(**reference), margin)[0] == pytest.approx(expected, abs=6e-4)
+
+
+def test_mccs_and_label_f1_against_loops():
+    rng = np.random.default_rng(0)
+    a, b = rng.choice(4, (2, 500, 14), p=[.7, .1, .1, .1]).astype(np.int8)
+    a[:100, 1:], b[50:150, 1:] = 0, 0
+    nonempty = rng.random(500) < 0.5
+    scores, f1 = rewards.mccs(a, b, 0.4, nonempty), rewards.label_f1(a, b, nonempty)
+    for i in range(500):
+        x, y = ([{0: 0, 1: 1, 2: -1, 3: 1}[int(s)] for s in labels[i, 1:]] for labels in (a, b))
+        if not any(x) or not any(y):
+            expected = float(nonempty[i] and not any(x) and not any(y))
+        else:
+            cosine = sum(p * q for p, q in zip(x, y)) / math.sqrt(sum(p * p for p in x) * sum(q * q for q in y))
+            expected = max((cosine - 0.4) / 0.6, 0)
+        assert scores[i] == pytest.approx(expected)
+        x, y = ({j for j, value in enumerate(v) if value == 1} for v in (x, y))
+        assert f1[i] == pytest.approx(2 * len(x & y) / (len(x) + len(y)) if x or y else float(nonempty[i]))
+
+
+# -------------------------------------------------------------------------------------------------- text overlap
+
+PAIRS = list(zip(random_texts(300, 0), random_texts(300, 1))) + [("", ""), ("", "a"), ("a", ""), ("a b c d e",) * 2]
+
+
+def test_tokenize():
+    assert rewards.tokenize("No PTX, 1.5 cm.") == ["no", "ptx", ",", "1", ".", "5", "cm", "."]
+
+
+def test_text_rewards_against_nltk_and_rouge_score():
+    smooth = bleu_score.SmoothingFunction().method2
+    rouge = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=rewards.tokenize))
+    for a, b in PAIRS:
+        x, y = rewards.tokenize(a), rewards.tokenize(b)
+        assert rewards.gleu(a, b) == pytest.approx(gleu_score.sentence_gleu([y], x))
+        assert rewards.bleu4(a, b) == pytest.approx(bleu_score.sentence_bleu([y], x, smoothing_function=smooth))
+        assert rewards.rouge_l(a, b) == pytest.approx(rouge.score(b, a)["rougeL"].fmeasure)
+
+
+@pytest.mark.filterwarnings("ignore")  # nltk warns where an n-gram order has no match
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_corpus_bleu_against_nltk(n):
+    for size in (1, 3, 304):
+        a, b = zip(*PAIRS[:size])
+        x, y = ([rewards.tokenize(text) for text in texts] for texts in (a, b))
+        oracle = bleu_score.corpus_bleu([[tokens] for tokens in y], x, (1 / n,) * n)
+        assert rewards.corpus_bleu(a, b, n) == pytest.approx(oracle, abs=1e-9)
+    assert rewards.corpus_bleu(["a b"], ["c d"]) == rewards.corpus_bleu([], []) == 0
+
+
+# ------------------------------------------------------------------------------------------------- output format
+
+@pytest.mark.parametrize("style, task, text, expected", [
+    ("plain", "report", " Clear lungs. ", (True, "", "Clear lungs.")),
+    ("plain", "report", "  ", (False, "", "")),
+    ("plain", "report", "a </think> b", (False, "", "a </think> b")),
+    ("suffix", "report", "seen</think> b", (True, "seen", "b")),
+    ("suffix", "report", "no end", (False, "no end", "")),
+    ("suffix", "report", "a</think> ", (False, "a", "")),
+    ("suffix", "report", "a</think>b</think>c", (False, "a</think>b", "c")),
+    ("tags", "report", "<think>a</think>\n<report>b</report>\n", (True, "a", "b")),
+    ("tags", "grounding", "<think>a</think><answer>[0, 0, 1, 1]</answer>", (True, "a", "[0, 0, 1, 1]")),
+    ("tags", "grounding", "<think>a</think><report>b</report>", (False, "a", "")),
+    ("tags", "report", "<think>a<report>b</report>", (False, "<think>a<report>b</report>", "")),
+    ("tags", "report", "<think>a</think> so <report>b</report>", (False, "a", "b")),
+    ("tags", "report", "<think>a</think><report>b</report> bye", (False, "a", "b")),
+    ("tags", "report", "a</think><report>b</report>", (False, "a", "b")),
+    ("tags", "report", "<think>a</think><report>b", (False, "a", "")),
+    ("tags", "report", "<think>a</think>b</report><report>", (False, "a", "")),
+    ("tags", "report", "<think>a</think><report>b</report><report>c</report>", (False, "a", "")),
+    ("tags", "report", "<report>b</report><think>a</think>", (False, "<report>b</report><think>a", "")),
+    ("tags", "report", "<think><think>a</think><report>b</report>", (False, "<think>a", "b")),
+    ("tags", "report", "<think>a</think><report> </report>", (False, "a", "")),
+    ("tags", "report", "", (False, "", "")),
+])
+def test_parse_output(style, task, text, expected):
+    assert rewards.parse_output(text, task, style) == expected
+
+
+def test_tags_format_against_a_regular_expression():
+    rng, pieces = random.Random(0), ["a", " ", "\n", *rewards.TAGS[:4]]
+    good = re.compile(r"\s*<think>[^<]*</think>\s*<report>[^<]*[^<\s][^<]*</report>\s*")
+    texts = ["".join(rng.choices(pieces, k=rng.randrange(9))) for _ in range(3000)]
+    texts += ["".join(order) for order in itertools.permutations(["<think>", "a", "</think>", "<report>", "</report>"])]
+    texts += [text.replace("<report>", "<report>b") for text in texts]
+    valid = [rewards.parse_output(text, "report", "tags")[0] for text in texts]
+    assert valid == [bool(good.fullmatch(text)) for text in texts] and any(valid)
+
+
+# --------------------------------------------------------------------------------------------------------- boxes
+
+@pytest.mark.parametrize("text, expected", [
+    ("[0.12, 0.30, 0.45, 0.61] and [.5,0 , 1,\n+1.]", [(0.12, 0.30, 0.45, 0.61), (0.5, 0, 1, 1)]),
+    ("[-1, 2, 3, 4", []), ("[1, 2, 3]", []), ("[1, 2, 3, 4, 5]", []), ("[a, 1, 2, 3]", []), ("[nan, inf, 1, 2]", []),
+    ("[1, 2, [-1, 2, 3, 4]]", [(-1, 2, 3, 4)]), (f"[0, 0, 1, {'9' * 400}]", []), ("No box.", []),
+])
+def test_parse_boxes(text, expected):
+    assert rewards.parse_boxes(text) == expected
+
+
+def random_boxes(rng, n):
+    corner = rng.random((n, 2)) * 0.7
+    return [tuple(box) for box in np.hstack([corner, corner + rng.random((n, 2)) * 0.5]).tolist()]
+
+
+def test_iou_against_pixel_counts():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:20, :20]
+    for a, b in rng.integers(0, 20, (300, 2, 4)):   # a quarter of them inverted or empty
+        inside = [(x >= c[0]) & (x < c[2]) & (y >= c[1]) & (y < c[3]) for c in (a, b)]
+        both, union = (inside[0] & inside[1]).sum(), (inside[0] | inside[1]).sum()
+        assert rewards.iou(a.tolist(), b.tolist()) == pytest.approx(both / max(union, 1))
+    assert rewards.iou((0, 0, 1e200, 1e200), (0, 0, 1e200, 1e200)) == 0     # area overflows
+
+
+def test_match_boxes_against_brute_force_and_scipy():
+    rng = np.random.default_rng(1)
+    for n, m in [*itertools.product(range(5), repeat=2), (1, 40), (40, 1), (30, 50), (50, 30), (100, 100)]:
+        for _ in range(8 if n < 5 and m < 5 else 1):
+            a, b = random_boxes(rng, n), random_boxes(rng, m)
+            if n > 2:
+                a[2] = a[1]                          # ties
+            pairs = rewards.match_boxes(a, b)
+            assert all(rewards.iou(a[i], b[j]) == overlap > 0 for i, j, overlap in pairs)
+            assert len({i for i, _, _ in pairs}) == len({j for _, j, _ in pairs}) == len(pairs)
+            overlap = np.array([[rewards.iou(p, q) for q in b] for p in a]).reshape(n, m)
+            total = sum(pair[2] for pair in pairs)
+            assert total == pytest.approx(overlap[linear_sum_assignment(-overlap)].sum())
+            if n <= m < 5:
+                orders = itertools.permutations(range(m), n)
+                assert total == pytest.approx(max(overlap[range(n), list(order)].sum() for order in orders))
+
+
+@pytest.mark.parametrize("predicted, reference, radvlm, pq", [
+    ([(0, 0, .6, 1)], [(0, 0, 1, 1)], 0.75, 0.60),
+    ([(0, 0, .6, 1), (2, 2, 3, 3)], [(0, 0, 1, 1)], 1.2 / 2.6, 0.40),
+    ([(0, 0, 1, 1)] * 2, [(0, 0, 1, 1)], 2 / 3, 2 / 3),           # a repeated box is a false positive
+    ([(0, 0, 1, 1)], [(0, 0, 1, 1)], 1, 1),
+    ([(0, 0, 1, 1)] * 10_000, [(0, 0, 1, 1)], 2 / 10_001, 2 / 10_001),
+    ([(5, 5, 6, 6)] * 64 + [(0, 0, 1, 1)], [(0, 0, 1, 1)], 0, 0),  # beyond MAX_MATCHED
+    ([], [(0, 0, 1, 1)], 0, 0), ([(0, 0, 1, 1)], [], 0, 0), ([], [], 0, 0),
+])
+def test_soft_f1_worked_values(predicted, reference, radvlm, pq):
+    assert rewards.soft_f1(predicted, reference) == pytest.approx(radvlm)
+    assert rewards.soft_f1(predicted, reference, mode="pq") == pytest.approx(pq)
+    assert rewards.soft_f1(predicted, reference, match_empty=True) == pytest.approx(
+        radvlm if predicted or reference else 1)
+
+
+# -------------------------------------------------------------------------------------------------- reward table
+
+def config(report, grounding, mode="radvlm"):
+    return SimpleNamespace(report=report, grounding=grounding, mccs_margin=0.5, match_empty=True, soft_f1_mode=mode)
+
+
+def example(task="report", answer="", boxes=()):
+    return SimpleNamespace(id="1", task=task, answer=answer, boxes=boxes)
+
+
+EVERYTHING = config(dict.fromkeys(rewards.APPLIES["report"], 0.5), dict.fromkeys(rewards.APPLIES["grounding"], 0.5))
+
+
+def test_score_completions_mixes_tasks():
+    cfg = config({"mccs": 0.75, "format": 0.25, "gleu": 0.0}, {"soft_f1": 1.0, "format": 0.5})
+    examples = [example(answer="Mild edema."), example("grounding", boxes=[(0, 0, 1, 1)]), example(answer="No edema.")]
+    completions = ["<think>a</think><report>Edema.</report>", "<think>a</think><answer>[0, 0, 0.6, 1]</answer>",
+                   "<report>No edema."]
+    total, parts = rewards.score_completions(completions, examples, cfg, "tags")
+    assert total == pytest.approx([1, 1.25, 0])
+    nan = math.nan
+    expected = {"mccs": [1, nan, 0], "format": [1, 1, 0], "gleu": [0.5, nan, 0], "soft_f1": [nan, 0.75, nan]}
+    for name, values in expected.items():
+        assert parts[name] == pytest.approx(values, nan_ok=True), name
+    assert set(parts) == set(expected)
+
+
+def test_no_reward_for_a_missing_answer():
+    examples = [example(answer="Normal chest."), example("grounding"), example("grounding")]
+    for text in ("", "thinking without end", "<think>a</think>"):
+        total, parts = rewards.score_completions([text] * 3, examples, EVERYTHING, "tags")
+        assert (total == 0).all()
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("No box.", 1), ("", 0), ("...", 0), ("[0.1, 0.2, 0.3", 0), ("[]", 0), ("[0, 0, 1, 1]", 0)])
+def test_match_empty_needs_a_plain_no(answer, expected):
+    cfg = config({}, {"soft_f1": 1.0})
+    assert rewards.score_completions([answer], [example("grounding")], cfg, "plain")[0][0] == expected
+
+
+def test_text_without_labels_counts_as_non_empty():
+    cfg = config({"mccs": 1.0, "label_f1": 1.0}, {})
+    total, _ = rewards.score_completions(["Old granuloma."], [example(answer="Scoliosis.")], cfg, "plain")
+    assert not rewards.extract_labels(["Old granuloma."]).any() and total[0] == 2
+
+
+def test_settings_reach_the_rewards():
+    cfg = config({"mccs": 1.0}, {})
+    cfg.mccs_margin = 0.3
+    total, _ = rewards.score_completions(["No effusion."], [example(answer="No effusion or edema.")], cfg, "plain")
+    assert total[0] == pytest.approx((math.sqrt(0.5) - 0.3) / 0.7)
+    cfg = config({}, {"soft_f1": 1.0}, mode="pq")
+    examples = [example("grounding", boxes=[(0, 0, 1, 1)])]
+    assert rewards.score_completions(["[0, 0, 0.6, 1]"], examples, cfg, "plain")[0] == pytest.approx([0.6])
+
+
+def test_non_finite_reward_is_named(monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "gleu", lambda answers, *_: [math.nan] * len(answers))
+    with pytest.raises(ValueError, match="'gleu'"):
+        rewards.score_completions(["a"], [example(answer="a")], config({"gleu": 1.0}, {}), "plain")
+
+
+def test_check_rewards():
+    rewards.check_rewards(EVERYTHING)
+    for cfg, message in ((config({"mcss": 1}, {}), "rewards.report.mcss.*'mccs'"),
+                         (config({}, {"mccs": 1}), "rewards.grounding.mccs"),
+                         (config({"".join(string.digits): 1}, {}), "did you mean")):
+        with pytest.raises(ValueError, match=message):
+            rewards.check_rewards(cfg)
