@@ -367,6 +367,8 @@ def load_policy(config, path=None):
     pixels = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
     if path == "tiny":
         return Policy(*build_tiny(config.seed, pixels), config)
+    if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith(("/", "."))):
+        raise InputError(f"model {path!r}: no such folder, and not a hub id like Qwen/Qwen3-VL-2B-Instruct")
     transformers.utils.logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
@@ -413,26 +415,26 @@ def build_tokenizer(vocabulary=1024):
 
 
 def build_tiny(seed, pixels):
-    """A randomly initialised Qwen3-VL of about 2 M parameters (deepstack on, 8-pixel patches merged 2x2) and its processor."""
+    """A randomly initialised Qwen3-VL of 2.6 M parameters (deepstack on, 14-pixel patches merged 2x2) and its processor."""
     tokenizer = build_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
-    width, layers = 160, 4
+    width, layers = 128, 4
     config = Qwen3VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-            num_attention_heads=5, num_key_value_heads=5, head_dim=32, max_position_embeddings=4096,
+            num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=4096,
             rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
             eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], tie_word_embeddings=True),
         vision_config=dict(
-            depth=4, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=8, spatial_merge_size=2,
+            depth=3, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=14, spatial_merge_size=2,
             temporal_patch_size=2, out_hidden_size=width, num_position_embeddings=256, deepstack_visual_indexes=[1, 2]),
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["im_end"], ids["endoftext"]
-    images = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
+    images = Qwen2VLImageProcessorPil(patch_size=14, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
                                       image_std=[0.5] * 3, **pixels)
     return model, ImageOnlyProcessor(images, tokenizer, tokenizer.chat_template)
 

@@ -330,8 +330,7 @@ def main():
     model.say(data.config_text(config))
     checkpoints = train(config, model.StopRequest())
     if checkpoints:
-        table, _ = evaluation.evaluate_checkpoints(config, checkpoints)
-        model.say(table)
+        evaluation.evaluate_checkpoints(config, checkpoints)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def random_texts(n, seed, longest=25):
     ("Opacity in the right base, which may reflect atelectasis.",
      {"Lung Opacity": POSITIVE, "Atelectasis": UNCERTAIN}),
     ("No pneumothorax, but there is mild edema.", {"Pneumothorax": NEGATIVE, "Edema": POSITIVE}),
+    ("No effusion and stable cardiomegaly.", {"Pleural Effusion": NEGATIVE, "Cardiomegaly": POSITIVE}),
     ("No focal opacity to suggest pneumonia.",
      {"No Finding": POSITIVE, "Lung Opacity": NEGATIVE, "Pneumonia": NEGATIVE}),
     ("No change in the left effusion.", {"Pleural Effusion": POSITIVE}),

@@ -1,0 +1,161 @@
+"""The scripts as people start them: the whole loop, interrupted and resumed, on two processes, with thinking, on real layouts."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT
+from test_data import kaggle, r2gen
+
+SHORT = ["data.train_size=24", "data.val_size=4", "data.test_size=6", "model.max_pixels=9216", "sft.steps=4", "sft.batch_size=4",
+         "sft.eval_every=2", "sft.save_every=2", "grpo.steps=3", "grpo.prompts=4", "grpo.group_size=4", "grpo.max_new_tokens=12",
+         "grpo.save_every=1", "grpo.lr=1e-3", "eval.bootstrap=20"]
+
+
+def start(script, *args, processes=0, config="config.yaml"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    command = [sys.executable, *launcher, str(ROOT / script), str(ROOT / config), *args]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run(script, *args, **options):
+    process = start(script, *args, **options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def weights(folder):
+    return load_file(folder / "last" / "model.safetensors")
+
+
+def difference(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run of everything."""
+    out = tmp_path_factory.mktemp("run")
+    code, text, err = run("train_grpo.py", f"out={out}", *SHORT)
+    assert code == 0, err
+    return out, text
+
+
+def test_the_whole_loop(finished):
+    out, text = finished
+    assert "sft" in text and "ce_f1_macro13" in text and "soft_f1" in text and text.count("ce_f1_macro14") == 1
+    rows = metrics(out / "grpo")
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/mccs/mean", "rewards/gleu/mean", "rewards/soft_f1/mean",
+                 "kl", "kl/k1", "kl/k2", "kl/k3", "clip_ratio/region_mean", "entropy", "completions/mean_length",
+                 "completions/clipped_ratio", "grad_norm", "sampling/sampling_logp_difference/mean", "tokens_per_second",
+                 "time/sample", "time/update", "learning_rate"):
+        assert isinstance(rows[0][name], float), name
+    assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]                    # starts at the reference, then moves
+    assert rows[2]["sampling/sampling_logp_difference/max"] < 1e-4
+    sample = json.loads((out / "grpo" / "samples.jsonl").read_text().splitlines()[0])
+    assert len(sample["samples"]) == 4 and {"text", "reward", "advantage"} <= sample["samples"][0].keys()
+    assert difference(weights(out / "sft"), weights(out / "grpo")) > 1e-4
+    again = run("train_grpo.py", f"out={out}", *SHORT)                     # nothing left to do but evaluate
+    assert again[0] == 0 and metrics(out / "grpo") == rows
+
+
+def test_several_updates_batch_norm_and_parts(finished, tmp_path):
+    out, _ = finished
+    code, _, err = run("train_grpo.py", f"out={tmp_path}", f"grpo.init={out}/sft/best", *SHORT, "grpo.epochs=2", "grpo.mini_batch=2",
+                       "grpo.adv_norm=batch", "grpo.normalize_parts=true", "grpo.importance=sequence", "grpo.loss_agg=constant",
+                       "grpo.drop_degenerate=true", "grpo.kl_coef=0", "grpo.steps=1")
+    assert code == 0, err
+    row, = metrics(tmp_path / "grpo")
+    assert "kl" not in row and abs(row["ratio"] - 1) > 1e-6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_interrupted_anywhere_continues_bit_for_bit(finished, tmp_path, number):
+    """Stopped three times at different moments: the final weights are those of the run that was never stopped."""
+    out, _ = finished
+    for seconds_after_start in (0.2, 1.5, 3.0):
+        process = start("train_grpo.py", f"out={tmp_path}", *SHORT)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "sft").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(seconds_after_start)
+        process.send_signal(number)
+        text, err = process.communicate(timeout=120)
+        if number != signal.SIGKILL:
+            assert process.returncode == 0 and "Traceback" not in err, err
+        assert all((p / "training_state.pt").exists() for s in ("sft", "grpo") for p in (tmp_path / s).glob("step_??????"))
+    code, _, err = run("train_grpo.py", f"out={tmp_path}", *SHORT)
+    assert code == 0, err
+    assert difference(weights(out / "grpo"), weights(tmp_path / "grpo")) == 0
+    assert [r["step"] for r in metrics(tmp_path / "grpo")] == [1, 2, 3]
+    assert [r["reward"] for r in metrics(tmp_path / "grpo")] == [r["reward"] for r in metrics(out / "grpo")]
+
+
+def test_two_processes_equal_one(finished, tmp_path):
+    """The same samples, losses and weights, whatever the number of processes."""
+    out, _ = finished
+    code, text, err = run("train_grpo.py", f"out={tmp_path}", *SHORT, processes=2)
+    assert code == 0, err
+    one, two = metrics(out / "grpo"), metrics(tmp_path / "grpo")
+    for a, b in zip(one, two, strict=True):
+        for name in ("reward", "loss", "grad_norm", "entropy", "completions/mean_length", "kl/k3"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    assert difference(weights(out / "sft"), weights(tmp_path / "sft")) < 1e-4
+    assert "ce_f1_macro13" in text
+
+
+def test_thinking_from_cold_start(tmp_path):
+    code, text, err = run("train_grpo.py", f"out={tmp_path}", *SHORT, "data.thinking=true", "rewards.report={mccs: 0.75, format: 0.25}",
+                          "grpo.steps=1")
+    assert code == 0, err
+    assert (tmp_path / "cold_start" / "best").exists() and "rewards/format/mean" in metrics(tmp_path / "grpo")[0]
+
+
+def test_more_of_the_same(finished, tmp_path):
+    out, _ = finished
+    code, _, err = run("train_sft.py", f"out={tmp_path}", f"sft.init={out}/sft/best", *SHORT, "sft.stage=more")
+    assert code == 0 and (tmp_path / "more" / "best").exists(), err
+    code, text, err = run("eval.py", f"out={tmp_path}", *SHORT, "--checkpoint", str(out / "sft"), str(tmp_path / "more"))
+    assert code == 0 and "more" in text, err
+
+
+@pytest.mark.parametrize("layout", [r2gen, kaggle])
+def test_iu_xray_layouts(tmp_path, layout):
+    args = [f"data.path={layout(tmp_path / 'iu')}", f"out={tmp_path / 'out'}", *SHORT, "model.max_pixels=9216"]
+    code, _, err = run("train_sft.py", *args, config="configs/iu_xray.yaml")
+    assert code == 0, err
+    code, text, err = run("train_grpo.py", *args, config="configs/iu_xray.yaml", processes=1)
+    assert code == 0 and "ce_f1_macro13" in text, err
+
+
+@pytest.mark.parametrize("script, override, message", [
+    ("train_grpo.py", "grpo.kl_coeff=1", "grpo.kl_coef"), ("train_sft.py", "data.source=iu_xray", "data.path"),
+    ("train_grpo.py", "rewards.report.mcs=1", "'mccs'"), ("train_grpo.py", "grpo.init=/absent", "/absent"),
+    ("train_sft.py", "sft.stage=cold_start", "data.thinking"), ("train_sft.py", "model.path=/absent/model", "/absent/model")])
+def test_user_errors_are_one_line(tmp_path, script, override, message):
+    code, _, err = run(script, f"out={tmp_path}", *SHORT, override)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
+
+
+def test_a_bad_image_stops_or_is_skipped(tmp_path):
+    root = r2gen(tmp_path / "iu")
+    path = root / "images" / "CXR0" / "0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    args = [f"data.path={root}", f"out={tmp_path / 'out'}", *SHORT, "sft.steps=1"]
+    code, _, err = run("train_sft.py", *args, "data.on_error=stop", config="configs/iu_xray.yaml")
+    assert code == 1 and "CXR0/0.png" in err and "Traceback" not in err
+    code, _, err = run("train_sft.py", *args, "data.on_error=skip", config="configs/iu_xray.yaml")
+    assert code == 0 and "CXR0/0.png" in err and "skipped" in err
