@@ -789,7 +789,7 @@ def _layers(rng, label, side, zone, severity, an, bases, found):
     """(what, layers) of one finding, a layer per box; an effusion raises `bases`."""
     uni, lung, what, large = rng.uniform, an.lung, "", any(f.label == "Cardiomegaly" for f in found)
     signs = {"left": (1,), "both": (-1, 1)}.get(side, (-1,))
-    s, v, a = signs[0], ZONES.get(zone, 0) + uni(-.02, .02), uni(.17, .23) + .04 * (zone == "lower lobe")
+    s, v, a = signs[0], ZONES.get(zone, 0) + uni(-.02, .02), uni(.17, .23) + .06 * (zone == "lower lobe")
     blur, density, opacity, shapes = 0, .70, 1., []                 # one list of polygons per box
     match label:
         case "Cardiomegaly":
@@ -919,7 +919,7 @@ def _texts(rng, findings):
         states[LABELS.index(f.label)] = 1 if f.certain else 3
         phrase = choose(_phrases(f)) if f.certain else _phrases(f)[0]
         if not phrase.endswith("."):
-            be = "are" if phrase.endswith("s") or phrase.startswith("nodules") else "is"
+            be = "are" if phrase.endswith(("effusions", "fractures")) or phrase.startswith("nodules") else "is"
             phrase = choose(CERTAIN if f.certain else HEDGED).format(phrase=phrase, bare=ARTICLE.sub("", phrase), be=be)
         said[WORDINGS[f.label][0]].append(phrase)
     for chance, region, labels, denies, phrases in NORMALS:

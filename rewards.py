@@ -85,8 +85,8 @@ MASK = re.compile(r"\bx{3,}\b|_{2,}")  # a word removed by de-identification
 NO_CLAIM = re.compile(r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited")
 SENTENCE_END = re.compile(r"[.;!?]+(?!\d)|\n\s*\n|\n(?=[-*\u2022]|\d+[.)])")
 CLAUSE_END = re.compile(  # where cues stop: a contrast, or a conjunction or comma that opens a new statement
-    r"\b(?:but|however|although|though|which|that|otherwise|except|aside|apart|while|whereas|given|(?:and|with) (?=(?:"
-    r"there|the|mild|small|bilateral|(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast| in)|is|are|has|have)\b))|"
+    r"\b(?:but|however|although|though|which|that|otherwise|except|aside|apart|while|whereas|given|(?:and|with) (?="
+    r"(?:there|the|mild|small|bilateral|is|are|has|have|(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast))\b))|"
     r", (?=(?:and )?(?:there|the|stable|mild|small|minimal|bilateral|unchanged|old|healed|possibl\w*|likely|probabl\w*|"
     r"heart|cardiac|lungs?|with)\b)")
 

@@ -61,7 +61,7 @@ def random_texts(n, seed, longest=25):
     ("There is no mediastinal widening.", {"No Finding": POSITIVE, "Enlarged Cardiomediastinum": NEGATIVE}),
     ("The lungs are clear.", {"No Finding": POSITIVE}),
     ("Right PICC with its tip in the SVC. Lungs clear.", {"No Finding": POSITIVE, "Support Devices": POSITIVE}),
-    ("There are no XXXX of a pleural effusion.", {"No Finding": POSITIVE, "Pleural Effusion": NEGATIVE}),
+    ("No XXXX for edema on this film.", {"No Finding": POSITIVE, "Edema": NEGATIVE}),
     ("The cardiomediastinal silhouette is stable.", {"Enlarged Cardiomediastinum": UNCERTAIN}),
     ("Normal and stable heart size.", {"No Finding": POSITIVE, "Cardiomegaly": NEGATIVE}),
     ("Left ___-A-___ in place.", {"No Finding": POSITIVE, "Support Devices": POSITIVE}),
