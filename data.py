@@ -66,7 +66,7 @@ class DataConfig:
     source: Literal["phantom", "iu_xray", "jsonl"] = "phantom"
     path: str = ""                      # folder of the dataset (iu_xray, jsonl)
     tasks: list[str] = field(default_factory=lambda: ["report", "grounding"])
-    report_share: float = 0.5           # share of report examples in a batch; the rest is grounding
+    report_share: float = 0.5           # share of report prompts in a GRPO step; the rest is grounding
     views: Literal["all", "frontal"] = "all"
     thinking: bool = False              # think before answering
     think_format: Literal["tags", "suffix"] = "tags"  # <think>..</think><report>..</report> (MRG-R1) | ..</think>.. (RadVLM)
@@ -81,8 +81,8 @@ class SFTConfig:
     stage: Literal["sft", "more", "cold_start"] = "sft"  # "more" and "cold_start" continue from the sft checkpoint
     init: str = "auto"                  # where to start: auto (see stage), base (model.path), or a checkpoint folder
     steps: int = 300
-    batch_size: int = 32
-    micro_batch: int = 32               # sequences per forward pass (and process)
+    batch_size: int = 32                # studies per step; all questions about a study are trained together
+    micro_batch: int = 32               # studies per forward pass (and process)
     lr: float = 1e-5                    # peak; linear warm-up, then cosine to zero
     warmup: int = 10
     weight_decay: float = 0.01
@@ -565,6 +565,14 @@ def indices(n, count, step, seed, stream):
     return [int(shuffled(n, seed, STREAMS[stream], p // n)[p % n]) for p in places]
 
 
+def by_study(examples):
+    """Examples grouped by their images: lists of questions about the same study."""
+    groups = {}
+    for example in examples:
+        groups.setdefault(example.images, []).append(example)
+    return list(groups.values())
+
+
 def batch(examples, count, step, seed, stream, report_share):
     """The examples of one step: `report_share` of them reports, the rest grounding (all of one task if only one).
 
@@ -667,7 +675,7 @@ class Finding:
     layers: tuple = field(repr=False)   # one per box: (polygons in the thorax frame, blur, density, opacity)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Phantom:
     seed: int
     index: int

@@ -168,14 +168,17 @@ class Policy:
 
     # -- inputs: the one function that every stage builds its inputs with
 
+    def chat(self, example):
+        """The user turn up to where the assistant begins, with one placeholder per image."""
+        content = [{"type": "image"}] * len(example.images) + [{"type": "text", "text": data.prompt_text(example)}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                                  tokenize=False)
+
     def encode(self, example):
         """The model inputs for one prompt: a dict of tensors (1, P) plus pixel values. Raises InputError."""
         images = data.open_images(example)
-        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": data.prompt_text(example)}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
-                                                  tokenize=False)
         try:
-            inputs = dict(self.processor(text=[text], images=images, return_tensors="pt"))
+            inputs = dict(self.processor(text=[self.chat(example)], images=images, return_tensors="pt"))
         except ValueError as error:
             sizes = ", ".join(f"{i.width}x{i.height}" for i in images)
             raise InputError(f"{example.id}: the processor refuses its images ({sizes}): {error}") from None
@@ -184,6 +187,17 @@ class Policy:
             raise InputError(f"{example.id}: the prompt with its images takes {length} tokens, more than "
                              f"model.max_prompt_tokens={limit}; raise it or lower model.max_pixels")
         return {k: v.to(self.device) for k, v in inputs.items()}
+
+    def split_at_images(self, prompt):
+        """(prompt up to its last image token, the ids (Q,) after it): the part that all questions on an image share."""
+        end = int((prompt["input_ids"][0] == self.model.config.image_token_id).nonzero()[-1]) + 1
+        shape = prompt["input_ids"].shape
+        return {k: v[:, :end] if v.shape == shape else v for k, v in prompt.items()}, prompt["input_ids"][0, end:]
+
+    def question_ids(self, example):
+        """(Q,) ids of the prompt after its last image token, without opening the images."""
+        text = self.chat(example).rpartition(self.processor.image_token)[2]
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], device=self.device)
 
     def encode_all(self, examples):
         """(example, inputs) for each usable example. data.on_error=skip leaves the others out and says so."""
@@ -288,41 +302,42 @@ class Policy:
 
     # -- scoring
 
-    def logprobs(self, prompts, completions, temperature=1.0):
-        """Scores G completions for each of B prompts; gradients flow.
+    def logprobs(self, prompts, completions, temperature=1.0, n_scored=None):
+        """Scores several completions of each of B prompts; gradients flow.
 
-        prompts: B dicts from `encode`; completions: B lists of G id tensors (T,). Returns log-probabilities, entropies
-        and a mask of real tokens, each (B*G, T_max).
+        prompts: B dicts from `encode`; completions: B lists of id tensors (T,), R in all. Returns log-probabilities,
+        entropies and a mask of scored tokens, each (R, T_max): all real tokens, or the last n_scored (R lengths) of each.
         """
-        ids = pad_sequence([c for group in completions for c in group], batch_first=True)              # (R, T)
-        lengths = torch.tensor([len(c) for group in completions for c in group], device=ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]                         # (R, T)
+        rows = [ids for group in completions for ids in group]
+        owner = torch.tensor([b for b, group in enumerate(completions) for _ in group], device=self.device)       # (R,)
+        ids = pad_sequence(rows, batch_first=True)                                                                # (R, T)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)[:, None]
+        places = torch.arange(ids.shape[1], device=self.device)
+        mask = places < lengths                                                                                   # (R, T)
+        scored = mask if n_scored is None else mask & (places >= lengths - torch.tensor(n_scored, device=self.device)[:, None])
         with self.autocast():
             forward = self.shared_prefix_hidden if self.config.model.shared_prefix else self.plain_hidden
-            hidden = forward(prompts, ids, mask)                                                        # (R, T, H)
-        flat, flat_entropy = fused_logprobs(hidden[mask], self.head, ids[mask], temperature, self.banned)
-        logp = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-        return logp, flat_entropy.new_zeros(mask.shape).masked_scatter(mask, flat_entropy), mask
+            hidden = forward(prompts, ids, mask, owner)                                                           # (R, T, H)
+        flat, flat_entropy = fused_logprobs(hidden[scored], self.head, ids[scored], temperature, self.banned)
+        logp = flat.new_zeros(scored.shape).masked_scatter(scored, flat)
+        return logp, flat_entropy.new_zeros(scored.shape).masked_scatter(scored, flat_entropy), scored
 
-    def shared_prefix_hidden(self, prompts, ids, mask):
-        """Hidden states that predict each completion token. Every prompt (and image) runs once: its cache, repeated G
-        times, is differentiable, so the gradients of all G completions meet in it."""
+    def shared_prefix_hidden(self, prompts, ids, mask, owner):
+        """Hidden states that predict each completion token. Every prompt (and image) runs once: its cache, copied to each
+        of its completions, is differentiable, so the gradients of all completions meet in it."""
         last, cache, prompt_mask, start = self.prefill(prompts)
-        group_size = len(ids) // len(prompts)
-        last, prompt_mask, start = (t.repeat_interleave(group_size, 0) for t in (last, prompt_mask, start))
-        hidden = last[:, None]                                            # the last prompt token predicts the first one
+        hidden = last[owner, None]                                        # the last prompt token predicts the first one
         if ids.shape[1] > 1:
-            cache.batch_repeat_interleave(group_size)
+            cache.batch_select_indices(owner)
             offsets = torch.arange(ids.shape[1] - 1, device=ids.device)
-            out = self.base(input_ids=ids[:, :-1], attention_mask=torch.cat([prompt_mask, mask[:, :-1]], 1),
-                            position_ids=self.later_positions(start, offsets), past_key_values=cache, use_cache=True)
+            out = self.base(input_ids=ids[:, :-1], attention_mask=torch.cat([prompt_mask[owner], mask[:, :-1]], 1),
+                            position_ids=self.later_positions(start[owner], offsets), past_key_values=cache, use_cache=True)
             hidden = torch.cat([hidden, out.last_hidden_state], 1)
         return hidden
 
-    def plain_hidden(self, prompts, ids, mask):
-        """The plain twin: B*G full rows [prompt | completion], each with its own copy of the image."""
-        group_size = len(ids) // len(prompts)
-        batch = collate([prompt for prompt in prompts for _ in range(group_size)])
+    def plain_hidden(self, prompts, ids, mask, owner):
+        """The plain twin: R full rows [prompt | completion], each with its own copy of the image."""
+        batch = collate([prompts[b] for b in owner])
         positions, start = self.positions(batch)
         later = self.later_positions(start, torch.arange(ids.shape[1], device=ids.device))
         length = batch["input_ids"].shape[1]

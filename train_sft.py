@@ -29,25 +29,38 @@ def learning_rate(step, steps, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def sft_loss(policy, pairs, n_tokens):
+def encode_studies(policy, studies):
+    """(prompt up to the end of its images, examples) for each usable study."""
+    first = policy.encode_all([examples[0] for examples in studies])
+    examples_of = {id(examples[0]): examples for examples in studies}
+    return [(policy.split_at_images(prompt)[0], examples_of[id(example)]) for example, prompt in first]
+
+
+def answer_tokens(policy, studies):
+    return sum(len(policy.encode_target(e)) for _, examples in studies for e in examples)
+
+
+def sft_loss(policy, studies, n_tokens):
     """-sum of answer-token log-probabilities / n_tokens (of the whole step, all micro-batches and processes).
 
-    pairs: (example, prompt inputs). Prompt tokens carry no loss.
+    studies: from encode_studies. Each image runs once for all questions about it; questions carry no loss.
     """
-    targets = [[policy.encode_target(example)] for example, _ in pairs]
-    logp, _, _ = policy.logprobs([prompt for _, prompt in pairs], targets)
+    answers = [[policy.encode_target(e) for e in examples] for _, examples in studies]
+    rows = [[torch.cat([policy.question_ids(e), a]) for e, a in zip(examples, group)]
+            for (_, examples), group in zip(studies, answers)]
+    logp, _, _ = policy.logprobs([prompt for prompt, _ in studies], rows, n_scored=[len(a) for g in answers for a in g])
     return -logp.sum() / n_tokens
 
 
 @torch.no_grad()
-def validation_loss(policy, examples, size):
-    """Mean loss per answer token over `examples`, split over the processes."""
+def validation_loss(policy, studies, size):
+    """Mean loss per answer token over `studies` (lists of examples), split over the processes."""
     total, count = 0.0, 0
-    mine = examples[model.rank()::model.world_size()]
+    mine = studies[model.rank()::model.world_size()]
     for i in range(0, len(mine), size):
-        if pairs := policy.encode_all(mine[i:i + size]):
-            count += sum(len(policy.encode_target(e)) for e, _ in pairs)
-            total += float(sft_loss(policy, pairs, 1))
+        if some := encode_studies(policy, mine[i:i + size]):
+            count += answer_tokens(policy, some)
+            total += float(sft_loss(policy, some, 1))
     totals = model.gather_objects((total, count))
     return sum(t for t, _ in totals) / max(1, sum(c for _, c in totals))
 
@@ -86,24 +99,24 @@ def train(config, stop):
     model.open_run(run, config, ["model", "data", "sft"])
     if model.last_step(run) >= sft.steps:
         return run / "best"
-    examples = stage_examples(config, data.load_split(config, "train"))
-    held_out = stage_examples(config, data.load_split(config, "val"))
+    studies, held_out = (data.by_study(stage_examples(config, data.load_split(config, split))) for split in ("train", "val"))
     policy, optimizer, state = model.resume(run, lambda last: model.load_policy(config, last or start),
                                             lambda p: model.make_optimizer(p, sft))
     best = state.get("best", math.inf)
     log = model.Log(run, state["step"], config)
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    model.say(f"{run}: {sft.stage} of {size:.1f} M parameters on {len(examples)} examples, "
+    model.say(f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
               f"steps {state['step']} to {sft.steps}")
     bar = tqdm(range(state["step"], sft.steps), run.name, initial=state["step"], total=sft.steps, disable=model.rank() != 0)
     for step in bar:
         began = time.perf_counter()
-        chosen = data.batch(examples, sft.batch_size, step, config.seed, sft.stage, config.data.report_share)
-        pairs = policy.encode_all(chosen[model.rank()::model.world_size()])
-        n_tokens = max(1, sum(model.gather_objects(sum(len(policy.encode_target(e)) for e, _ in pairs))))
+        # Which studies, in which order: a pure function of seed and step, so that a resumed run goes on where it was.
+        chosen = [studies[i] for i in data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)]
+        encoded = encode_studies(policy, chosen[model.rank()::model.world_size()])
+        n_tokens = max(1, sum(model.gather_objects(answer_tokens(policy, encoded))))
         loss_sum = 0.0
-        for i in range(0, len(pairs), sft.micro_batch):
-            loss = sft_loss(policy, pairs[i:i + sft.micro_batch], n_tokens)
+        for i in range(0, len(encoded), sft.micro_batch):
+            loss = sft_loss(policy, encoded[i:i + sft.micro_batch], n_tokens)
             loss.backward()
             loss_sum += float(loss.detach())
         rate = learning_rate(step, sft.steps, sft.warmup, sft.lr)
