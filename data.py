@@ -65,13 +65,13 @@ class ModelConfig:
 class DataConfig:
     source: Literal["phantom", "iu_xray", "jsonl"] = "phantom"
     path: str = ""                      # folder of the dataset (iu_xray, jsonl)
-    tasks: list[str] = field(default_factory=lambda: ["report", "grounding"])
+    tasks: list[str] = field(default_factory=lambda: ["report", "grounding", "classification"])  # the last for SFT
     report_share: float = 0.5           # share of report prompts in a GRPO step; the rest is grounding
     views: Literal["all", "frontal"] = "all"
     thinking: bool = False              # think before answering
     think_format: Literal["tags", "suffix"] = "tags"  # <think>..</think><report>..</report> (MRG-R1) | ..</think>.. (RadVLM)
-    train_size: int = 8000              # phantoms per split
-    val_size: int = 128
+    train_size: int = 12000              # phantoms per split
+    val_size: int = 64
     test_size: int = 1024
     on_error: Literal["stop", "skip"] = "stop"  # an unreadable example: stop, or leave it out, count it and say so
 
@@ -257,8 +257,8 @@ def load_config(path, overrides=()):
             set_key(config, key, yaml.safe_load(text) if text else "", f"argument {item!r}")
         except yaml.YAMLError:
             raise InputError(f"argument {item!r}: the value is not valid YAML") from None
-    if set(config.data.tasks) - {"report", "grounding"} or not config.data.tasks:
-        raise InputError(f"data.tasks: expected some of report, grounding, got {config.data.tasks}")
+    if set(config.data.tasks) - set(ANSWER_TAG) or not config.data.tasks:
+        raise InputError(f"data.tasks: expected some of {', '.join(ANSWER_TAG)}, got {config.data.tasks}")
     if config.model.min_pixels > config.model.max_pixels:
         raise InputError("model.min_pixels is larger than model.max_pixels")
     if config.model.gradient_checkpointing and config.model.shared_prefix:
@@ -324,7 +324,8 @@ def open_images(example):
 # ---------------------------------------------------------------------------------------------- prompts and answers
 
 REPORT_QUESTION = "Write the findings of this chest X-ray."
-ANSWER_TAG = {"report": "report", "grounding": "answer"}
+LIST_QUESTION = "List the findings."
+ANSWER_TAG = {"report": "report", "grounding": "answer", "classification": "answer"}
 NOTHING_THERE = "It is not seen."
 BOX_INSTRUCTION = "Answer with boxes."
 
@@ -362,16 +363,19 @@ SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}   # phantom in
 
 
 def read_phantoms(config, split, _skip):
-    """One report example per phantom; grounding questions about what is there and, for one in three, what is not."""
+    """Per phantom a report, a list of its findings, and grounding questions: what is there, and
+    for every other phantom something that is not."""
     for n in range(getattr(config.data, f"{split}_size")):
         index = SPLIT_START[split] + n
         study = phantom(config.seed, index)
         common = dict(images=(study,), patient=str(index))
         yield Example(id=f"{index}", task="report", question=REPORT_QUESTION, answer=study.report,
                       thinking=study.thinking, **common)
+        names = ", ".join(QUESTION_NAMES.get(label, label.lower()) for label in PHANTOM_LABELS if label in study.boxes)
+        yield Example(id=f"{index}-list", task="classification", question=LIST_QUESTION, answer=(names or "none") + ".", **common)
         rng = np.random.default_rng([config.seed, index, 7])
         absent = [label for label in PHANTOM_LABELS if label not in study.boxes]
-        asked = list(study.boxes) + ([str(rng.choice(absent))] if rng.random() < 1 / 3 else [])
+        asked = list(study.boxes) + ([str(rng.choice(absent))] if rng.random() < 0.5 else [])
         for label in asked:
             boxes = tuple(tuple(round(float(v), 2) for v in box) for box in study.boxes.get(label, ()))
             yield Example(id=f"{index}-{label}", task="grounding", question=grounding_questions(label, rng),

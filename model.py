@@ -434,7 +434,7 @@ def build_tiny(seed, pixels):
     tokenizer = build_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
-    width, layers = 128, 4
+    width, layers = 128, 3
     config = Qwen3VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
@@ -443,14 +443,14 @@ def build_tiny(seed, pixels):
             eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], tie_word_embeddings=True),
         vision_config=dict(
             depth=3, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=14, spatial_merge_size=2,
-            temporal_patch_size=2, out_hidden_size=width, num_position_embeddings=256, deepstack_visual_indexes=[1, 2]),
+            temporal_patch_size=2, out_hidden_size=width, num_position_embeddings=256, deepstack_visual_indexes=[0, 1]),
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["im_end"], ids["endoftext"]
-    images = Qwen2VLImageProcessorPil(patch_size=14, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
-                                      image_std=[0.5] * 3, **pixels)
+    images = Qwen2VLImageProcessorPil(patch_size=14, temporal_patch_size=2, merge_size=2, image_mean=[0.4] * 3,
+                                      image_std=[0.2] * 3, **pixels)
     return model, ImageOnlyProcessor(images, tokenizer, tokenizer.chat_template)
 
 
