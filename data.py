@@ -81,6 +81,7 @@ class SFTConfig:
     stage: Literal["sft", "more", "cold_start"] = "sft"  # "more" and "cold_start" continue from the sft checkpoint
     init: str = "auto"                  # where to start: auto (see stage), base (model.path), or a checkpoint folder
     steps: int = 300
+    more_steps: int = 150               # of sft.stage=more: about the compute of the GRPO stage
     batch_size: int = 32                # studies per step; all questions about a study are trained together
     micro_batch: int = 32               # studies per forward pass (and process)
     lr: float = 1e-5                    # peak; linear warm-up, then cosine to zero

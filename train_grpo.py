@@ -249,7 +249,7 @@ def starting_point(config, stop):
 
 
 def train(config, stop):
-    """Runs GRPO to its last step (or on from the last checkpoint). Returns {"sft": folder, "grpo": folder} or None."""
+    """Runs GRPO to its last step (or on from the last checkpoint). Returns {name: folder} to compare, or None when stopped."""
     grpo, run = config.grpo, Path(config.out, "grpo")
     try:
         rewards.check_rewards(config.rewards)
@@ -258,7 +258,9 @@ def train(config, stop):
     start = starting_point(config, stop)
     if stop:
         return None
-    checkpoints = {"before": start or config.model.path, "grpo": run / "last"}
+    checkpoints = {start.parent.name if start else "start": start or config.model.path, "grpo": run / "last"}
+    if (control := Path(config.out, "more", "best")).exists():            # continued SFT, if it was trained
+        checkpoints["more"] = control
     model.open_run(run, config, ["model", "data", "grpo", "rewards"])
     if model.last_step(run) >= grpo.steps:
         return checkpoints

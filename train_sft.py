@@ -1,7 +1,7 @@
 """Supervised fine-tuning: reports and grounding, and the cold start that teaches thinking.
 
   python train_sft.py config.yaml                              # or torchrun --nproc_per_node 8 train_sft.py config.yaml
-  python train_sft.py config.yaml sft.stage=more               # as much again, from the result (the control for GRPO)
+  python train_sft.py config.yaml sft.stage=more               # sft.more_steps on from the result: the control for GRPO
   python train_sft.py config.yaml sft.stage=cold_start data.thinking=true
 
 Writes OUT/STAGE/: config.yaml, metrics.jsonl, step_N/ (Hugging Face folders), best -> lowest validation loss, last.
@@ -94,7 +94,8 @@ def train(config, stop):
     """Trains one supervised stage, or continues it. Returns its best checkpoint, or None when asked to stop before the end."""
     if config.sft.stage != "cold_start":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, thinking=False))
-    sft, run = config.sft, Path(config.out, config.sft.stage)
+    run = Path(config.out, config.sft.stage)
+    sft = dataclasses.replace(config.sft, steps=config.sft.more_steps) if config.sft.stage == "more" else config.sft
     start = starting_point(config)
     model.open_run(run, config, ["model", "data", "sft"])
     if model.last_step(run) >= sft.steps:
