@@ -365,7 +365,7 @@ SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}   # phantom in
 
 def read_phantoms(config, split, _skip):
     """Per phantom a report, a list of its findings, and grounding questions: what is there, and
-    for every other phantom something that is not."""
+    now and then something that is not."""
     for n in range(getattr(config.data, f"{split}_size")):
         index = SPLIT_START[split] + n
         study = phantom(config.seed, index)
@@ -376,7 +376,7 @@ def read_phantoms(config, split, _skip):
         yield Example(id=f"{index}-list", task="classification", question=LIST_QUESTION, answer=(names or "none") + ".", **common)
         rng = np.random.default_rng([config.seed, index, 7])
         absent = [label for label in PHANTOM_LABELS if label not in study.boxes]
-        asked = list(study.boxes) + ([str(rng.choice(absent))] if rng.random() < 0.5 else [])
+        asked = list(study.boxes) + ([str(rng.choice(absent))] if rng.random() < 0.2 else [])
         for label in asked:
             boxes = tuple(tuple(round(float(v), 2) for v in box) for box in study.boxes.get(label, ()))
             yield Example(id=f"{index}-{label}", task="grounding", question=grounding_questions(label, rng),

@@ -131,7 +131,8 @@ def _clause_mentions(clause):
             nearest = min(sizes[max(place - 1, 0):place + 1], key=lambda size: max(
                 size.start() - part.end(), part.start() - size.end())).lastgroup
             if nearest != "same" or LABELS[label] != "Cardiomegaly" or "mediast" not in part[0]:
-                found.append((label, _SIZE_STATE[nearest]))
+                hedged = nearest == "large" and state(part) == UNCERTAIN
+                found.append((label, UNCERTAIN if hedged else _SIZE_STATE[nearest]))
     return found
 
 
@@ -173,12 +174,11 @@ def mccs(generated, reference, margin=0.5, nonempty=None):
     return np.where(~a.any(1) & ~b.any(1), nonempty, score)
 
 
-def label_f1(generated, reference, nonempty=None):
-    """(N,) F1 of the positive or uncertain observations without No Finding; none on either side: as in mccs."""
-    nonempty = np.any(generated, axis=1) if nonempty is None else nonempty
+def label_f1(generated, reference):
+    """(N,) F1 of the positive or uncertain observations without No Finding. Without any on either side it is 0, as in
+    scikit-learn: normal studies then have no say, which weighs against the pull of MCCS to the normal template."""
     a, b = (np.isin(np.asarray(labels)[:, 1:], (POSITIVE, UNCERTAIN)) for labels in (generated, reference))
-    size = a.sum(1) + b.sum(1)
-    return np.where(size == 0, nonempty, 2 * (a & b).sum(1) / np.maximum(size, 1))
+    return 2 * (a & b).sum(1) / np.maximum(a.sum(1) + b.sum(1), 1)
 
 
 def tokenize(text):
@@ -347,7 +347,7 @@ def _soft_f1_reward(answers, examples, valid, cfg):
 REWARDS = {  # name: f(N answers, N examples, (N,) whether the format is valid, config.rewards) -> N numbers
     "mccs": _on_labels(lambda generated, reference, cfg, said: mccs(generated, reference, cfg.mccs_margin, said)),
     "format": lambda answers, examples, valid, cfg: valid,
-    "label_f1": _on_labels(lambda generated, reference, cfg, said: label_f1(generated, reference, said)),
+    "label_f1": _on_labels(lambda generated, reference, cfg, said: label_f1(generated, reference)),
     "gleu": _on_text(gleu), "bleu4": _on_text(bleu4), "rouge_l": _on_text(rouge_l), "soft_f1": _soft_f1_reward,
 }
 APPLIES = {"report": [name for name in REWARDS if name != "soft_f1"], "grounding": ["soft_f1", "format"]}

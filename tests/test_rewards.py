@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 from nltk.translate import bleu_score, gleu_score
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
@@ -129,7 +130,7 @@ def test_mccs_and_label_f1_against_loops():
     a, b = rng.choice(4, (2, 500, 14), p=[.7, .1, .1, .1]).astype(np.int8)
     a[:100, 1:], b[50:150, 1:] = 0, 0
     nonempty = rng.random(500) < 0.5
-    scores, f1 = rewards.mccs(a, b, 0.4, nonempty), rewards.label_f1(a, b, nonempty)
+    scores, f1 = rewards.mccs(a, b, 0.4, nonempty), rewards.label_f1(a, b)
     for i in range(500):
         x, y = ([{0: 0, 1: 1, 2: -1, 3: 1}[int(s)] for s in labels[i, 1:]] for labels in (a, b))
         if not any(x) or not any(y):
@@ -138,8 +139,8 @@ def test_mccs_and_label_f1_against_loops():
             cosine = sum(p * q for p, q in zip(x, y)) / math.sqrt(sum(p * p for p in x) * sum(q * q for q in y))
             expected = max((cosine - 0.4) / 0.6, 0)
         assert scores[i] == pytest.approx(expected)
-        x, y = ({j for j, value in enumerate(v) if value == 1} for v in (x, y))
-        assert f1[i] == pytest.approx(2 * len(x & y) / (len(x) + len(y)) if x or y else float(nonempty[i]))
+        x, y = ([value == 1 for value in v] for v in (x, y))
+        assert f1[i] == pytest.approx(f1_score(y, x, zero_division=0))
 
 
 # -------------------------------------------------------------------------------------------------- text overlap
@@ -315,7 +316,7 @@ def test_match_empty_needs_a_plain_no(answer, expected):
 def test_text_without_labels_counts_as_non_empty():
     cfg = config({"mccs": 1.0, "label_f1": 1.0}, {})
     total, _ = rewards.score_completions(["Old granuloma."], [example(answer="Scoliosis.")], cfg, "plain")
-    assert not rewards.extract_labels(["Old granuloma."]).any() and total[0] == 2
+    assert not rewards.extract_labels(["Old granuloma."]).any() and total[0] == 1
 
 
 def test_settings_reach_the_rewards():
