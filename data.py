@@ -191,7 +191,7 @@ def checked(key, value, kind):
     else:                                  # YAML reads 1e-4 as text: numbers are accepted in any notation
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         require(math.isfinite(number) and (kind is float or number == int(number)),
                 "a number" if kind is float else "a whole number")
@@ -286,7 +286,7 @@ def config_text(config):
 class Example:
     """One question about one study."""
     id: str
-    task: str                           # "report" | "grounding"
+    task: str                           # "report" | "grounding" | "classification" (SFT only)
     images: tuple                       # paths, or phantoms
     question: str
     answer: str                         # the reference report, or the reference boxes as text
@@ -509,7 +509,7 @@ def read_jsonl(config, split, skip):
             thinking = str(row.get("thinking", ""))
             if "report" in row:
                 example = study_example(row["id"], images, row["report"], where, skip)
-                yield example and dataclasses.replace(example, question=row.get("question", REPORT_QUESTION),
+                yield example and dataclasses.replace(example, question=str(row.get("question") or REPORT_QUESTION),
                                                       patient=patient, thinking=thinking)
                 continue
             boxes = tuple(tuple(float(v) for v in box) for box in row["boxes"])
@@ -524,7 +524,7 @@ def read_jsonl(config, split, skip):
             skip(f"{where}: an image of {list(map(str, images))} does not exist")
         else:
             yield Example(id=str(row["id"]), task="grounding", images=tuple(map(str, images)),
-                          question=row.get("question", f"Where is {phrase}? {BOX_INSTRUCTION}"),
+                          question=str(row.get("question") or f"Where is {phrase}? {BOX_INSTRUCTION}"),
                           answer=boxes_text(boxes), thinking=thinking, boxes=boxes, label=phrase, patient=patient)
 
 
@@ -586,8 +586,11 @@ def batch(examples, count, step, seed, stream, report_share):
     by_task = {task: [e for e in examples if e.task == task] for task in ("report", "grounding")}
     n_report = round(count * report_share) if by_task["grounding"] else count
     n_report = n_report if by_task["report"] else 0
-    return [pool[i] for pool, k in ((by_task["report"], n_report), (by_task["grounding"], count - n_report)) if k
-            for i in indices(len(pool), k, step, seed, stream)]
+    if not by_task["report"] + by_task["grounding"]:
+        raise InputError("data.tasks: GRPO needs report or grounding examples")
+    chosen = [pool[i] for pool, k in ((by_task["report"], n_report), (by_task["grounding"], count - n_report)) if k
+              for i in indices(len(pool), k, step, seed, stream)]
+    return [chosen[i] for i in np.random.default_rng([seed, STREAMS[stream], step, 1]).permutation(count)]
 
 
 # ---------------------------------------------------------------------------------------------- phantoms

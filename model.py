@@ -12,8 +12,8 @@ In order of appearance
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -21,7 +21,8 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ from data import Example, InputError
 
 # ---------------------------------------------------------------------------------------------- fused log-probs
 
-BUFFER = 1 << 24                        # float32 numbers in the one logits buffer (64 MiB)
+BUFFER = 1 << 24                        # logits held at a time (64 MiB in float32)
 
 
 class FusedLogProbs(torch.autograd.Function):
@@ -52,7 +53,7 @@ class FusedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def chunk_logits(hidden, weight, temperature, banned):
-        logits = hidden.float() @ weight.T / temperature                                   # (n, V) float32
+        logits = (hidden.float() @ weight.T).div_(temperature)                             # (n, V) float32
         if banned is not None:
             logits[:, banned] = -torch.inf
         return logits
@@ -94,7 +95,7 @@ def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None):
     """Log-probabilities of `targets` and entropies under softmax(hidden @ weight.T / temperature), in float32.
 
     hidden (N, H), weight (V, H) of any float dtype, targets (N,) ids; `banned` (K,) ids have probability zero.
-    Returns (logprobs (N,), entropy (N,)); only logprobs carries gradients. Memory: one buffer of BUFFER numbers
+    Returns (logprobs (N,), entropy (N,)); only logprobs carries gradients. Memory: a few buffers of BUFFER numbers
     (and, for a half-precision head, its float32 copy).
     """
     if len(targets) == 0:                                                 # keeps the graph for an empty micro-batch
@@ -143,10 +144,9 @@ class Policy:
                 getattr(self.base, name, torch.nn.Module()).requires_grad_(False)
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()                                                 # checkpointing is active in train mode only
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0                                        # old and new log-probs must agree
+            for module in model.modules():                                # it is active in train mode only, where there
+                for name in {"p", "attention_dropout"} & vars(module).keys():    # must be no dropout: old and new
+                    setattr(module, name, 0.0)                                   # log-probs have to agree
         stop = model.generation_config.eos_token_id
         stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
         self.stop_ids = torch.tensor(sorted({*stop, self.tokenizer.eos_token_id}), device=self.device)
@@ -243,12 +243,13 @@ class Policy:
     # -- sampling
 
     @torch.no_grad()
-    def sample(self, examples, group_size, max_new_tokens, temperature, stream=(0,), progress=None):
+    def sample(self, examples, group_size, max_new_tokens, temperature, stream=(0,)):
         """G completions of every example's prompt from the full softmax (never top-k or top-p); temperature 0 is greedy.
 
         Each (stream, example, sample) has its own random numbers, so the samples do not depend on batch order or on the
         number of processes. Returns one Rollout per usable example.
         """
+        self.model.eval()
         pairs = self.encode_all(examples)
         if not pairs:
             return []
@@ -308,6 +309,7 @@ class Policy:
         prompts: B dicts from `encode`; completions: B lists of id tensors (T,), R in all. Returns log-probabilities,
         entropies and a mask of scored tokens, each (R, T_max): all real tokens, or the last n_scored (R lengths) of each.
         """
+        self.model.train(self.config.model.gradient_checkpointing)
         rows = [ids for group in completions for ids in group]
         owner = torch.tensor([b for b, group in enumerate(completions) for _ in group], device=self.device)       # (R,)
         ids = pad_sequence(rows, batch_first=True)                                                                # (R, T)
@@ -395,8 +397,10 @@ def load_policy(config, path=None):
             tokenizer = AutoTokenizer.from_pretrained(path)
             processor = ImageOnlyProcessor(AutoImageProcessor.from_pretrained(path, **pixels), tokenizer,
                                            tokenizer.chat_template)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"model {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise InputError(f"model {path!r} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        raise InputError(f"model {path!r} has no chat template: take an instruction-tuned one")
     return Policy(model, processor, config)
 
 
@@ -464,15 +468,17 @@ def make_optimizer(policy, section):
 
 
 def optimizer_step(policy, optimizer, lr, grad_clip):
-    """Sums gradients over processes (each holds its share of one global mean), clips, steps. Returns the gradient norm."""
-    for p in policy.parameters():
-        if world_size() > 1:                                              # a rank without tokens still takes part
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    """Sums gradients over processes (each holds its share of one global mean), clips, steps. Returns the gradient norm;
+    where that is not finite, nothing is updated."""
+    for p in policy.parameters():                                         # a process without tokens still takes part
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if world_size() > 1:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if norm.isfinite():                                                   # else no update: it would destroy the weights
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
 
@@ -530,7 +536,7 @@ def resume(run, policy_of, make_optimizer_of):
     optimizer = make_optimizer_of(policy)
     if path is None:
         return policy, optimizer, {"step": 0}
-    state = torch.load(path / "training_state.pt", map_location=policy.device, weights_only=True)
+    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state.pop("optimizer"))
     return policy, optimizer, state
 
@@ -538,11 +544,12 @@ def resume(run, policy_of, make_optimizer_of):
 def open_run(run, config, sections):
     """Makes the run folder and its config.yaml; refuses a folder made with other settings in `sections`.
 
-    What does not change the result may change: how often to save, how much to do at once, how long GRPO runs.
+    What may change: how often to save, how much to do at once, how long GRPO runs, how much is evaluated.
     """
     text = data.config_text(config)
     free = {"grpo.steps", "grpo.save_every", "grpo.micro_batch", "grpo.sample_batch", "sft.micro_batch", "sft.save_every",
-            "data.val_size", "data.test_size", "data.on_error"}
+            "sft.more_steps", "data.val_size", "data.test_size", "data.on_error",
+            "model.shared_prefix", "model.gradient_checkpointing"}
     path = run / "config.yaml"
     if path.exists() and (run / "last").exists():
         before, now = data.load_config(path), config
@@ -571,16 +578,21 @@ class Log:
             return
         for name in ("metrics", "samples"):
             path = run / f"{name}.jsonl"
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step] \
-                if path.exists() else []
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = path.read_text().splitlines() if path.exists() else []
+            starts = [f'{{"step": {k},' for k in range(1, step + 1)]
+            kept = [line for line in lines if line.startswith(tuple(starts))]
+            path.with_suffix(".new").write_text("".join(line + "\n" for line in kept))
+            os.replace(path.with_suffix(".new"), path)
             self.files[name] = open(path, "a", buffering=1)
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(run)
-        if config.log.wandb:
-            import wandb
-            self.wandb = wandb.init(project="mrg-grpo", name=str(run), config=data.dataclasses.asdict(config))
+        try:
+            if config.log.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(run)
+            if config.log.wandb:
+                import wandb
+                self.wandb = wandb.init(project="chest-xray-grpo", name=str(run), config=asdict(config))
+        except ImportError as error:
+            raise InputError(f"log.tensorboard, log.wandb: {error}; install the package or leave the option off") from None
 
     def metrics(self, step, values):
         if rank() == 0:
@@ -598,12 +610,27 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------- processes and signals
 
+def start(usage):
+    """Reads the command line `CONFIG [key=value ...]`, joins the other processes, prints the resolved configuration.
+
+    Returns (config, stop request)."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    config = data.load_config(args.config, args.overrides)
+    setup()
+    stop = StopRequest()
+    say(data.config_text(config))
+    return config, stop
+
+
 def setup():
     """Joins the other processes that torchrun started, if any."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
 
 def rank():
@@ -638,7 +665,8 @@ def say(text):
 class StopRequest:
     """SIGTERM or Ctrl-C asks to stop after the current step; a second one, over a second later, stops at once.
 
-    (torchrun forwards a Ctrl-C that the processes have already seen: that echo is not a second request.)
+    torchrun forwards a Ctrl-C that the processes have already seen (that echo is not a second request), and kills them
+    after 30 seconds: then the run goes on from its last checkpoint.
     """
 
     def __init__(self):
@@ -653,5 +681,10 @@ class StopRequest:
         self.since = self.since or now
 
     def __bool__(self):
-        """True on every process as soon as one was asked."""
+        """True on every process as soon as one was asked. Collective: all processes ask equally often."""
         return any(gather_objects(self.since is not None))
+
+    def release(self):
+        """From here on signals end the process as usual."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)

@@ -17,8 +17,6 @@ Left out: a value network, top-k / top-p while training, KL in the reward, an as
 If the checkpoint it starts from does not exist, it is trained first. Writes OUT/grpo/ (config.yaml, metrics.jsonl,
 samples.jsonl, step_N/, last), continues from `last` when started again, and ends with OUT/eval: before and after.
 """
-import argparse
-import dataclasses
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +112,7 @@ def score(rollouts, config):
         group = slice(i * len(r.texts), (i + 1) * len(r.texts))
         r.rewards = torch.tensor(total[group], dtype=torch.float32)
         r.parts = {name: torch.tensor(values[group], dtype=torch.float32) for name, values in parts.items()
-                   if not values[group][0] != values[group][0]}           # NaN: the part is not for this task
+                   if values[group][0] == values[group][0]}               # NaN: the part is not for this task
 
 
 def assign_advantages(rollouts, config):
@@ -130,10 +128,11 @@ def assign_advantages(rollouts, config):
     if not grpo.normalize_parts:
         advantages = normalised([r.rewards for r in rollouts])
     else:
-        weights = {**config.rewards.report, **config.rewards.grounding}
-        zero = torch.zeros(grpo.group_size)
-        advantages = sum(weight * normalised([r.parts.get(name, zero) for r in rollouts])
-                         for name, weight in sorted(weights.items()))
+        absent = torch.zeros(grpo.group_size)
+        advantages = torch.zeros(len(rollouts), grpo.group_size)
+        for name in sorted({*config.rewards.report, *config.rewards.grounding}):
+            weights = [getattr(config.rewards, r.example.task).get(name, 0.0) for r in rollouts]
+            advantages += torch.tensor(weights)[:, None] * normalised([r.parts.get(name, absent) for r in rollouts])
     for r, a in zip(rollouts, advantages):
         r.advantages = a
 
@@ -170,7 +169,8 @@ def padded(groups):
 def update(policy, optimizer, rollouts, lr, grpo):
     """One optimiser step on these rollouts (this process's share of the mini-batch): (token sums to log, gradient norm)."""
     kept = [r for r in rollouts if not (grpo.drop_degenerate and degenerate(r))]
-    counts = model.gather_objects((sum(len(t) for r in kept for t in r.tokens), sum(len(r.tokens) for r in kept)))
+    divided = rollouts if grpo.loss_agg == "constant" else kept            # a constant stays one whatever is dropped
+    counts = model.gather_objects((sum(len(t) for r in kept for t in r.tokens), sum(len(r.tokens) for r in divided)))
     n_tokens, n_sequences = (sum(c) for c in zip(*counts))
     sums = {"tokens": 0, "loss": 0.0, "entropy": 0.0, "gap": 0.0, "gap_max": 0.0}
     for micro in pieces(kept, grpo.micro_batch):
@@ -244,7 +244,7 @@ def starting_point(config, stop):
     if init != "auto":
         if not Path(init).is_dir():
             raise InputError(f"grpo.init={init}: no such checkpoint folder (auto trains one, base starts from model.path)")
-        return Path(init)
+        return Path(evaluation.resolve(init))
     return train_sft.trained(config, "cold_start" if config.data.thinking else "sft", stop)
 
 
@@ -258,11 +258,15 @@ def train(config, stop):
     start = starting_point(config, stop)
     if stop:
         return None
-    checkpoints = {start.parent.name if start else "start": start or config.model.path, "grpo": run / "last"}
-    if (control := Path(config.out, "more", "best")).exists():            # continued SFT, if it was trained
-        checkpoints["more"] = control
-    model.open_run(run, config, ["model", "data", "grpo", "rewards"])
-    if model.last_step(run) >= grpo.steps:
+    name = start.parent.name if start else ""
+    checkpoints = {name if name in ("sft", "cold_start") else "start": start or config.model.path, "grpo": run / "last"}
+    control = Path(config.out, "more")
+    if model.last_step(control) >= config.sft.more_steps:                 # continued SFT, if it was trained
+        checkpoints["more"] = control / "best"
+    model.open_run(run, config, ["model", "data", "grpo", "rewards"] + ["sft"] * (grpo.init == "auto"))
+    if model.last_step(run) > grpo.steps:
+        raise InputError(f"{run} is already at step {model.last_step(run)}, past grpo.steps={grpo.steps}")
+    if model.last_step(run) == grpo.steps:
         return checkpoints
     examples = data.load_split(config, "train")
     policy, optimizer, state = model.resume(run, lambda last: model.load_policy(config, last or start),
@@ -282,10 +286,13 @@ def train(config, stop):
             times[f"time/{name}"] = times.get(f"time/{name}", 0.0) + time.perf_counter() - began
 
         chosen = data.batch(examples, grpo.prompts, step, config.seed, "grpo", config.data.report_share)
-        mine = chosen[model.rank()::model.world_size()]
-        with phase("sample"):
-            rollouts = [r for some in pieces(mine, grpo.sample_batch)
-                        for r in policy.sample(some, grpo.group_size, grpo.max_new_tokens, grpo.temperature, (config.seed, step))]
+        with phase("sample"):                                             # mini-batches of this process's rollouts
+            minis = [[r for some in pieces(mini[model.rank()::model.world_size()], grpo.sample_batch)
+                      for r in policy.sample(some, grpo.group_size, grpo.max_new_tokens, grpo.temperature, (config.seed, step))]
+                     for mini in pieces(chosen, grpo.mini_batch or grpo.prompts)]
+        rollouts = [r for mini in minis for r in mini]
+        if not sum(model.gather_objects(len(rollouts))):
+            raise InputError(f"step {step + 1}: none of its {len(chosen)} prompts can be used (see the messages above)")
         with phase("reward"):
             score(rollouts, config)
             assign_advantages(rollouts, config)
@@ -293,9 +300,6 @@ def train(config, stop):
             for r, logprobs in zip(rollouts, fixed_logprobs(reference, rollouts, grpo) if reference else ()):
                 r.ref_logprobs = logprobs
         # pi_old: with one update per rollout it is the policy itself; with several, its log-probs before the first one.
-        size = -(-(grpo.mini_batch or grpo.prompts) // model.world_size())
-        minis = pieces(rollouts, size) or [[]]
-        minis += [[]] * (max(model.gather_objects(len(minis))) - len(minis))            # every process takes every step
         with phase("old"):
             for r, logprobs in zip(rollouts, fixed_logprobs(policy, rollouts, grpo) if grpo.epochs * len(minis) > 1 else ()):
                 r.old_logprobs = logprobs
@@ -323,15 +327,10 @@ def train(config, stop):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
-    config = data.load_config(args.config, args.overrides)
-    model.setup()
-    model.say(data.config_text(config))
-    checkpoints = train(config, model.StopRequest())
-    if checkpoints:
+    config, stop = model.start(__doc__)
+    checkpoints = train(config, stop)
+    if checkpoints and not stop:
+        stop.release()
         evaluation.evaluate_checkpoints(config, checkpoints)
 
 

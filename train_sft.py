@@ -7,7 +7,6 @@
 Writes OUT/STAGE/: config.yaml, metrics.jsonl, step_N/ (Hugging Face folders), best -> lowest validation loss, last.
 Started again, the same command continues from `last`.
 """
-import argparse
 import dataclasses
 import math
 import time
@@ -18,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import eval as evaluation
 import model
 from data import InputError
 
@@ -31,9 +31,14 @@ def learning_rate(step, steps, warmup, peak):
 
 def encode_studies(policy, studies):
     """(prompt up to the end of its images, examples) for each usable study."""
-    first = policy.encode_all([examples[0] for examples in studies])
     examples_of = {id(examples[0]): examples for examples in studies}
-    return [(policy.split_at_images(prompt)[0], examples_of[id(example)]) for example, prompt in first]
+    encoded = []
+    for first, prompt in policy.encode_all([examples[0] for examples in studies]):
+        prefix, rest = policy.split_at_images(prompt)
+        if not torch.equal(rest, policy.question_ids(first)):
+            raise InputError(f"the chat template of model.path={policy.config.model.path} does not end its images as expected")
+        encoded.append((prefix, examples_of[id(first)]))
+    return encoded
 
 
 def answer_tokens(policy, studies):
@@ -62,15 +67,19 @@ def validation_loss(policy, studies, size):
             count += answer_tokens(policy, some)
             total += float(sft_loss(policy, some, 1))
     totals = model.gather_objects((total, count))
-    return sum(t for t, _ in totals) / max(1, sum(c for _, c in totals))
+    if not (count := sum(c for _, c in totals)):
+        raise InputError("none of the validation studies can be used (see the messages above)")
+    return sum(t for t, _ in totals) / count
 
 
 def starting_point(config):
     """The checkpoint that the stage starts from; None is model.path itself."""
     stage, init = config.sft.stage, config.sft.init
+    if stage == "cold_start" and not config.data.thinking:
+        raise InputError("sft.stage=cold_start needs data.thinking=true")
     if init == "base" or init == "auto" and stage == "sft":
         return None
-    path = Path(config.out, "sft", "best") if init == "auto" else Path(init)
+    path = Path(config.out, "sft", "best") if init == "auto" else Path(evaluation.resolve(init))
     if not path.is_dir():
         raise InputError(f"sft.stage={stage} starts from {path}, which does not exist; run sft.stage=sft first, or set "
                          f"sft.init to a checkpoint folder or to base")
@@ -81,8 +90,6 @@ def stage_examples(config, examples):
     """cold_start trains on traces, mixed with plain answers (sft.plain_share); the other stages on plain answers."""
     if config.sft.stage != "cold_start":
         return examples
-    if not config.data.thinking:
-        raise InputError("sft.stage=cold_start needs data.thinking=true")
     traced = [e for e in examples if e.thinking]
     if not traced:
         raise InputError(f"sft.stage=cold_start needs thinking traces; data.source={config.data.source} has none")
@@ -93,7 +100,8 @@ def stage_examples(config, examples):
 def train(config, stop):
     """Trains one supervised stage, or continues it. Returns its best checkpoint, or None when asked to stop before the end."""
     if config.sft.stage != "cold_start":
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, thinking=False))
+        plain = dataclasses.replace(config.data, thinking=False, think_format="tags", report_share=0.5)
+        config = dataclasses.replace(config, data=plain)                  # settings that plain answers do not depend on
     run = Path(config.out, config.sft.stage)
     sft = dataclasses.replace(config.sft, steps=config.sft.more_steps) if config.sft.stage == "more" else config.sft
     start = starting_point(config)
@@ -114,7 +122,9 @@ def train(config, stop):
         # Which studies, in which order: a pure function of seed and step, so that a resumed run goes on where it was.
         chosen = [studies[i] for i in data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)]
         encoded = encode_studies(policy, chosen[model.rank()::model.world_size()])
-        n_tokens = max(1, sum(model.gather_objects(answer_tokens(policy, encoded))))
+        n_tokens = sum(model.gather_objects(answer_tokens(policy, encoded)))
+        if not n_tokens:
+            raise InputError(f"step {step + 1}: none of its {len(chosen)} studies can be used (see the messages above)")
         loss_sum = 0.0
         for i in range(0, len(encoded), sft.micro_batch):
             loss = sft_loss(policy, encoded[i:i + sft.micro_batch], n_tokens)
@@ -129,7 +139,7 @@ def train(config, stop):
         improved = False
         if done % sft.eval_every == 0 or done == sft.steps:
             values["eval_loss"] = validation_loss(policy, held_out, sft.micro_batch)
-            improved, best = values["eval_loss"] < best, min(best, values["eval_loss"])
+            improved, best = not values["eval_loss"] >= best, min(best, values["eval_loss"])
         log.metrics(done, values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", best=f"{best:.3f}")
         if improved or stopping or done % sft.save_every == 0 or done == sft.steps:
@@ -150,15 +160,8 @@ def trained(config, stage, stop):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
-    config = data.load_config(args.config, args.overrides)
-    model.setup()
-    model.say(data.config_text(config))
-    best = train(config, model.StopRequest())
-    if best:
+    config, stop = model.start(__doc__)
+    if best := train(config, stop):
         model.say(f"done: {best}")
 
 

@@ -183,11 +183,11 @@ def test_several_updates_use_fixed_old_logprobs(policy, config, rollouts):
 
 def test_normalised_parts(config):
     """GDPO: each part is brought to unit scale in its group before the weighted sum."""
-    rollout = model.Rollout(None, {}, [], [], [], [])
-    rollout.parts = {"mccs": torch.tensor([0.0, 1.0, 0.0, 1.0]), "gleu": torch.tensor([0.010, 0.020, 0.020, 0.010])}
+    rollout = model.Rollout(data.Example("a", "report", (), "", ""), {}, [], [], [], [])
+    rollout.parts = {"mccs": torch.tensor([0.0, 1.0, 0.0, 1.0]), "label_f1": torch.tensor([0.010, 0.020, 0.020, 0.010])}
     changed = copy.deepcopy(config)
     changed.grpo.normalize_parts, changed.grpo.group_size = True, 4
     train_grpo.assign_advantages([rollout], changed)
-    a = group_advantages(rollout.parts["mccs"][None])[0], group_advantages(rollout.parts["gleu"][None])[0]
+    a = group_advantages(rollout.parts["mccs"][None])[0], group_advantages(rollout.parts["label_f1"][None])[0]
     weights = config.rewards.report
-    assert torch.allclose(rollout.advantages, weights["mccs"] * a[0] + weights["gleu"] * a[1])
+    assert torch.allclose(rollout.advantages, weights["mccs"] * a[0] + weights["label_f1"] * a[1])

@@ -57,7 +57,7 @@ def test_the_whole_loop(finished):
     assert "sft" in text and "ce_f1_macro13" in text and "soft_f1" in text and text.count("ce_f1_macro14") == 1
     rows = metrics(out / "grpo")
     assert [r["step"] for r in rows] == [1, 2, 3]
-    for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/mccs/mean", "rewards/gleu/mean", "rewards/soft_f1/mean",
+    for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/mccs/mean", "rewards/label_f1/mean", "rewards/soft_f1/mean",
                  "kl", "kl/k1", "kl/k2", "kl/k3", "clip_ratio/region_mean", "entropy", "completions/mean_length",
                  "completions/clipped_ratio", "grad_norm", "sampling/sampling_logp_difference/mean", "tokens_per_second",
                  "time/sample", "time/update", "learning_rate"):
@@ -85,11 +85,10 @@ def test_several_updates_batch_norm_and_parts(finished, tmp_path):
 def test_interrupted_anywhere_continues_bit_for_bit(finished, tmp_path, number):
     """Stopped three times at different moments: the final weights are those of the run that was never stopped."""
     out, _ = finished
-    for seconds_after_start in (0.2, 1.5, 3.0):
+    for seconds_after_start in (2, 3, 5):
         process = start("train_grpo.py", f"out={tmp_path}", *SHORT)
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "sft").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while not process.stdout.readline().startswith("log:"):           # the configuration: signals are handled from here
+            assert process.poll() is None
         time.sleep(seconds_after_start)
         process.send_signal(number)
         text, err = process.communicate(timeout=120)
