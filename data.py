@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -70,9 +71,9 @@ class DataConfig:
     views: Literal["all", "frontal"] = "all"
     thinking: bool = False              # think before answering
     think_format: Literal["tags", "suffix"] = "tags"  # <think>..</think><report>..</report> (MRG-R1) | ..</think>.. (RadVLM)
-    train_size: int = 12000              # phantoms per split
+    train_size: int = 6000              # phantoms with a report, and as many with boxes, per split
     val_size: int = 64
-    test_size: int = 1024
+    test_size: int = 768
     on_error: Literal["stop", "skip"] = "stop"  # an unreadable example: stop, or leave it out, count it and say so
 
 
@@ -364,24 +365,32 @@ SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}   # phantom in
 
 
 def read_phantoms(config, split, _skip):
-    """Per phantom a report, a list of its findings, and grounding questions: what is there, and
-    now and then something that is not."""
-    for n in range(getattr(config.data, f"{split}_size")):
-        index = SPLIT_START[split] + n
-        study = phantom(config.seed, index)
-        common = dict(images=(study,), patient=str(index))
-        yield Example(id=f"{index}", task="report", question=REPORT_QUESTION, answer=study.report,
-                      thinking=study.thinking, **common)
-        names = ", ".join(QUESTION_NAMES.get(label, label.lower()) for label in PHANTOM_LABELS if label in study.boxes)
-        yield Example(id=f"{index}-list", task="classification", question=LIST_QUESTION, answer=(names or "none") + ".", **common)
-        rng = np.random.default_rng([config.seed, index, 7])
+    """Two sets of phantoms, as in the papers: studies as they come, with a report, and studies chosen because something
+    is to be seen, with a grounding question about each finding (now and then about one that is not there). Both also
+    ask for the list of findings."""
+    def example(study, name, task, question, answer, **more):
+        return Example(id=f"{study.index}{name}", task=task, images=(study,), question=question, answer=answer,
+                       patient=str(study.index), **more)
+    size = getattr(config.data, f"{split}_size")
+    studies = (phantom(config.seed, index) for index in itertools.count(SPLIT_START[split]))
+    chosen = (phantom(config.seed, index) for index in itertools.count(SPLIT_START[split] + 5_000_000))
+    chosen = (s for s in chosen if s.boxes.keys() & RARE or s.boxes and s.index % 3 == 0)
+    for study in itertools.islice(studies, size):
+        yield example(study, "", "report", REPORT_QUESTION, study.report, thinking=study.thinking)
+        yield example(study, "-list", "classification", LIST_QUESTION, finding_list(study))
+    for study in itertools.islice(chosen, size):
+        yield example(study, "-list", "classification", LIST_QUESTION, finding_list(study))
+        rng = np.random.default_rng([config.seed, study.index, 7])
         absent = [label for label in PHANTOM_LABELS if label not in study.boxes]
-        asked = list(study.boxes) + ([str(rng.choice(absent))] if rng.random() < 0.2 else [])
-        for label in asked:
+        for label in [*study.boxes, *([str(rng.choice(absent))] if rng.random() < 0.3 else [])]:
             boxes = tuple(tuple(round(float(v), 2) for v in box) for box in study.boxes.get(label, ()))
-            yield Example(id=f"{index}-{label}", task="grounding", question=grounding_questions(label, rng),
-                          answer=boxes_text(boxes), thinking=grounding_thinking(study, label), boxes=boxes, label=label,
-                          **common)
+            yield example(study, f"-{label}", "grounding", grounding_questions(label, rng), boxes_text(boxes),
+                          thinking=grounding_thinking(study, label), boxes=boxes, label=label)
+
+
+def finding_list(study):
+    names = [QUESTION_NAMES.get(label, label.lower()) for label in PHANTOM_LABELS if label in study.boxes]
+    return (", ".join(names) or "none") + "."
 
 
 def grounding_thinking(study, label):
@@ -395,7 +404,7 @@ def grounding_thinking(study, label):
 def phantom_corpus(studies=2000):
     """Texts of the first training phantoms of seed 0: what the built-in tokenizer is trained on."""
     config = Config()
-    config.data.train_size = studies
+    config.data.train_size = studies // 2
     examples = list(read_phantoms(config, "train", None))
     return [text for e in examples for text in (e.question, e.answer, e.thinking)]
 
@@ -599,6 +608,8 @@ PHANTOM_LABELS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Lesion", "
                   "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
                   "Support Devices")
 LABELS = ("No Finding", *PHANTOM_LABELS)
+RARE = {"Enlarged Cardiomediastinum", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Pneumothorax", "Pleural Other",
+        "Fracture"}
 # Half of the studies are normal; the others draw one clinical picture, so findings co-occur: (cumulative, P(label)).
 PICTURES = (
     (.100, {"Cardiomegaly": .85, "Edema": .50, "Pleural Effusion": .50, "Support Devices": .25, "Atelectasis": .15}),
@@ -724,7 +735,7 @@ def _anatomy(rng):
     w, h, angle, scale, x, y, lung, height, dome, higher, curve, heart, middle, rib = rng.random(14).tolist()
     width, lung, dome = 112 + int(33 * w), .365 + .04 * lung, .25 + .05 * dome
     return SimpleNamespace(
-        size=(width, min(max(int(width * (.92 + .2 * h)), 112), 144)), angle=math.radians(10 * angle - 5),
+        size=(width, min(max(int(width * (.92 + .2 * h)), 112), 144)), angle=math.radians(6 * angle - 3),
         scale=.94 + .1 * scale, x=.48 + .04 * x, y=.48 + .04 * y, lung=lung, height=.40 + .04 * height,
         dome={-1: dome, 1: dome + .01 + .025 * higher}, curve=1.2 + .6 * curve, heart=lung * (.40 + .07 * heart),
         middle=.05 + .012 * middle, rib=.085 + .015 * rib)
@@ -823,43 +834,43 @@ def _layers(rng, label, side, zone, severity, an, bases, found):
                 shapes.append([_loop(s * d, surface, s * d, floor + .01)])
                 bases[s] = top - .03
         case "Pneumothorax":
-            density, shapes = .06, [[_rim(s, -.5, (.02, .10, .18)[severity], (.07, .095, .13)[severity], an)]]
+            density, shapes = .06, [[_rim(s, -.5, (.04, .11, .18)[severity], (.085, .11, .14)[severity], an)]]
         case "Atelectasis":
             for s in signs:
                 v, tilt, inner = bases[s] - uni(0, .03), uni(-.03, .05), .13 if s < 0 else .20
-                shapes.append(_stroke(((s * inner, v + tilt), (s * (lung - .03), v)), .026))
+                shapes.append(_stroke(((s * inner, v + tilt), (s * (lung - .03), v)), .034))
                 if severity:
-                    shapes[-1] += _stroke(((s * (inner + .03), v + tilt - .06), (s * (lung - .07), v - .05)), .02)
+                    shapes[-1] += _stroke(((s * (inner + .03), v + tilt - .06), (s * (lung - .07), v - .05)), .026)
         case "Edema":
-            blur, opacity, shapes = .045, (.5, .62, .75)[severity], [[_ellipse(s * .17, -.02, .12, .20)] for s in signs]
+            blur, opacity, shapes = .045, (.58, .68, .78)[severity], [[_ellipse(s * .17, -.02, .12, .20)] for s in signs]
         case "Consolidation":
             blur, opacity, d = .006, .92, np.array((.07, _wall(v - .09, an) - .01))
             edge = v + uni(-.2, .2) * (d - .2)
             shapes = [[_loop(s * d, edge - uni(.07, .10), s * d, edge + uni(.07, .09))]]
         case "Pneumonia":
             blur, opacity = .011, .9
-            spots = rng.uniform((-.08, -.08, .022, .022), (.08, .08, .036, .036), (10, 4))
+            spots = rng.uniform((-.08, -.08, .028, .028), (.08, .08, .042, .042), (10, 4))
             shapes = [[_ellipse(s * a + x, v + y, *radii) for x, y, *radii in spots.tolist()]]
         case "Lung Opacity":
-            blur, opacity, shapes = .035, .65, [[_ellipse(s * a, v, *rng.uniform(.08, .10, 2))]]
+            blur, opacity, shapes = .035, .75, [[_ellipse(s * a, v, *rng.uniform(.09, .11, 2))]]
         case "Lung Lesion":
-            what, spots, radius = "a mass" if severity == 2 else "a nodule", ((a, v),), (.042, .05, .075)[severity]
+            what, spots, radius = "a mass" if severity == 2 else "a nodule", ((a, v),), (.052, .062, .08)[severity]
             if severity == 0 and rng.random() < .5:
                 what, spots = "nodules", ((a - .05, v - .05), (a + .05, v + .05))
-            density, shapes = .74, [[_ellipse(s * x, y, radius, radius * uni(.9, 1.1))] for x, y in spots]
+            density, shapes = .78, [[_ellipse(s * x, y, radius, radius * uni(.9, 1.1))] for x, y in spots]
         case "Pleural Other":
             what = _pick(rng, tuple(PLEURA))
-            density, shapes = .92, [[_rim(s, *PLEURA[what], .05, an)]]
+            density, shapes = .94, [[_rim(s, *PLEURA[what], .06, an)]]
         case "Fracture":
-            v, d, density = uni(-.22, .05), lung - .09, .90
+            v, d, density = uni(-.22, .05), lung - .09, .95
             for v in (v, v + .11)[:1 + (severity == 2)]:                      # two ends of a rib, out of line
-                shapes.append(_stroke(((s * (d - .06), v - .015), (s * (d - .006), v)), .028)
-                              + _stroke(((s * (d + .006), v + .035), (s * (d + .055), v + .055)), .028))
+                shapes.append(_stroke(((s * (d - .06), v - .015), (s * (d - .006), v)), .034)
+                              + _stroke(((s * (d + .006), v + .035), (s * (d + .055), v + .055)), .034))
         case "Support Devices":
             air = [1 if f.side == "left" else -1 for f in found if f.label == "Pneumothorax"]
             what = "a chest tube" if air else _pick(rng, tuple(TUBES)[:4])
             s = air[0] if air else _pick(rng, (-1, 1)) if what == "a pacemaker" else 1
-            density, shapes = .97, [_stroke([(s * u, v) for u, v in TUBES[what]], .018)]
+            density, shapes = .97, [_stroke([(s * u, v) for u, v in TUBES[what]], .024)]
             shapes[0] += _stroke(((s * .26, -.25), (s * .34, -.25)), .085) if what == "a pacemaker" else []
     return what, tuple((polygons, blur, density, opacity) for polygons in shapes)
 
@@ -911,7 +922,7 @@ def draw(phantom, without=None):
     density += np.where(a < .016, np.where(v < -.13, np.float32(-.06), np.float32(.04)), np.float32(.04) * (a < .03))
     density = findings(density, "bones", "devices")
     density *= np.clip((.20 + .34 * np.clip((v + .44) / .1, 0, 1) - a) / .03, 0, 1)                    # air around
-    gain, offset, gamma, grain = rng.uniform((.88, -.03, .85, 2), (1.08, .03, 1.15, 6)).astype(np.float32)
+    gain, offset, gamma, grain = rng.uniform((.90, -.02, .88, 2), (1.08, .02, 1.12, 4)).astype(np.float32)
     film = Image.fromarray((255 * np.clip(density * gain + offset, 0, 1) ** gamma).astype(np.uint8))
     pixels = np.asarray(film.filter(ImageFilter.SMOOTH)) + grain * rng.standard_normal((h, w), dtype=np.float32)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -237,11 +237,11 @@ def test_changed_settings_are_refused(config, tmp_path):
 
 
 def test_log_drops_lines_after_the_resumed_step(config, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 0}\n{"step": 2, "a": 0}\n{"step": 3, "a": 0}\n{"step": 1, "b": {}')
     log = model.Log(tmp_path, 2, config)
     log.metrics(3, {"reward": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "reward": 0.5}]
+    assert lines == [{"step": 1, "a": 0}, {"step": 2, "a": 0}, {"step": 3, "reward": 0.5}]
 
 
 def test_tiny_model_is_a_real_qwen3_vl(policy):
