@@ -253,23 +253,35 @@ class Policy:
         pairs = self.encode_all(examples)
         if not pairs:
             return []
-        with self.autocast():
-            hidden, cache, mask, start = self.prefill([prompt for _, prompt in pairs])
-            cache.batch_repeat_interleave(group_size)
-        hidden, mask, start = (t.repeat_interleave(group_size, 0) for t in (hidden, mask, start))
         uniform = torch.from_numpy(np.stack([
             np.random.default_rng([*stream, int(hashlib.sha1(e.id.encode()).hexdigest()[:12], 16), g]).random(max_new_tokens)
             for e, _ in pairs for g in range(group_size)])).to(self.device)                # (R, max_new_tokens)
+        with self.autocast():
+            tokens, logprobs, lengths, finished = self.decode_groups([p for _, p in pairs], group_size, uniform, temperature)
+        rollouts = []
+        for i, (example, prompt) in enumerate(pairs):
+            group = range(i * group_size, (i + 1) * group_size)
+            ids = [tokens[r, :lengths[r]] for r in group]
+            rollouts.append(Rollout(example, prompt, ids, [logprobs[r, :lengths[r]] for r in group],
+                                    [self.decode(row) for row in ids], finished[group.start:group.stop].tolist()))
+        return rollouts
+
+    def decode_groups(self, prompts, group_size, uniform, temperature):
+        """The decode loop: one prefill per prompt, then all R = B*G rows together; rows that have ended are retired.
+
+        uniform (R, T) are the random numbers. Returns tokens and their log-probabilities (R, T), lengths and whether
+        each row ended by itself (R,).
+        """
+        hidden, cache, mask, start = self.prefill(prompts)
+        cache.batch_repeat_interleave(group_size)
+        hidden, mask, start = (t.repeat_interleave(group_size, 0) for t in (hidden, mask, start))
         rows = torch.arange(len(uniform), device=self.device)             # which completion each live row belongs to
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(uniform.shape, device=self.device)
-        lengths = torch.full((len(uniform),), max_new_tokens, device=self.device)
-        finished = torch.zeros(len(uniform), dtype=torch.bool, device=self.device)
-        for t in range(max_new_tokens):
-            logits = hidden.float() @ self.head.float().T / (temperature or 1.0)           # (live rows, V)
-            if self.banned is not None:
-                logits[:, self.banned] = -torch.inf
-            logp = logits.log_softmax(-1)
+        lengths = torch.full_like(rows, uniform.shape[1])
+        finished = torch.zeros_like(rows, dtype=torch.bool)
+        for t in range(uniform.shape[1]):
+            logp = self.next_logprobs(hidden, temperature)                                                  # (live, V)
             if temperature:                                               # inverse of the cumulative distribution
                 cdf = logp.double().exp().cumsum(-1)
                 token = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True).squeeze(-1)
@@ -280,22 +292,24 @@ class Policy:
             ended = torch.isin(token, self.stop_ids) & ~finished[rows]
             lengths[rows[ended]], finished[rows[ended]] = t + 1, True
             live = ~finished[rows]
-            if t + 1 == max_new_tokens or not live.any():
+            if t + 1 == uniform.shape[1] or not live.any():
                 break
-            if live.sum() <= 0.8 * len(rows):                             # retire finished rows
+            if live.sum() <= 0.8 * len(rows):
                 cache.batch_select_indices(live.nonzero().squeeze(-1))
                 rows, token, mask, start = rows[live], token[live], mask[live], start[live]
             mask = F.pad(mask, (0, 1), value=1)
-            with self.autocast():
-                hidden = self.base(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
-                                   position_ids=self.later_positions(start, start.new_tensor([t]))).last_hidden_state[:, 0]
-        rollouts = []
-        for i, (example, prompt) in enumerate(pairs):
-            group = range(i * group_size, (i + 1) * group_size)
-            ids = [tokens[r, :lengths[r]] for r in group]
-            rollouts.append(Rollout(example, prompt, ids, [logprobs[r, :lengths[r]] for r in group],
-                                    [self.decode(row) for row in ids], finished[group.start:group.stop].tolist()))
-        return rollouts
+            out = self.base(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
+                            position_ids=self.later_positions(start, start.new_tensor([t])))
+            hidden = out.last_hidden_state[:, 0]
+        return tokens, logprobs, lengths, finished
+
+    def next_logprobs(self, hidden, temperature):
+        """(R, V) float32 log-probabilities of the next token; temperature 0 stands for 1 (greedy)."""
+        with torch.autocast(self.device.type, enabled=False):
+            logits = hidden.float() @ self.head.float().T / (temperature or 1.0)
+        if self.banned is not None:
+            logits[:, self.banned] = -torch.inf
+        return logits.log_softmax(-1)
 
     def decode(self, ids):
         """Text of sampled ids without the end-of-turn token; other special tokens stay visible to the rewards."""
