@@ -662,8 +662,8 @@ NORMALS = (
     (.55, "bones", ("Fracture",), False, "the bones are intact.|osseous structures are unremarkable."),
 )
 ARTICLE, SUMMARY = re.compile("^an? "), "no acute cardiopulmonary abnormality."
-ORDERS = ("heart mediastinum lungs pleura bones devices", "lungs pleura heart mediastinum bones devices",
-          "devices heart mediastinum lungs pleura bones")
+ORDERS = ("heart mediastinum lungs pleura bones devices",) * 8 + ("lungs pleura heart mediastinum bones devices",
+                                                                "devices heart mediastinum lungs pleura bones")
 SIZES, DEGREES = ("small", "moderate", "large"), ("mild", "moderate", "severe")
 ZONES = {"upper lobe": -.21, "mid lung": -.03, "lower lobe": .13}                      # heights of their centres
 SIDES = {"Pleural Effusion": ("right", "left", "both"), "Atelectasis": ("right", "left", "both"), "Edema": ("both",),
