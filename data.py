@@ -5,10 +5,8 @@ In order of appearance
   Example, open_images          one question about one study; its images are opened only when needed
   prompt_text, target_text      what the model is asked and what it should say, in the three output formats
   read_phantoms, read_iu_xray, read_jsonl, load_split     datasets -> list of Example
-  batch                         which examples make up step t: a pure function of (seed, t)
+  indices, by_study, batch      which examples make up step t: a pure function of (seed, t)
   phantom                       procedurally drawn chest X-rays with findings, boxes, reports and thinking traces
-
-`python data.py config.yaml` prints what a configuration would load.
 """
 from __future__ import annotations
 
@@ -661,7 +659,7 @@ NORMALS = (
     (.10, "bones", ("Fracture",), True, "rib fracture"),
     (.55, "bones", ("Fracture",), False, "the bones are intact.|osseous structures are unremarkable."),
 )
-ARTICLE, SUMMARY = re.compile("^an? "), "no acute cardiopulmonary abnormality."
+ARTICLE, SUMMARY = re.compile("^an? "), "no acute cardiopulmonary abnormality"
 ORDERS = ("heart mediastinum lungs pleura bones devices",) * 8 + ("lungs pleura heart mediastinum bones devices",
                                                                 "devices heart mediastinum lungs pleura bones")
 SIZES, DEGREES = ("small", "moderate", "large"), ("mild", "moderate", "severe")
@@ -958,8 +956,10 @@ def _texts(rng, findings):
         states[LABELS.index(label)] = 2
     states[0] = int(not {1, 3} & set(states[1:13]))
     sentences = [sentence for region in choose(ORDERS).split() for sentence in said[region]]
-    if states[0] and rng.random() < .4 or not sentences:
-        sentences.append(SUMMARY)
+    if rng.random() < .4 or not sentences:                         # two readers in five close with an impression
+        names = [("" if f.certain else "possible ") + QUESTION_NAMES.get(f.label, f.label.lower())
+                 for f in sorted(findings, key=lambda f: LABELS.index(f.label)) if f.mentioned]
+        sentences.append(f"impression: {', '.join(names) or SUMMARY}.")
     return " ".join(s[0].upper() + s[1:] for s in sentences), _thinking(findings), tuple(states)
 
 
