@@ -122,7 +122,7 @@ class GRPOConfig:
 
 @dataclass
 class RewardsConfig:
-    report: dict[str, float] = field(default_factory=lambda: {"mccs": 0.75, "gleu": 0.25})
+    report: dict[str, float] = field(default_factory=lambda: {"mccs": 0.4, "label_f1": 0.6})
     grounding: dict[str, float] = field(default_factory=lambda: {"soft_f1": 1.0})
     mccs_margin: float = 0.5
     soft_f1_mode: Literal["radvlm", "pq"] = "radvlm"
@@ -364,8 +364,8 @@ SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}   # phantom in
 
 def read_phantoms(config, split, _skip):
     """Two sets of phantoms, as in the papers: studies as they come, with a report, and studies chosen because something
-    is to be seen, with a grounding question about each finding (now and then about one that is not there). Both also
-    ask for the list of findings."""
+    is to be seen, with the list of their findings and a grounding question about each of them (now and then about
+    one that is not there). In training the chosen ones have a report too."""
     def example(study, name, task, question, answer, **more):
         return Example(id=f"{study.index}{name}", task=task, images=(study,), question=question, answer=answer,
                        patient=str(study.index), **more)
@@ -375,9 +375,10 @@ def read_phantoms(config, split, _skip):
     chosen = (s for s in chosen if s.boxes.keys() & RARE or s.boxes and s.index % 3 == 0)
     for study in itertools.islice(studies, size):
         yield example(study, "", "report", REPORT_QUESTION, study.report, thinking=study.thinking)
-        yield example(study, "-list", "classification", LIST_QUESTION, finding_list(study))
     for study in itertools.islice(chosen, size):
         yield example(study, "-list", "classification", LIST_QUESTION, finding_list(study))
+        if split == "train":                                              # held-out reports keep the natural prevalence
+            yield example(study, "", "report", REPORT_QUESTION, study.report, thinking=study.thinking)
         rng = np.random.default_rng([config.seed, study.index, 7])
         absent = [label for label in PHANTOM_LABELS if label not in study.boxes]
         for label in [*study.boxes, *([str(rng.choice(absent))] if rng.random() < 0.3 else [])]:
