@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import tokenizers
 import transformers
 from safetensors import SafetensorError
 from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
@@ -431,6 +430,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 def build_tokenizer(vocabulary=1024):
     """A byte-level BPE tokenizer with Qwen's special tokens, trained on the phantoms' own texts."""
+    import tokenizers                                                     # comes with transformers
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     words = tokenizers.Regex(r"\p{N}|[^\s\p{L}\p{N}]+| ?\p{L}+|\s+")         # digits one by one, as in Qwen
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
@@ -448,7 +448,7 @@ def build_tokenizer(vocabulary=1024):
 
 
 def build_tiny(seed, pixels):
-    """A randomly initialised Qwen3-VL of 2.6 M parameters (deepstack on, 14-pixel patches merged 2x2) and its processor."""
+    """A randomly initialised Qwen3-VL of 2.4 M parameters (deepstack on, 14-pixel patches merged 2x2) and its processor."""
     tokenizer = build_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
