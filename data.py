@@ -293,7 +293,7 @@ class Example:
     boxes: tuple = ()                   # grounding: (x1, y1, x2, y2), fractions of the original image; () = not there
     label: str = ""                     # grounding: what is asked for
     patient: str = ""
-    style: str = "plain"                # output format: plain | tags | suffix (DESIGN of both papers, see target_text)
+    style: str = "plain"                # output format: plain | tags | suffix, see target_text
 
 
 def load_image(path):

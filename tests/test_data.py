@@ -66,7 +66,7 @@ def test_missing_config_file(tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
-def test_shipped_configs_load_and_readme_knows_every_key():
+def test_shipped_configs_load_with_known_rewards_and_labels_agree():
     for path in [ROOT / "config.yaml", *(ROOT / "configs").glob("*.yaml")]:
         rewards.check_rewards(load_config(path).rewards)
         assert yaml.safe_load(path.read_text())
