@@ -583,6 +583,14 @@ def open_run(run, config, sections):
     barrier()
 
 
+def whole(line):
+    """Whether a line of JSON was written to its end; kill -9 may have cut the last one."""
+    try:
+        return bool(json.loads(line))
+    except ValueError:
+        return False
+
+
 class Log:
     """metrics.jsonl (and tensorboard or wandb when asked for); on resume, lines after the resumed step are dropped."""
 
@@ -593,8 +601,8 @@ class Log:
         for name in ("metrics", "samples"):
             path = run / f"{name}.jsonl"
             lines = path.read_text().splitlines() if path.exists() else []
-            starts = [f'{{"step": {k},' for k in range(1, step + 1)]
-            kept = [line for line in lines if line.startswith(tuple(starts))]
+            starts = tuple(f'{{"step": {k},' for k in range(1, step + 1))
+            kept = [line for line in lines if line.startswith(starts) and whole(line)]
             path.with_suffix(".new").write_text("".join(line + "\n" for line in kept))
             os.replace(path.with_suffix(".new"), path)
             self.files[name] = open(path, "a", buffering=1)
