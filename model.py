@@ -474,14 +474,21 @@ def build_tiny(seed, pixels):
 
 # ---------------------------------------------------------------------------------------------- optimiser and checkpoints
 
-def make_optimizer(policy, section):
-    """AdamW on float32 weights; no decay on vectors (norms, biases)."""
-    groups = [{"params": [p for p in policy.parameters() if p.ndim >= 2], "weight_decay": section.weight_decay},
-              {"params": [p for p in policy.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=section.lr)
+def make_optimizers(policy, section):
+    """[AdamW] on float32 weights, with no decay on vectors (norms, biases).
+
+    optimizer=muon: [AdamW, Muon], where the weights of linear layers (the head apart) take Muon's orthogonalised steps
+    (Jordan 2024), scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
+    """
+    linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head)}
+    linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
+    others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]
+    adamw = torch.optim.AdamW([{"params": [p for p in others if p.ndim >= 2], "weight_decay": section.weight_decay},
+                               {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}], lr=section.lr)
+    return [adamw] + ([torch.optim.Muon(linear, section.lr, section.weight_decay, adjust_lr_fn="match_rms_adamw")] if linear else [])
 
 
-def optimizer_step(policy, optimizer, lr, grad_clip):
+def optimizer_step(policy, optimizers, lr, grad_clip):
     """Sums gradients over processes (each holds its share of one global mean), clips, steps. Returns the gradient norm;
     where that is not finite, nothing is updated."""
     for p in policy.parameters():                                         # a process without tokens still takes part
@@ -489,11 +496,12 @@ def optimizer_step(policy, optimizer, lr, grad_clip):
         if world_size() > 1:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if norm.isfinite():                                                   # else no update: it would destroy the weights
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if norm.isfinite():                                               # else no update: it would destroy the weights
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return float(norm)
 
 
@@ -513,7 +521,7 @@ def point(link, folder):
     os.replace(aside, link)
 
 
-def save_checkpoint(run, step, policy, optimizer, is_best=False, **state):
+def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
     """Writes run/step_N beside, then renames it: it is there whole or not at all. `last` (and `best`) point to it.
 
     The folder is a Hugging Face model folder plus training_state.pt; older steps that nothing points to are removed.
@@ -524,7 +532,7 @@ def save_checkpoint(run, step, policy, optimizer, is_best=False, **state):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             policy.save(aside)
-            torch.save({"step": step, "optimizer": optimizer.state_dict(), **state}, aside / "training_state.pt")
+            torch.save({"step": step, "optimizers": [o.state_dict() for o in optimizers], **state}, aside / "training_state.pt")
             for path in [*aside.iterdir(), aside]:
                 sync(path)
             os.rename(aside, final)
@@ -543,16 +551,17 @@ def last_step(run):
     return int((run / "last").resolve().name.removeprefix("step_")) if (run / "last").exists() else 0
 
 
-def resume(run, policy_of, make_optimizer_of):
-    """(policy, optimizer, state) of run/last, or of a fresh start with state {"step": 0}. policy_of(path or None)."""
+def resume(run, policy_of, section):
+    """(policy, optimizers, state) of run/last, or of a fresh start with state {"step": 0}. policy_of(path or None)."""
     path = run / "last" if (run / "last").exists() else None
     policy = policy_of(path)
-    optimizer = make_optimizer_of(policy)
+    optimizers = make_optimizers(policy, section)
     if path is None:
-        return policy, optimizer, {"step": 0}
+        return policy, optimizers, {"step": 0}
     state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return policy, optimizer, state
+    for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
+        optimizer.load_state_dict(saved)
+    return policy, optimizers, state
 
 
 def open_run(run, config, sections):

@@ -166,7 +166,7 @@ def padded(groups):
     return pad_sequence([row for group in groups for row in group], batch_first=True)
 
 
-def update(policy, optimizer, rollouts, lr, grpo):
+def update(policy, optimizers, rollouts, lr, grpo):
     """One optimiser step on these rollouts (this process's share of the mini-batch): (token sums to log, gradient norm)."""
     kept = [r for r in rollouts if not (grpo.drop_degenerate and degenerate(r))]
     divided = rollouts if grpo.loss_agg == "constant" else kept            # a constant stays one whatever is dropped
@@ -187,7 +187,7 @@ def update(policy, optimizer, rollouts, lr, grpo):
         for name, value in micro_sums.items():
             sums[name] = sums.get(name, 0) + value
         sums["gap_max"] = max(sums["gap_max"], float(gap.max()))
-    return sums, model.optimizer_step(policy, optimizer, lr, grpo.grad_clip)
+    return sums, model.optimizer_step(policy, optimizers, lr, grpo.grad_clip)
 
 
 def rollout_metrics(rollouts):
@@ -269,8 +269,7 @@ def train(config, stop):
     if model.last_step(run) == grpo.steps:
         return checkpoints
     examples = data.load_split(config, "train")
-    policy, optimizer, state = model.resume(run, lambda last: model.load_policy(config, last or start),
-                                            lambda p: model.make_optimizer(p, grpo))
+    policy, optimizers, state = model.resume(run, lambda last: model.load_policy(config, last or start), grpo)
     reference = model.load_policy(config, start) if grpo.kl_coef else None
     log = model.Log(run, state["step"], config)
     model.say(f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
@@ -305,7 +304,7 @@ def train(config, stop):
                 r.old_logprobs = logprobs
         with phase("update"):
             lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))
-            results = [update(policy, optimizer, mini, lr, grpo) for _ in range(grpo.epochs) for mini in minis]
+            results = [update(policy, optimizers, mini, lr, grpo) for _ in range(grpo.epochs) for mini in minis]
         everyone = model.gather_objects((rollout_metrics(rollouts), [s for s, _ in results]))
         values = step_metrics([m for m, _ in everyone], [s for _, sums in everyone for s in sums], [n for _, n in results], grpo)
         seconds = sum(times.values())
@@ -318,7 +317,7 @@ def train(config, stop):
         bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0):.4f}")
         stopping, done = bool(stop), step + 1
         if stopping or done % grpo.save_every == 0 or done == grpo.steps:
-            model.save_checkpoint(run, done, policy, optimizer)
+            model.save_checkpoint(run, done, policy, optimizers)
         if stopping and done < grpo.steps:
             bar.close()
             model.say(f"{run}: stopped after step {done}; the same command continues from here")

@@ -109,8 +109,7 @@ def train(config, stop):
     if model.last_step(run) >= sft.steps:
         return run / "best"
     studies, held_out = (data.by_study(stage_examples(config, data.load_split(config, split))) for split in ("train", "val"))
-    policy, optimizer, state = model.resume(run, lambda last: model.load_policy(config, last or start),
-                                            lambda p: model.make_optimizer(p, sft))
+    policy, optimizers, state = model.resume(run, lambda last: model.load_policy(config, last or start), sft)
     best = state.get("best", math.inf)
     log = model.Log(run, state["step"], config)
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
@@ -131,7 +130,7 @@ def train(config, stop):
             loss.backward()
             loss_sum += float(loss.detach())
         rate = learning_rate(step, sft.steps, sft.warmup, sft.lr)
-        norm = model.optimizer_step(policy, optimizer, rate, sft.grad_clip)
+        norm = model.optimizer_step(policy, optimizers, rate, sft.grad_clip)
         done = step + 1
         values = {"loss": sum(model.gather_objects(loss_sum)), "grad_norm": norm, "learning_rate": rate,
                   "num_tokens": n_tokens, "step_time": time.perf_counter() - began}
@@ -143,7 +142,7 @@ def train(config, stop):
         log.metrics(done, values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", best=f"{best:.3f}")
         if improved or stopping or done % sft.save_every == 0 or done == sft.steps:
-            model.save_checkpoint(run, done, policy, optimizer, improved, best=best)
+            model.save_checkpoint(run, done, policy, optimizers, improved, best=best)
         if stopping and done < sft.steps:
             bar.close()
             model.say(f"{run}: stopped after step {done}; the same command continues from here")
