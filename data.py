@@ -809,7 +809,8 @@ def _findings(rng, an):
             pad = .004 + .75 * blur                                  # how far a soft border is visible
             boxes.append(tuple(np.clip([*points.min(0) - pad, *points.max(0) + pad], 0, 1).tolist()))
         certain = label == "Support Devices" or rng.random() > (.25, .12, .06)[severity]
-        found.append(Finding(label, side, zone, severity, what, certain, rng.random() > .05, tuple(boxes), layers))
+        mentioned = rng.random() < (.6, .8, .9)[severity]                   # the slighter, the easier to pass over
+        found.append(Finding(label, side, zone, severity, what, certain, mentioned, tuple(boxes), layers))
     return tuple(found)
 
 

@@ -13,6 +13,7 @@ In order of appearance
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ from data import Example, InputError
 # ---------------------------------------------------------------------------------------------- fused log-probs
 
 BUFFER = 1 << 24                        # logits held at a time (64 MiB in float32)
+ROWS_TOGETHER = 12                      # completions per forward pass, where their lengths differ
 
 
 class FusedLogProbs(torch.autograd.Function):
@@ -339,16 +341,24 @@ class Policy:
 
     def shared_prefix_hidden(self, prompts, ids, mask, owner):
         """Hidden states that predict each completion token. Every prompt (and image) runs once: its cache, copied to each
-        of its completions, is differentiable, so the gradients of all completions meet in it."""
+        of its completions, is differentiable, so the gradients of all completions meet in it. Rows of similar length run
+        together, so that little is computed on padding."""
         last, cache, prompt_mask, start = self.prefill(prompts)
-        hidden = last[owner, None]                                        # the last prompt token predicts the first one
-        if ids.shape[1] > 1:
-            cache.batch_select_indices(owner)
-            offsets = torch.arange(ids.shape[1] - 1, device=ids.device)
-            out = self.base(input_ids=ids[:, :-1], attention_mask=torch.cat([prompt_mask[owner], mask[:, :-1]], 1),
-                            position_ids=self.later_positions(start[owner], offsets), past_key_values=cache, use_cache=True)
-            hidden = torch.cat([hidden, out.last_hidden_state], 1)
-        return hidden
+        by_length = mask.sum(1).argsort(stable=True)
+        pieces = []
+        for rows in by_length.tensor_split(min(4, len(ids) // ROWS_TOGETHER + 1)):
+            hidden, mine = last[owner[rows], None], owner[rows]           # the last prompt token predicts the first one
+            length = int(mask[rows].sum(1).max()) - 1
+            if length > 0:
+                copied = copy.copy(cache)
+                copied.layers = [copy.copy(layer) for layer in cache.layers]
+                copied.batch_select_indices(mine)
+                out = self.base(input_ids=ids[rows, :length], past_key_values=copied, use_cache=True,
+                                attention_mask=torch.cat([prompt_mask[mine], mask[rows, :length]], 1),
+                                position_ids=self.later_positions(start[mine], torch.arange(length, device=ids.device)))
+                hidden = torch.cat([hidden, out.last_hidden_state], 1)
+            pieces.append(F.pad(hidden, (0, 0, 0, ids.shape[1] - hidden.shape[1])))
+        return torch.cat(pieces)[by_length.argsort()]
 
     def plain_hidden(self, prompts, ids, mask, owner):
         """The plain twin: R full rows [prompt | completion], each with its own copy of the image."""

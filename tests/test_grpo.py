@@ -115,21 +115,11 @@ def rollouts(policy, config, examples):
     return rollouts
 
 
-class NoStep:
-    """An optimiser that leaves gradients in place to be looked at."""
-    param_groups = ()
-
-    def step(self):
-        pass
-
-    def zero_grad(self, set_to_none):
-        pass
-
-
 def gradients(policy, rollouts, **changes):
+    """Without an optimiser, the gradients stay in place to be looked at."""
     grpo = data.GRPOConfig(**{"group_size": 8, "micro_batch": 4, "grad_clip": 1e9, "max_new_tokens": 12, **changes})
     policy.model.zero_grad()
-    sums, norm = train_grpo.update(policy, NoStep(), rollouts, 0.0, grpo)
+    sums, norm = train_grpo.update(policy, [], rollouts, 0.0, grpo)
     return [p.grad.clone() for p in policy.parameters() if p.grad is not None], sums, norm
 
 
@@ -175,8 +165,8 @@ def test_several_updates_use_fixed_old_logprobs(policy, config, rollouts):
     for r, old in zip(copies, train_grpo.fixed_logprobs(policy, copies, grpo)):
         r.old_logprobs = r.ref_logprobs = old
         assert [len(x) for x in old] == [len(t) for t in r.tokens]
-    first, _ = train_grpo.update(moved, torch.optim.SGD(moved.parameters(), 0.1), copies, 0.1, grpo)
-    second, _ = train_grpo.update(moved, torch.optim.SGD(moved.parameters(), 0.1), copies, 0.1, grpo)
+    first, _ = train_grpo.update(moved, [torch.optim.SGD(moved.parameters(), 0.1)], copies, 0.1, grpo)
+    second, _ = train_grpo.update(moved, [torch.optim.SGD(moved.parameters(), 0.1)], copies, 0.1, grpo)
     assert first["ratio"] == pytest.approx(first["tokens"], rel=1e-5) and abs(first["kl/k1"]) < 1e-3
     assert abs(second["ratio"] / second["tokens"] - 1) > 1e-4 and second["kl/k3"] > 1e-6
 
