@@ -55,7 +55,6 @@ class ModelConfig:
     min_pixels: int = 1024              # each image is resized to between min_pixels and max_pixels, in multiples of a
     max_pixels: int = 451584            # merged patch; the RadVLM-GRPO values
     max_prompt_tokens: int = 2048       # a longer prompt is an error: cutting it would cut image tokens
-    train_vision: bool = True           # false freezes the vision tower
     shared_prefix: bool = True          # run each prompt once for its G completions; false: plain rows (same numbers)
     gradient_checkpointing: bool = False  # needs shared_prefix=false
 
@@ -84,6 +83,7 @@ class SFTConfig:
     batch_size: int = 32                # studies per step; all questions about a study are trained together
     micro_batch: int = 32               # studies per forward pass (and process)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon learns from scratch in about half the steps
+    train_vision: bool = True           # false freezes the vision tower
     lr: float = 1e-5                    # peak; linear warm-up, then cosine to zero
     warmup: int = 10
     weight_decay: float = 0.01
@@ -106,6 +106,7 @@ class GRPOConfig:
     max_new_tokens: int = 1024
     temperature: float = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"
+    train_vision: bool = True
     lr: float = 1e-6                    # constant after the warm-up
     warmup: int = 0
     weight_decay: float = 0.01
@@ -383,7 +384,7 @@ def read_phantoms(config, split, _skip):
             yield example(study, "", "report", REPORT_QUESTION, study.report, thinking=study.thinking)
         rng = np.random.default_rng([config.seed, study.index, 7])
         absent = [label for label in PHANTOM_LABELS if label not in study.boxes]
-        for label in [*study.boxes, *([str(rng.choice(absent))] if rng.random() < 0.3 else [])]:
+        for label in [*study.boxes, *([str(rng.choice(absent))] if rng.random() < 0.4 else [])]:
             boxes = tuple(tuple(round(float(v), 2) for v in box) for box in study.boxes.get(label, ()))
             yield example(study, f"-{label}", "grounding", grounding_questions(label, rng), boxes_text(boxes),
                           thinking=grounding_thinking(study, label), boxes=boxes, label=label)

@@ -140,9 +140,6 @@ class Policy:
         self.model, self.processor, self.tokenizer = model.float().eval().to(self.device), processor, processor.tokenizer
         self.base = model.model                                           # without the language-model head
         model.requires_grad_(True)
-        if not config.model.train_vision:
-            for name in ("visual", "vision_tower", "vision_model"):
-                getattr(self.base, name, torch.nn.Module()).requires_grad_(False)
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for module in model.modules():                                # it is active in train mode only, where there
@@ -485,11 +482,14 @@ def build_tiny(seed, pixels):
 # ---------------------------------------------------------------------------------------------- optimiser and checkpoints
 
 def make_optimizers(policy, section):
-    """[AdamW] on float32 weights, with no decay on vectors (norms, biases).
+    """[AdamW] on float32 weights, with no decay on vectors (norms, biases). train_vision=false freezes the vision tower.
 
     optimizer=muon: [AdamW, Muon], where the weights of linear layers (the head apart) take Muon's orthogonalised steps
     (Jordan 2024), scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
     """
+    if not section.train_vision:
+        for name in ("visual", "vision_tower", "vision_model"):
+            getattr(policy.base, name, torch.nn.Module()).requires_grad_(False)
     linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head)}
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]

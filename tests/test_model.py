@@ -198,10 +198,16 @@ def test_a_folder_that_is_no_model(config, tmp_path):
         model.load_policy(config, tmp_path)
 
 
-def test_frozen_vision_tower(config):
-    frozen = model.load_policy(dataclasses.replace(config, model=dataclasses.replace(config.model, train_vision=False)))
-    trained = {n for n, p in frozen.model.named_parameters() if p.requires_grad}
-    assert trained and not any("visual" in n for n in trained)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_vision_tower(config, optimizer):
+    frozen = model.load_policy(config)
+    before = {n: p.detach().clone() for n, p in frozen.model.named_parameters()}
+    optimizers = model.make_optimizers(frozen, data.SFTConfig(optimizer=optimizer, train_vision=False))
+    for p in frozen.parameters():
+        p.grad = torch.ones_like(p)
+    model.optimizer_step(frozen, optimizers, 0.01, 1.0)
+    moved = {n for n, p in frozen.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "visual" not in n}
 
 
 def test_muon_takes_the_linear_layers_and_adamw_the_rest(config):
