@@ -105,19 +105,19 @@ class GRPOConfig:
     sample_batch: int = 16              # prompts sampled together (and process)
     max_new_tokens: int = 1024
     temperature: float = 1.0
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    train_vision: bool = True
+    optimizer: Literal["adamw", "muon"] = "adamw"   # as in sft
+    train_vision: bool = True           # as in sft
     lr: float = 1e-6                    # constant after the warm-up
     warmup: int = 0
     weight_decay: float = 0.01
     grad_clip: float = 1.0
-    adv_norm: Literal["group", "none", "batch"] = "group"
+    adv_norm: Literal["group", "none", "batch"] = "group"  # advantages over the std of the group, of nothing, of the batch
     normalize_parts: bool = False       # normalise every reward part in its group before the weighted sum (GDPO)
     drop_degenerate: bool = False       # leave out groups whose rewards are all equal
     clip_low: float = 0.2
     clip_high: float = 0.28
     importance: Literal["token", "sequence"] = "token"  # "sequence": one ratio per completion (GSPO)
-    loss_agg: Literal["token", "sequence", "constant"] = "token"
+    loss_agg: Literal["token", "sequence", "constant"] = "token"  # mean over tokens, of sequence means, over max_new_tokens
     kl_coef: float = 0.01               # 0 also skips the reference model
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     save_every: int = 25
@@ -268,12 +268,6 @@ def load_config(path, overrides=()):
         raise InputError("model.gradient_checkpointing=true needs model.shared_prefix=false")
     if config.grpo.mini_batch > config.grpo.prompts:
         raise InputError(f"grpo.mini_batch={config.grpo.mini_batch} is larger than grpo.prompts={config.grpo.prompts}")
-    return config
-
-
-def get_key(config, key):
-    for part in key.split("."):
-        config = getattr(config, part)
     return config
 
 
@@ -508,7 +502,7 @@ def read_jsonl(config, split, skip):
     """
     root, path = Path(config.data.path), Path(config.data.path) / f"{split}.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip().split("\n")           # JSON may hold other line separators as text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read ({getattr(error, 'strerror', 0) or error})") from None
     for n, line in enumerate(lines, 1):

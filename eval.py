@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import model
 from rewards import (LABELS, MAX_MATCHED, POSITIVE, UNCERTAIN, corpus_bleu, extract_labels, gleu, iou, match_boxes,
-                     parse_boxes, parse_output, rouge_l, soft_f1)
+                     parse_boxes, parse_output, rouge_l, says_nothing_there, soft_f1)
 
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 COLUMNS = {"14": list(range(14)), "13": list(range(1, 14)), "5": [LABELS.index(label) for label in TOP5]}
@@ -39,13 +39,9 @@ BOOTSTRAPPED = ("ce_f1_macro13", "ce_f1_micro13", "soft_f1")
 
 
 def predict(policy, examples, cfg):
-    """Decodes examples greedily; JSON-able dicts in their order, on every rank, without those that `sample` skips.
-
-    All ranks decode equally many (a few twice): if a sharded policy stops early on one, the others hang.
-    """
-    n, world, rows = len(examples), model.world_size(), {}
-    place = {id(example): i for i, example in enumerate(examples)}
-    mine = [examples[i % n] for i in range(model.rank(), math.ceil(n / world) * world, world)]
+    """Decodes examples greedily; JSON-able dicts in their order, on every rank, without those that `sample` skips."""
+    rows, place = {}, {id(example): i for i, example in enumerate(examples)}
+    mine = examples[model.rank()::model.world_size()]
     for start in tqdm(range(0, len(mine), cfg.eval.batch_size), desc="predict", disable=model.rank() != 0):
         batch = mine[start:start + cfg.eval.batch_size]
         for r in policy.sample(batch, group_size=1, max_new_tokens=cfg.grpo.max_new_tokens, temperature=0.0):
@@ -111,8 +107,7 @@ def report_metrics(predictions):
 
 def soft_f1_scores(predictions):
     """(N,) soft-F1. Only words can say "nothing there": an empty answer, or one with broken boxes, scores 0."""
-    return np.array([soft_f1(parse_boxes(p["answer"]), p["boxes"],
-                             match_empty=bool(p["answer"].strip()) and not set("[]") & set(p["answer"]))
+    return np.array([soft_f1(parse_boxes(p["answer"]), p["boxes"], match_empty=says_nothing_there(p["answer"]))
                      for p in predictions])
 
 
@@ -204,11 +199,6 @@ def table(results):
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-
-
-def compare(predictions_by_model, cfg):
-    """The table of several models' predictions over the same examples, with differences to the first model."""
-    return table(summarise(predictions_by_model, cfg))
 
 
 def resolve(path):

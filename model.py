@@ -7,8 +7,9 @@ In order of appearance
     .sample              the sampler: one prefill per prompt, all completions decoded together
     .logprobs            the same tokens scored with gradients, over the same shared prefill
   load_policy, build_tiny     a model folder or hub id, or the built-in tiny Qwen3-VL made from scratch
-  save_checkpoint, resume     whole-or-nothing checkpoints
-  setup, rank, sum_over_ranks, gather_objects, StopRequest     processes and signals
+  make_optimizers, optimizer_step     AdamW, or Muon beside it
+  save_checkpoint, resume, open_run, Log     whole-or-nothing checkpoints and what a run folder holds
+  start, setup, rank, gather_objects, StopRequest     processes and signals
 """
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ from data import Example, InputError
 # ---------------------------------------------------------------------------------------------- fused log-probs
 
 BUFFER = 1 << 24                        # logits held at a time (64 MiB in float32)
-ROWS_TOGETHER = 12                      # completions per forward pass, where their lengths differ
+ROWS_TOGETHER = 12                      # from so many completions on, the long and the short ones are scored apart
 
 
 class FusedLogProbs(torch.autograd.Function):
@@ -413,7 +415,9 @@ def load_policy(config, path=None):
             processor = AutoProcessor.from_pretrained(path, **pixels)
             if not hasattr(processor, "image_processor"):
                 raise ImportError("no image processor")
-        except ImportError:                                               # no torchvision, which only videos need
+        except ImportError as error:                                      # no torchvision, which only videos need
+            if "qwen" not in model.config.model_type:
+                raise InputError(f"model {path!r}: {' '.join(str(error).split())}") from None
             tokenizer = AutoTokenizer.from_pretrained(path)
             processor = ImageOnlyProcessor(AutoImageProcessor.from_pretrained(path, **pixels), tokenizer,
                                            tokenizer.chat_template)
@@ -482,14 +486,17 @@ def build_tiny(seed, pixels):
 # ---------------------------------------------------------------------------------------------- optimiser and checkpoints
 
 def make_optimizers(policy, section):
-    """[AdamW] on float32 weights, with no decay on vectors (norms, biases). train_vision=false freezes the vision tower.
+    """[AdamW] on float32 weights, with no decay on vectors (norms, biases). train_vision=false freezes the vision tower
+    (for Qwen-VL with the merger behind it).
 
     optimizer=muon: [AdamW, Muon], where the weights of linear layers (the head apart) take Muon's orthogonalised steps
     (Jordan 2024), scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
     """
     if not section.train_vision:
-        for name in ("visual", "vision_tower", "vision_model"):
-            getattr(policy.base, name, torch.nn.Module()).requires_grad_(False)
+        tower = next((getattr(policy.base, n) for n in ("visual", "vision_tower", "vision_model") if hasattr(policy.base, n)), None)
+        if tower is None:
+            raise InputError(f"train_vision=false: {type(policy.model).__name__} has no vision tower of a known name")
+        tower.requires_grad_(False)
     linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head)}
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]
@@ -553,7 +560,7 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
         for old in run.glob("step_*"):
             if old.name not in keep:
                 shutil.rmtree(old)
-    barrier()
+    gather_objects(None)
 
 
 def last_step(run):
@@ -580,15 +587,16 @@ def open_run(run, config, sections):
     What may change: how often to save, how much to do at once, how long GRPO runs, how much is evaluated.
     """
     text = data.config_text(config)
-    free = {"grpo.steps", "grpo.save_every", "grpo.micro_batch", "grpo.sample_batch", "sft.micro_batch", "sft.save_every",
-            "sft.more_steps", "data.val_size", "data.test_size", "data.on_error",
+    free = {"sft.more_steps"} if run.name != "more" else set()            # in `more` it sets the learning rates
+    free |= {"grpo.steps", "grpo.save_every", "grpo.micro_batch", "grpo.sample_batch", "sft.micro_batch", "sft.save_every",
+            "data.val_size", "data.test_size", "data.on_error",
             "model.shared_prefix", "model.gradient_checkpointing"}
     path = run / "config.yaml"
     if path.exists() and (run / "last").exists():
         before, now = data.load_config(path), config
         for key in data.known_keys():
             if (key == "seed" or key.split(".")[0] in sections) and key not in free:
-                old, new = data.get_key(before, key), data.get_key(now, key)
+                old, new = attrgetter(key)(before), attrgetter(key)(now)
                 if old != new:
                     raise InputError(f"{run} was made with {key}={old}, now it is {new}; choose another folder with out=..., "
                                      f"or delete this one")
@@ -599,15 +607,15 @@ def open_run(run, config, sections):
             os.replace(path.with_suffix(".new"), path)
         except OSError as error:
             raise InputError(f"out={config.out}: cannot write there ({error.strerror})") from None
-    barrier()
+    gather_objects(None)
 
 
-def whole(line):
-    """Whether a line of JSON was written to its end; kill -9 may have cut the last one."""
+def step_of(line):
+    """The step of a line of metrics.jsonl; of one that kill -9 has cut, infinity."""
     try:
-        return bool(json.loads(line))
+        return json.loads(line)["step"]
     except ValueError:
-        return False
+        return float("inf")
 
 
 class Log:
@@ -620,8 +628,7 @@ class Log:
         for name in ("metrics", "samples"):
             path = run / f"{name}.jsonl"
             lines = path.read_text().splitlines() if path.exists() else []
-            starts = tuple(f'{{"step": {k},' for k in range(1, step + 1))
-            kept = [line for line in lines if line.startswith(starts) and whole(line)]
+            kept = [line for line in lines if step_of(line) <= step]
             path.with_suffix(".new").write_text("".join(line + "\n" for line in kept))
             os.replace(path.with_suffix(".new"), path)
             self.files[name] = open(path, "a", buffering=1)
@@ -670,6 +677,8 @@ def setup():
     """Joins the other processes that torchrun started, if any."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise InputError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
@@ -682,18 +691,15 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def gather_objects(value):
-    """[value of rank 0, value of rank 1, ...]"""
-    values = [None] * world_size()
+    """[value of rank 0, value of rank 1, ...]; waits until all have come here."""
+    values = [value] * world_size()
     if dist.is_initialized():
-        dist.all_gather_object(values, value)
-        return values
-    return [value]
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise InputError(f"another process has stopped, see its message ({str(error).splitlines()[0]})") from None
+    return values
 
 
 def say(text):

@@ -337,11 +337,14 @@ def _on_text(score):
     return lambda answers, examples, valid, cfg: [score(a, e.answer) for a, e in zip(answers, examples, strict=True)]
 
 
+def says_nothing_there(answer):
+    """Words and no brackets: a missing answer or broken boxes must not pass for "there is none"."""
+    return bool(re.search(r"\w", answer)) and not re.search(r"[\[\]]", answer)
+
+
 def _soft_f1_reward(answers, examples, valid, cfg):
-    def one(answer, example):  # a missing answer or broken brackets must not pass for "no boxes"
-        said_none = cfg.match_empty and bool(re.search(r"\w", answer)) and not re.search(r"[\[\]]", answer)
-        return soft_f1(parse_boxes(answer), example.boxes, cfg.soft_f1_mode, said_none)
-    return list(map(one, answers, examples))
+    return [soft_f1(parse_boxes(answer), example.boxes, cfg.soft_f1_mode, cfg.match_empty and says_nothing_there(answer))
+            for answer, example in zip(answers, examples)]
 
 
 REWARDS = {  # name: f(N answers, N examples, (N,) whether the format is valid, config.rewards) -> N numbers

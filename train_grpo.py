@@ -14,7 +14,7 @@ What of GRPO is here, top to bottom, and the switch for each part
   7. Aggregation   over all tokens of the step, per sequence, or a constant (Dr. GRPO)                       grpo.loss_agg
 Left out: a value network, top-k / top-p while training, KL in the reward, an asynchronous sampler.
 
-If the checkpoint it starts from does not exist, it is trained first. Writes OUT/grpo/ (config.yaml, metrics.jsonl,
+With grpo.init=auto, a checkpoint to start from that does not exist is trained first. Writes OUT/grpo/ (config.yaml, metrics.jsonl,
 samples.jsonl, step_N/, last), continues from `last` when started again, and ends with OUT/eval: before and after.
 """
 import time
@@ -122,23 +122,22 @@ def assign_advantages(rollouts, config):
     def normalised(values):
         """values: one (G,) tensor per local rollout -> advantages, one (G,) per local rollout."""
         everyone = model.gather_objects(values)
-        first = sum(len(v) for v in everyone[:model.rank()])
-        table = torch.stack([v for part in everyone for v in part])
-        return group_advantages(table, grpo.adv_norm)[first:first + len(values)]
+        first, table = sum(map(len, everyone[:model.rank()])), [v for part in everyone for v in part]
+        return group_advantages(torch.stack(table), grpo.adv_norm)[first:first + len(values)] if table else []
     if not grpo.normalize_parts:
         advantages = normalised([r.rewards for r in rollouts])
     else:
-        absent = torch.zeros(grpo.group_size)
-        advantages = torch.zeros(len(rollouts), grpo.group_size)
+        advantages = [torch.zeros(grpo.group_size) for _ in rollouts]
         for name in sorted({*config.rewards.report, *config.rewards.grounding}):
-            weights = [getattr(config.rewards, r.example.task).get(name, 0.0) for r in rollouts]
-            advantages += torch.tensor(weights)[:, None] * normalised([r.parts.get(name, absent) for r in rollouts])
+            paid = [(a, r) for a, r in zip(advantages, rollouts) if name in r.parts]          # the part is for their task
+            for (a, r), part in zip(paid, normalised([r.parts[name] for _, r in paid])):
+                a += getattr(config.rewards, r.example.task)[name] * part
     for r, a in zip(rollouts, advantages):
         r.advantages = a
 
 
 def degenerate(rollout):
-    """All rewards equal: no advantage, no policy gradient."""
+    """No advantage, no policy gradient: all rewards are equal (or their normalised parts cancel)."""
     return not bool(rollout.advantages.any())
 
 
@@ -187,7 +186,7 @@ def update(policy, optimizers, rollouts, lr, grpo):
         for name, value in micro_sums.items():
             sums[name] = sums.get(name, 0) + value
         sums["gap_max"] = max(sums["gap_max"], float(gap.max()))
-    return sums, model.optimizer_step(policy, optimizers, lr, grpo.grad_clip)
+    return sums, model.optimizer_step(policy, optimizers, lr, grpo.grad_clip) if n_tokens else 0.0
 
 
 def rollout_metrics(rollouts):
@@ -255,6 +254,11 @@ def train(config, stop):
         rewards.check_rewards(config.rewards)
     except ValueError as error:
         raise InputError(str(error)) from None
+    if not {"report", "grounding"} & {*config.data.tasks}:
+        raise InputError(f"data.tasks={config.data.tasks}: GRPO needs report or grounding examples")
+    model.open_run(run, config, ["model", "data", "grpo", "rewards"] + ["sft"] * (grpo.init == "auto"))
+    if model.last_step(run) > grpo.steps:
+        raise InputError(f"{run} is already at step {model.last_step(run)}, past grpo.steps={grpo.steps}")
     start = starting_point(config, stop)
     if stop:
         return None
@@ -263,9 +267,6 @@ def train(config, stop):
     control = Path(config.out, "more")
     if model.last_step(control) >= config.sft.more_steps:                 # continued SFT, if it was trained
         checkpoints["more"] = control / "best"
-    model.open_run(run, config, ["model", "data", "grpo", "rewards"] + ["sft"] * (grpo.init == "auto"))
-    if model.last_step(run) > grpo.steps:
-        raise InputError(f"{run} is already at step {model.last_step(run)}, past grpo.steps={grpo.steps}")
     if model.last_step(run) == grpo.steps:
         return checkpoints
     examples = data.load_split(config, "train")

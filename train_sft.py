@@ -31,13 +31,13 @@ def learning_rate(step, steps, warmup, peak):
 
 def encode_studies(policy, studies):
     """(prompt up to the end of its images, examples) for each usable study."""
-    examples_of = {id(examples[0]): examples for examples in studies}
     encoded = []
-    for first, prompt in policy.encode_all([examples[0] for examples in studies]):
-        prefix, rest = policy.split_at_images(prompt)
-        if not torch.equal(rest, policy.question_ids(first)):
-            raise InputError(f"the chat template of model.path={policy.config.model.path} does not end its images as expected")
-        encoded.append((prefix, examples_of[id(first)]))
+    for examples in studies:
+        for first, prompt in policy.encode_all(examples[:1]):
+            prefix, rest = policy.split_at_images(prompt)
+            if not torch.equal(rest, policy.question_ids(first)):
+                raise InputError(f"the chat template of model.path={policy.config.model.path} does not end its images as expected")
+            encoded.append((prefix, examples))
     return encoded
 
 
@@ -138,7 +138,7 @@ def train(config, stop):
         improved = False
         if done % sft.eval_every == 0 or done == sft.steps:
             values["eval_loss"] = validation_loss(policy, held_out, sft.micro_batch)
-            improved, best = not values["eval_loss"] >= best, min(best, values["eval_loss"])
+            improved, best = values["eval_loss"] < best or best == math.inf, min(best, values["eval_loss"])
         log.metrics(done, values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", best=f"{best:.3f}")
         if improved or stopping or done % sft.save_every == 0 or done == sft.steps:

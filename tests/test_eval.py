@@ -210,7 +210,7 @@ def test_bootstrap_needs_the_same_examples():
     [grounding(0, "", [[0.1, 0.1, 0.2, 0.2]])], [report(i, "", "Pulmonary edema.", "") for i in range(3)],
     [report(0, "Pulmonary edema.", "Pulmonary edema."), grounding(0, "[0, 0, 1, 1]", [[0, 0, 1, 1]])]])
 def test_empty_cases(predictions, tmp_path):
-    table = evaluation.compare({"a": predictions, "b": predictions}, config(tmp_path))
+    table = evaluation.table(evaluation.summarise({"a": predictions, "b": predictions}, config(tmp_path)))
     assert "nan" not in table.lower()
     assert ("reports" in table) == any(p["task"] == "report" for p in predictions)
     assert ("grounding" in table) == any(p["task"] == "grounding" for p in predictions)
@@ -219,23 +219,22 @@ def test_empty_cases(predictions, tmp_path):
 def test_table_is_aligned_and_shows_differences(tmp_path):
     rows = random_reports(np.random.default_rng(1), 20)
     models = {"sft": rows, "grpo": [p | {"answer": p["reference"]} for p in rows]}
-    lines = evaluation.compare(models, config(tmp_path)).splitlines()
+    lines = evaluation.table(evaluation.summarise(models, config(tmp_path))).splitlines()
     assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines if "|" in line}) == 1
     row, = [line for line in lines if line.startswith("minus sft: ce_f1_micro13")]
     gain = 1 - evaluation.report_metrics(rows)["ce_f1_micro13"]
     assert f"{gain:+.3f} [" in row.split("|")[2] and not row.split("|")[1].strip()
-    assert "1.000 [1.000, 1.000]" in evaluation.compare(models, config(tmp_path))
+    assert "1.000 [1.000, 1.000]" in evaluation.table(evaluation.summarise(models, config(tmp_path)))
 
 
 class Policy:
     """Answers with its example's id; skips the examples it is told to."""
 
     def __init__(self, skip=()):
-        self.skip, self.batches = skip, []
+        self.skip = skip
 
     def sample(self, examples, group_size, max_new_tokens, temperature):
         assert group_size == 1 and temperature == 0.0
-        self.batches.append(len(examples))
         return [SimpleNamespace(example=e, texts=[f"Text {e.id}."], finished=[True], tokens=[np.zeros(4)])
                 for e in examples if e.id not in self.skip]
 
@@ -247,15 +246,13 @@ def examples(n):
 
 @pytest.mark.parametrize("n, world", [(7, 3), (6, 3), (1, 2), (0, 2), (5, 1)])
 def test_predict_keeps_the_order_over_ranks(n, world, monkeypatch, tmp_path):
-    shares, batches, given = [], [], examples(n)
+    shares, given = [], examples(n)
     monkeypatch.setattr(model, "world_size", lambda: world)
     for rank in range(world):
         monkeypatch.setattr(model, "rank", lambda: rank)
         monkeypatch.setattr(model, "gather_objects", lambda rows: shares.append(rows) or [rows])
-        policy = Policy(skip="4")
-        evaluation.predict(policy, given, config(tmp_path))
-        batches.append(policy.batches)
-    assert all(b == batches[0] for b in batches)         # no rank stops early
+        evaluation.predict(Policy(skip="4"), given, config(tmp_path))
+    assert sum(map(len, shares)) == len([e for e in given if e.id != "4"])     # nothing is decoded twice
     monkeypatch.setattr(model, "gather_objects", lambda rows: shares)
     result = evaluation.predict(Policy(skip="4"), given, config(tmp_path))
     assert [p["answer"] for p in result] == [f"Text {i}." for i in range(n) if i != 4]

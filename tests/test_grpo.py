@@ -171,13 +171,19 @@ def test_several_updates_use_fixed_old_logprobs(policy, config, rollouts):
     assert abs(second["ratio"] / second["tokens"] - 1) > 1e-4 and second["kl/k3"] > 1e-6
 
 
-def test_normalised_parts(config):
-    """GDPO: each part is brought to unit scale in its group before the weighted sum."""
-    rollout = model.Rollout(data.Example("a", "report", (), "", ""), {}, [], [], [], [])
-    rollout.parts = {"mccs": torch.tensor([0.0, 1.0, 0.0, 1.0]), "label_f1": torch.tensor([0.010, 0.020, 0.020, 0.010])}
+@pytest.mark.parametrize("norm", ["group", "none", "batch"])
+def test_parts_are_normalised_one_by_one(config, norm):
+    """Each part over the groups of its own task: the other task's groups do not widen the std of the batch."""
     changed = copy.deepcopy(config)
-    changed.grpo.normalize_parts, changed.grpo.group_size = True, 4
-    train_grpo.assign_advantages([rollout], changed)
-    a = group_advantages(rollout.parts["mccs"][None])[0], group_advantages(rollout.parts["label_f1"][None])[0]
-    weights = config.rewards.report
-    assert torch.allclose(rollout.advantages, weights["mccs"] * a[0] + weights["label_f1"] * a[1])
+    changed.grpo.normalize_parts, changed.grpo.group_size, changed.grpo.adv_norm = True, 4, norm
+    parts = [{"mccs": torch.tensor([0.0, 1.0, 0.0, 1.0]), "label_f1": torch.tensor([0.010, 0.020, 0.020, 0.010])},
+             {"soft_f1": torch.tensor([0.3, 0.9, 0.4, 0.4])},
+             {"mccs": torch.tensor([0.5, 0.6, 0.5, 0.5]), "label_f1": torch.tensor([0.0, 0.0, 1.0, 0.0])}]
+    rollouts = [model.Rollout(data.Example("a", task, (), "", ""), {}, [], [], [], [], part)
+                for task, part in zip(("report", "grounding", "report"), parts)]
+    train_grpo.assign_advantages(rollouts, changed)
+    report, grounding = config.rewards.report, config.rewards.grounding
+    mccs, f1 = (group_advantages(torch.stack([parts[0][name], parts[2][name]]), norm) for name in ("mccs", "label_f1"))
+    expected = report["mccs"] * mccs + report["label_f1"] * f1
+    assert torch.allclose(torch.stack([rollouts[0].advantages, rollouts[2].advantages]), expected)
+    assert torch.allclose(rollouts[1].advantages, grounding["soft_f1"] * group_advantages(parts[1]["soft_f1"][None], norm)[0])
