@@ -708,6 +708,7 @@ class Phantom:
         return draw(self)
 
 
+@lru_cache(maxsize=1 << 15)            # SFT and GRPO use the same ones, already drawn
 def phantom(seed, index):
     """Study `index` of the endless data set `seed`: texts and boxes at once, pixels on first use of `.image`."""
     rng = np.random.default_rng([seed, index, 0])
