@@ -110,6 +110,8 @@ def test_samples_do_not_depend_on_batch_or_order(policy, mixed):
     other_step = policy.sample(mixed, 3, 10, 1.0, (7, 1))
     assert [r.texts for r in other_step] != [r.texts for r in together]
     assert all(len(set(r.texts)) > 1 for r in together)                   # samples of a group differ
+    same = policy.sample([mixed[0], dataclasses.replace(mixed[0], id="other")], 3, 10, 1.0, (7, 0))
+    assert same[0].texts == together[0].texts != same[1].texts            # ... and so do examples, by their id
 
 
 def test_sampling_follows_the_distribution(policy, examples):
