@@ -82,7 +82,7 @@ class SFTConfig:
     more_steps: int = 150               # of sft.stage=more: about the compute of the GRPO stage
     batch_size: int = 32                # studies per step; all questions about a study are trained together
     micro_batch: int = 32               # studies per forward pass (and process)
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon learns from scratch in about half the steps
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon learns more from scratch in as many steps
     train_vision: bool = True           # false freezes the vision tower
     lr: float = 1e-5                    # peak; linear warm-up, then cosine to zero
     warmup: int = 10
