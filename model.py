@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -109,6 +112,9 @@ def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None):
 
 # ---------------------------------------------------------------------------------------------- the policy
 
+FEATURES = "image features"             # where a prompt keeps the output of a frozen vision tower
+
+
 @dataclass
 class Rollout:
     """G sampled completions of one prompt, with the prompt's image held once."""
@@ -128,9 +134,9 @@ class Rollout:
 def collate(prompts):
     """Single-prompt inputs -> one batch: token-shaped tensors are left-padded with 0, the others concatenated."""
     length = max(p["input_ids"].shape[1] for p in prompts)
-    per_token = [k for k, v in prompts[0].items() if v.shape == prompts[0]["input_ids"].shape]
-    return {k: torch.cat([F.pad(p[k], (length - p[k].shape[1], 0)) if k in per_token else p[k] for p in prompts])
-            for k in prompts[0]}
+    keys = [k for k in prompts[0] if k != FEATURES]
+    per_token = [k for k in keys if prompts[0][k].shape == prompts[0]["input_ids"].shape]
+    return {k: torch.cat([F.pad(p[k], (length - p[k].shape[1], 0)) if k in per_token else p[k] for p in prompts]) for k in keys}
 
 
 class Policy:
@@ -142,6 +148,7 @@ class Policy:
         self.model, self.processor, self.tokenizer = model.float().eval().to(self.device), processor, processor.tokenizer
         self.base = model.model                                           # without the language-model head
         model.requires_grad_(True)
+        self.vision_frozen = False
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for module in model.modules():                                # it is active in train mode only, where there
@@ -237,8 +244,28 @@ class Policy:
         """Runs B prompts once: last hidden states (B, H), their key-value cache, mask (B, P), next positions (B,)."""
         batch = collate(prompts)
         positions, start = self.positions(batch)
+        if features := self.frozen_features(prompts):
+            batch |= features
+            del batch["pixel_values"]
         out = self.base(**batch, position_ids=positions, use_cache=True)
         return out.last_hidden_state[:, -1], out.past_key_values, batch["attention_mask"], start
+
+    def frozen_features(self, prompts):
+        """The images of B prompts as a frozen vision tower sees them, as an argument of the model; {} where it is trained.
+
+        The tower runs once per prompt: sampling, reference (which starts from the same tower) and update share the result.
+        """
+        new = [p for p in prompts if FEATURES not in p]
+        if new and not (self.vision_frozen and "mm_encoder_outputs" in inspect.signature(self.base.forward).parameters):
+            return {}
+        if new:
+            batch = collate(new)
+            out = self.base.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+            levels = [iter(level) for level in (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))]
+            for p in new:                                                 # level -> one tensor per image
+                p[FEATURES] = [list(itertools.islice(level, len(p["image_grid_thw"]))) for level in levels]
+        embeddings, *deepstack = (sum(level, []) for level in zip(*(p[FEATURES] for p in prompts)))
+        return {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=embeddings, deepstack_features=deepstack)}}
 
     # -- sampling
 
@@ -497,6 +524,7 @@ def make_optimizers(policy, section):
         if tower is None:
             raise InputError(f"train_vision=false: {type(policy.model).__name__} has no vision tower of a known name")
         tower.requires_grad_(False)
+        policy.vision_frozen = True
     linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head)}
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]
