@@ -18,7 +18,7 @@ With grpo.init=auto, a checkpoint to start from that does not exist is trained f
 samples.jsonl, step_N/, last), continues from `last` when started again, and ends with OUT/eval: before and after.
 """
 import time
-from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -277,39 +277,36 @@ def train(config, stop):
               f"from {start or config.model.path}")
     bar = tqdm(range(state["step"], grpo.steps), run.name, initial=state["step"], total=grpo.steps, disable=model.rank() != 0)
     for step in bar:
-        times = {}
+        laps = [("start", time.perf_counter())]
 
-        @contextmanager
-        def phase(name):
-            began = time.perf_counter()
-            yield
-            times[f"time/{name}"] = times.get(f"time/{name}", 0.0) + time.perf_counter() - began
-
+        def lap(name):
+            laps.append((f"time/{name}", time.perf_counter()))
         chosen = data.batch(examples, grpo.prompts, step, config.seed, "grpo", config.data.report_share)
-        with phase("sample"):                                             # mini-batches of this process's rollouts
-            minis = [[r for some in pieces(mini[model.rank()::model.world_size()], grpo.sample_batch)
-                      for r in policy.sample(some, grpo.group_size, grpo.max_new_tokens, grpo.temperature, (config.seed, step))]
-                     for mini in pieces(chosen, grpo.mini_batch or grpo.prompts)]
+        minis = [[r for some in pieces(mini[model.rank()::model.world_size()], grpo.sample_batch)  # this process's share
+                  for r in policy.sample(some, grpo.group_size, grpo.max_new_tokens, grpo.temperature, (config.seed, step))]
+                 for mini in pieces(chosen, grpo.mini_batch or grpo.prompts)]
         rollouts = [r for mini in minis for r in mini]
         if not sum(model.gather_objects(len(rollouts))):
             raise InputError(f"step {step + 1}: none of its {len(chosen)} prompts can be used (see the messages above)")
-        with phase("reward"):
-            score(rollouts, config)
-            assign_advantages(rollouts, config)
-        with phase("reference"):
-            for r, logprobs in zip(rollouts, fixed_logprobs(reference, rollouts, grpo) if reference else ()):
-                r.ref_logprobs = logprobs
+        lap("sample")
+        score(rollouts, config)
+        assign_advantages(rollouts, config)
+        lap("reward")
+        for r, logprobs in zip(rollouts, fixed_logprobs(reference, rollouts, grpo) if reference else ()):
+            r.ref_logprobs = logprobs
+        lap("reference")
         # pi_old: with one update per rollout it is the policy itself; with several, its log-probs before the first one.
-        with phase("old"):
-            for r, logprobs in zip(rollouts, fixed_logprobs(policy, rollouts, grpo) if grpo.epochs * len(minis) > 1 else ()):
-                r.old_logprobs = logprobs
-        with phase("update"):
-            lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))
-            results = [update(policy, optimizers, mini, lr, grpo) for _ in range(grpo.epochs) for mini in minis]
+        for r, logprobs in zip(rollouts, fixed_logprobs(policy, rollouts, grpo) if grpo.epochs * len(minis) > 1 else ()):
+            r.old_logprobs = logprobs
+        lap("old")
+        lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))
+        results = [update(policy, optimizers, mini, lr, grpo) for _ in range(grpo.epochs) for mini in minis]
+        lap("update")
         everyone = model.gather_objects((rollout_metrics(rollouts), [s for s, _ in results]))
         values = step_metrics([m for m, _ in everyone], [s for _, sums in everyone for s in sums], [n for _, n in results], grpo)
-        seconds = sum(times.values())
-        values |= {"learning_rate": lr, **times, "step_time": seconds, "tokens_per_second": values["num_tokens"] / seconds}
+        seconds = laps[-1][1] - laps[0][1]
+        values |= {name: then - before for (_, before), (name, then) in pairwise(laps)}
+        values |= {"learning_rate": lr, "step_time": seconds, "tokens_per_second": values["num_tokens"] / seconds}
         log.metrics(step + 1, values)
         for r in rollouts[:config.log.samples]:
             log.sample(step + 1, {"id": r.example.id, "question": r.example.question, "reference": r.example.answer, "samples": [

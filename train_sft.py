@@ -30,19 +30,21 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def encode_studies(policy, studies):
-    """(prompt up to the end of its images, examples) for each usable study."""
+    """(prompt up to the end of its images, rows of question and answer ids, lengths of the answers) of each usable study."""
     encoded = []
     for examples in studies:
         for first, prompt in policy.encode_all(examples[:1]):
             prefix, rest = policy.split_at_images(prompt)
             if not torch.equal(rest, policy.question_ids(first)):
                 raise InputError(f"the chat template of model.path={policy.config.model.path} does not end its images as expected")
-            encoded.append((prefix, examples))
+            answers = [policy.encode_target(e) for e in examples]
+            rows = [torch.cat([policy.question_ids(e), answer]) for e, answer in zip(examples, answers)]
+            encoded.append((prefix, rows, [len(answer) for answer in answers]))
     return encoded
 
 
-def answer_tokens(policy, studies):
-    return sum(len(policy.encode_target(e)) for _, examples in studies for e in examples)
+def answer_tokens(studies):
+    return sum(sum(lengths) for _, _, lengths in studies)
 
 
 def sft_loss(policy, studies, n_tokens):
@@ -50,10 +52,8 @@ def sft_loss(policy, studies, n_tokens):
 
     studies: from encode_studies. Each image runs once for all questions about it; questions carry no loss.
     """
-    answers = [[policy.encode_target(e) for e in examples] for _, examples in studies]
-    rows = [[torch.cat([policy.question_ids(e), a]) for e, a in zip(examples, group)]
-            for (_, examples), group in zip(studies, answers)]
-    logp, _, _ = policy.logprobs([prompt for prompt, _ in studies], rows, n_scored=[len(a) for g in answers for a in g])
+    prompts, rows, lengths = zip(*studies)
+    logp, _, _ = policy.logprobs(prompts, rows, n_scored=sum(lengths, []))
     return -logp.sum() / n_tokens
 
 
@@ -64,7 +64,7 @@ def validation_loss(policy, studies, size):
     mine = studies[model.rank()::model.world_size()]
     for i in range(0, len(mine), size):
         if some := encode_studies(policy, mine[i:i + size]):
-            count += answer_tokens(policy, some)
+            count += answer_tokens(some)
             total += float(sft_loss(policy, some, 1))
     totals = model.gather_objects((total, count))
     if not (count := sum(c for _, c in totals)):
@@ -121,7 +121,7 @@ def train(config, stop):
         # Which studies, in which order: a pure function of seed and step, so that a resumed run goes on where it was.
         chosen = [studies[i] for i in data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)]
         encoded = encode_studies(policy, chosen[model.rank()::model.world_size()])
-        n_tokens = sum(model.gather_objects(answer_tokens(policy, encoded)))
+        n_tokens = sum(model.gather_objects(answer_tokens(encoded)))
         if not n_tokens:
             raise InputError(f"step {step + 1}: none of its {len(chosen)} studies can be used (see the messages above)")
         loss_sum = 0.0

@@ -212,6 +212,30 @@ def test_frozen_vision_tower(config, optimizer):
     assert moved == {n for n in before if "visual" not in n}
 
 
+def test_a_frozen_tower_runs_once_per_prompt(config, mixed):
+    """Sampling, update and reference share its features; gradients and numbers stay those of the whole model."""
+    policy, whole = model.load_policy(config), model.load_policy(config)
+    model.make_optimizers(policy, dataclasses.replace(config.grpo, train_vision=False))
+    calls = []
+    policy.base.visual.register_forward_hook(lambda *_: calls.append("policy"))
+    rollouts = policy.sample(mixed, 2, 6, 1.0)
+    rows = [r.tokens for r in rollouts]
+    for r in rollouts:
+        del r.prompt[model.FEATURES]
+    expected, _, _ = whole.logprobs([r.prompt for r in rollouts], rows)
+    expected.sum().backward()
+    got, _, _ = policy.logprobs([r.prompt for r in rollouts], rows)
+    again, _, _ = policy.logprobs([r.prompt for r in reversed(rollouts)], rows[::-1])
+    got.sum().backward()
+    whole.base.visual.register_forward_hook(lambda *_: calls.append("reference"))
+    reference, _, _ = whole.logprobs([r.prompt for r in rollouts], rows)
+    assert calls == ["policy"] * 2                                        # once while sampling, once after the deletion
+    assert (got - expected).abs().max() < 1e-5 and (reference - expected).abs().max() < 1e-5
+    assert (again.sum() - expected.sum()).abs() < 1e-4
+    for p, q in zip(policy.base.language_model.parameters(), whole.base.language_model.parameters()):
+        assert (p.grad - q.grad).abs().max() < 1e-5 * max(1, q.grad.abs().max())
+
+
 def test_muon_takes_the_linear_layers_and_adamw_the_rest(config):
     policy = model.load_policy(config)
     adamw, muon = model.make_optimizers(policy, dataclasses.replace(config.sft, optimizer="muon", weight_decay=0.0))
