@@ -127,7 +127,15 @@ class GRPOConfig:
 class RewardsConfig:
     report: dict[str, float] = field(default_factory=lambda: {"mccs": 0.4, "label_f1": 0.6})
     grounding: dict[str, float] = field(default_factory=lambda: {"soft_f1": 1.0})
+    labeler: Literal["rules", "chexbert"] = "rules"  # what mccs, label_f1 and the evaluation read labels with
+    chexbert: str = ""                  # chexbert.pth as published, for labeler=chexbert
+    bert: str = "bert-base-uncased"     # its tokenizer: a local folder or hub id
+    bertscore: str = ""                 # encoder of the reward bertscore: a local folder or hub id
+    bertscore_layer: int = 0            # its hidden layer that is compared; 0: the last
     mccs_margin: float = 0.5
+    overlong_start: int = 256           # reward overlong: 0 up to so many tokens,
+    overlong_end: int = 512             # -1 from so many on
+    on_error: Literal["stop", "zero"] = "stop"  # a reward of your own that raises or is not finite: stop, or count it as 0
     soft_f1_mode: Literal["radvlm", "pq"] = "radvlm"
     match_empty: bool = True            # pay 1 when nothing is there and no box is given
 
@@ -160,7 +168,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-MAY_BE_ZERO = {"seed", "sft.warmup", "grpo.warmup", "grpo.mini_batch", "eval.limit", "eval.bootstrap", "log.samples"}
+MAY_BE_ZERO = {"seed", "sft.warmup", "grpo.warmup", "grpo.mini_batch", "rewards.bertscore_layer", "rewards.overlong_start",
+                "eval.limit", "eval.bootstrap", "log.samples"}
 ABOVE_ZERO = {"sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip"}
 AT_MOST_ONE = {"data.report_share", "sft.plain_share", "grpo.clip_low", "rewards.mccs_margin"}
 
@@ -211,9 +220,10 @@ def set_key(config, key, value, origin):
     keys = known_keys()
     parent, _, name = key.rpartition(".")
     node = config
-    if parent in ("rewards.report", "rewards.grounding"):         # one weight of a reward table
-        getattr(config.rewards, parent.split(".")[1])[name] = checked(key, value, float)
-        return
+    for task in ("report", "grounding"):
+        if key.startswith(f"rewards.{task}."):                            # one weight of a reward table
+            getattr(config.rewards, task)[key.removeprefix(f"rewards.{task}.")] = checked(key, value, float)
+            return
     if key not in keys:
         near = difflib.get_close_matches(key, keys, 1, 0) or ["seed"]
         raise InputError(f"{origin}: unknown key {key!r} = {value!r}; the nearest valid key is {near[0]!r}")

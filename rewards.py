@@ -13,8 +13,10 @@ Whatever a model writes, nothing here raises, and every regular expression takes
 import difflib
 import math
 import re
+import runpy
 from bisect import bisect
 from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -326,61 +328,134 @@ def soft_f1(predicted, reference, mode="radvlm", match_empty=False):
     return 2 * total / size[mode]
 
 
-def _on_labels(score):
-    def reward(answers, examples, valid, cfg):
-        says_something = np.array([re.search(r"\w", answer) is not None for answer in answers], bool)
-        return score(extract_labels(answers), extract_labels([e.answer for e in examples]), cfg, says_something)
-    return reward
-
-
-def _on_text(score):
-    return lambda answers, examples, valid, cfg: [score(a, e.answer) for a, e in zip(answers, examples, strict=True)]
-
-
 def says_nothing_there(answer):
     """Words and no brackets: a missing answer or broken boxes must not pass for "there is none"."""
     return bool(re.search(r"\w", answer)) and not re.search(r"[\[\]]", answer)
 
 
-def _soft_f1_reward(answers, examples, valid, cfg):
+# The reward table: f(batch, config.rewards) -> one number per completion.
+
+@dataclass
+class Batch:
+    """N completions of one task, taken apart."""
+    completions: list                       # whole texts
+    token_ids: list                         # their tokens (of words, where a text has none)
+    valid: np.ndarray                       # (N,) do they have the format?
+    answers: list                           # the report, or the text with the boxes
+    examples: list                          # data.Example: the references
+
+
+def labeler(cfg):
+    """texts -> (N, 14) states, by config.rewards.labeler."""
+    return extract_labels
+
+
+def _on_labels(score):
+    def reward(batch, cfg):
+        says_something = np.array([re.search(r"\w", answer) is not None for answer in batch.answers], bool)
+        label = labeler(cfg)
+        return score(label(batch.answers), label([e.answer for e in batch.examples]), cfg, says_something)
+    return reward
+
+
+def _on_text(score):
+    return lambda batch, cfg: [score(a, e.answer) for a, e in zip(batch.answers, batch.examples, strict=True)]
+
+
+def _soft_f1_reward(batch, cfg):
     return [soft_f1(parse_boxes(answer), example.boxes, cfg.soft_f1_mode, cfg.match_empty and says_nothing_there(answer))
-            for answer, example in zip(answers, examples)]
+            for answer, example in zip(batch.answers, batch.examples)]
 
 
-REWARDS = {  # name: f(N answers, N examples, (N,) whether the format is valid, config.rewards) -> N numbers
+def overlong(length, start, end):
+    """0 up to `start` tokens, then down to -1 at `end` (DAPO's soft overlong punishment, Yu et al. 2025, eq. 13)."""
+    return -min(max(length - start, 0) / max(end - start, 1), 1.0)
+
+
+REWARDS = {
     "mccs": _on_labels(lambda generated, reference, cfg, said: mccs(generated, reference, cfg.mccs_margin, said)),
-    "format": lambda answers, examples, valid, cfg: valid,
     "label_f1": _on_labels(lambda generated, reference, cfg, said: label_f1(generated, reference)),
-    "gleu": _on_text(gleu), "bleu4": _on_text(bleu4), "rouge_l": _on_text(rouge_l), "soft_f1": _soft_f1_reward,
+    "gleu": _on_text(gleu), "bleu4": _on_text(bleu4), "rouge_l": _on_text(rouge_l),
+    "soft_f1": _soft_f1_reward,
+    "format": lambda batch, cfg: batch.valid,
+    "overlong": lambda batch, cfg: [overlong(len(ids), cfg.overlong_start, cfg.overlong_end) for ids in batch.token_ids],
 }
-APPLIES = {"report": [name for name in REWARDS if name != "soft_f1"], "grounding": ["soft_f1", "format"]}
+APPLIES = {"report": [name for name in REWARDS if name != "soft_f1"], "grounding": ["soft_f1", "format", "overlong"]}
+
+
+@lru_cache
+def external_reward(name):
+    """The function that "path/to/file.py:function" names. Raises ValueError."""
+    path, _, function = name.rpartition(":")
+    try:
+        return runpy.run_path(path)[function]
+    except FileNotFoundError:
+        raise ValueError(f"rewards: {name}: no file {path}") from None
+    except KeyError:
+        raise ValueError(f"rewards: {name}: no function {function!r} in {path}") from None
+    except Exception as error:
+        raise ValueError(f"rewards: {name}: {path} fails with {error!r}") from None
+
+
+def call_external(name, batch, cfg):
+    """(values, failed), (N,) each, of a reward of the user's, called as TRL calls one.
+
+    It gets prompts, completions, completion_ids and the columns id, task, question, answer (parsed from the completion),
+    reference, boxes, label, patient, each a list of N, and returns N numbers; None: does not apply (nan here). What raises
+    or is not finite stops the run, or counts as 0 where rewards.on_error=zero.
+    """
+    columns = {key: [getattr(e, key) for e in batch.examples] for key in ("id", "task", "question", "boxes", "label", "patient")}
+    try:
+        given = external_reward(name)(
+            prompts=columns["question"], completions=batch.completions, completion_ids=batch.token_ids,
+            answer=batch.answers, reference=[e.answer for e in batch.examples], **columns)
+        values = np.array([math.nan if value is None else value for value in given], float)
+        if values.shape != (len(batch.examples),):
+            raise ValueError(f"{values.shape} values for {len(batch.examples)} completions")
+        failed = ~np.isfinite(values) & np.array([value is not None for value in given])
+        if failed.any() and cfg.on_error == "stop":
+            raise ValueError(f"{values[failed][0]} for completion {batch.completions[failed.argmax()]!r}")
+    except Exception as error:
+        if cfg.on_error == "stop":
+            raise ValueError(f"reward {name}: {error!r} (rewards.on_error=zero counts such rewards as 0)") from None
+        values, failed = np.zeros(len(batch.examples)), np.ones(len(batch.examples), bool)
+    return np.where(failed, 0.0, values), failed.astype(float)
 
 
 def check_rewards(rewards_cfg):
     """Raises ValueError, with the nearest valid name, if rewards.report or .grounding names a reward unknown there."""
     for task, names in APPLIES.items():
         for name in getattr(rewards_cfg, task):
-            if name not in names:
+            if ".py:" in name:
+                external_reward(name)
+            elif name not in names:
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
                 raise ValueError(f"rewards.{task}.{name}: no such reward for this task; did you mean {nearest!r}? "
-                                 f"(there are {', '.join(names)})")
+                                 f"(there are {', '.join(names)}, and your own: path/to/file.py:function)")
+    labeler(rewards_cfg)
 
 
-def score_completions(completions, examples, rewards_cfg, style):
+def score_completions(completions, examples, rewards_cfg, style, token_ids=None):
     """(total, parts) of N completions: (N,) weighted sums, and name -> (N,) unweighted rewards.
 
-    Tasks may be mixed: a part is nan where it does not apply to the row's task. A weight of 0 only logs a part. Raises
+    Tasks may be mixed: a part is nan where it does not apply to the row. A weight of 0 only logs a part. Raises
     ValueError if a reward is not finite.
     """
     parsed = [parse_output(text, e.task, style) for text, e in zip(completions, examples, strict=True)]
+    token_ids = token_ids or [tokenize(text) for text in completions]
     total, parts = np.zeros(len(examples)), {}
     for task in APPLIES:
         rows = [i for i, example in enumerate(examples) if example.task == task]
-        answers, valid = [parsed[i][2] for i in rows], np.array([parsed[i][0] for i in rows], bool)
+        batch = Batch([completions[i] for i in rows], [token_ids[i] for i in rows],
+                      np.array([parsed[i][0] for i in rows], bool), [parsed[i][2] for i in rows], [examples[i] for i in rows])
         for name, weight in getattr(rewards_cfg, task).items() if rows else ():
-            values = np.asarray(REWARDS[name](answers, [examples[i] for i in rows], valid, rewards_cfg), float)
-            if not np.isfinite(values).all():
-                raise ValueError(f"reward {name!r} gave a value that is not finite: {values[~np.isfinite(values)][0]}")
+            if ".py:" in name:
+                values, failed = call_external(name, batch, rewards_cfg)
+                parts.setdefault(f"{name}/failed", np.full(len(examples), np.nan))[rows] = failed
+            else:
+                values = np.asarray(REWARDS[name](batch, rewards_cfg), float)
+                if not np.isfinite(values).all():
+                    raise ValueError(f"reward {name!r} gave a value that is not finite: {values[~np.isfinite(values)][0]}")
             parts.setdefault(name, np.full(len(examples), np.nan))[rows] = values
-            total[rows] += weight * values
+            total[rows] += weight * np.nan_to_num(values)
     return total, parts

@@ -21,6 +21,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -107,12 +108,13 @@ def score(rollouts, config):
     """Fills every rollout's rewards (G,) and their parts."""
     completions = [text for r in rollouts for text in r.texts]
     examples = [r.example for r in rollouts for _ in r.texts]
-    total, parts = rewards.score_completions(completions, examples, config.rewards, data.style_of(config))
+    token_ids = [ids.tolist() for r in rollouts for ids in r.tokens]
+    total, parts = rewards.score_completions(completions, examples, config.rewards, data.style_of(config), token_ids)
     for i, r in enumerate(rollouts):
         group = slice(i * len(r.texts), (i + 1) * len(r.texts))
         r.rewards = torch.tensor(total[group], dtype=torch.float32)
         r.parts = {name: torch.tensor(values[group], dtype=torch.float32) for name, values in parts.items()
-                   if values[group][0] == values[group][0]}               # NaN: the part is not for this task
+                   if not np.isnan(values[group]).all()}                  # NaN: the part is not for this task
 
 
 def assign_advantages(rollouts, config):
@@ -130,7 +132,7 @@ def assign_advantages(rollouts, config):
         advantages = [torch.zeros(grpo.group_size) for _ in rollouts]
         for name in sorted({*config.rewards.report, *config.rewards.grounding}):
             paid = [(a, r) for a, r in zip(advantages, rollouts) if name in r.parts]          # the part is for their task
-            for (a, r), part in zip(paid, normalised([r.parts[name] for _, r in paid])):
+            for (a, r), part in zip(paid, normalised([r.parts[name].nan_to_num(r.parts[name].nanmean()) for _, r in paid])):
                 a += getattr(config.rewards, r.example.task)[name] * part
     for r, a in zip(rollouts, advantages):
         r.advantages = a
@@ -212,7 +214,7 @@ def step_metrics(everyone, sums, norms, grpo):
     values = {"reward": float(rewards_.mean()), "reward_std": float(rewards_.std(1, correction=0).mean()),
               "frac_reward_zero_std": mean(d for m in everyone for d in m["degenerate"])}
     for name in sorted({name for p in parts for name in p}):
-        column = torch.tensor([v for p in parts if name in p for v in p[name]])
+        column = torch.tensor([v for p in parts if name in p for v in p[name] if v == v])
         values |= {f"rewards/{name}/mean": float(column.mean()), f"rewards/{name}/std": float(column.std(correction=0))}
     values |= {"completions/mean_length": mean(lengths), "completions/min_length": min(lengths),
                "completions/max_length": max(lengths), "completions/mean_terminated_length": mean(ended),
@@ -310,7 +312,7 @@ def train(config, stop):
         log.metrics(step + 1, values)
         for r in rollouts[:config.log.samples]:
             log.sample(step + 1, {"id": r.example.id, "question": r.example.question, "reference": r.example.answer, "samples": [
-                {"text": text, "reward": float(reward), "advantage": float(a), **{k: float(v[g]) for k, v in r.parts.items()}}
+                {"text": text, "reward": float(reward), "advantage": float(a), **{k: float(v[g]) for k, v in r.parts.items() if v[g] == v[g]}}
                 for g, (text, reward, a) in enumerate(zip(r.texts, r.rewards, r.advantages))]})
         bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0):.4f}")
         stopping, done = bool(stop), step + 1

@@ -14,6 +14,7 @@ from nltk.translate import bleu_score, gleu_score
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 
+import data
 import rewards
 from rewards import BLANK, LABELS, NEGATIVE, POSITIVE, UNCERTAIN
 
@@ -275,11 +276,11 @@ def test_soft_f1_worked_values(predicted, reference, radvlm, pq):
 # -------------------------------------------------------------------------------------------------- reward table
 
 def config(report, grounding, mode="radvlm"):
-    return SimpleNamespace(report=report, grounding=grounding, mccs_margin=0.5, match_empty=True, soft_f1_mode=mode)
+    return data.RewardsConfig(report=report, grounding=grounding, soft_f1_mode=mode)
 
 
 def example(task="report", answer="", boxes=()):
-    return SimpleNamespace(id="1", task=task, answer=answer, boxes=boxes)
+    return data.Example(id="1", task=task, images=(), question="", answer=answer, boxes=boxes)
 
 
 EVERYTHING = config(dict.fromkeys(rewards.APPLIES["report"], 0.5), dict.fromkeys(rewards.APPLIES["grounding"], 0.5))
@@ -330,9 +331,51 @@ def test_settings_reach_the_rewards():
 
 
 def test_non_finite_reward_is_named(monkeypatch):
-    monkeypatch.setitem(rewards.REWARDS, "gleu", lambda answers, *_: [math.nan] * len(answers))
+    monkeypatch.setitem(rewards.REWARDS, "gleu", lambda batch, cfg: [math.nan] * len(batch.answers))
     with pytest.raises(ValueError, match="'gleu'"):
         rewards.score_completions(["a"], [example(answer="a")], config({"gleu": 1.0}, {}), "plain")
+
+
+OWN = """
+def length(completions, answer, reference, **columns):
+    assert columns["prompts"] == columns["question"] and len(columns["completion_ids"]) == len(answer)
+    return [None if not ref else float(len(a) - len(ref)) for a, ref in zip(answer, reference)]
+
+def not_finite(completions, **_):
+    return [float(text) for text in completions]
+
+def one_too_few(completions, **_):
+    return [0.0] * (len(completions) - 1)
+"""
+
+
+def test_rewards_of_your_own(tmp_path):
+    """TRL's signature; None does not apply; what raises, is not finite or of the wrong length stops the run or counts as 0."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    name = f"{path}:length"
+    cfg = config({name: 0.5, "format": 1.0}, {})
+    rewards.check_rewards(cfg)
+    total, parts = rewards.score_completions(["abc", "a", "x"], [example(answer="a"), example(answer="abc"), example()], cfg, "plain")
+    assert total == pytest.approx([2, 0, 1])
+    assert parts[name] == pytest.approx([2, -2, math.nan], nan_ok=True) and (parts[f"{name}/failed"] == 0).all()
+    for function, values, failed in (("not_finite", [1, 0, 0], [0, 1, 1]), ("one_too_few", [0] * 3, [1] * 3)):
+        cfg = config({f"{path}:{function}": 1.0}, {})
+        texts, examples = ["1", "nan", "inf"], [example(answer="a")] * 3
+        with pytest.raises(ValueError, match=f"{function}.*rewards.on_error"):
+            rewards.score_completions(texts, examples, cfg, "plain")
+        cfg.on_error = "zero"
+        total, parts = rewards.score_completions(texts, examples, cfg, "plain")
+        assert total == pytest.approx(values) and parts[f"{path}:{function}/failed"] == pytest.approx(failed)
+    for wrong, message in ((f"{tmp_path}/absent.py:f", "no file"), (f"{path}:f", "no function 'f'"), (f"{tmp_path}/bad.py:f", "fails")):
+        (tmp_path / "bad.py").write_text("1 / 0")
+        with pytest.raises(ValueError, match=message):
+            rewards.check_rewards(config({wrong: 1.0}, {}))
+
+
+@pytest.mark.parametrize("length, expected", [(0, 0), (10, 0), (11, -0.25), (13, -0.75), (14, -1), (1000, -1)])
+def test_overlong_worked_values(length, expected):
+    assert rewards.overlong(length, 10, 14) == expected
 
 
 def test_check_rewards():
