@@ -37,7 +37,7 @@ MENTIONS = {  # label: what names it, and, if need be, what only looks like it
     "Lung Lesion": (r"mass(?:es)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|carcinoma|neoplas|"
                     r"tumou?r|malignan|metasta|cancer", r"(?:breast|body) mass|mass effect|nipple"),
     "Lung Opacity": (
-        r"opaci|(?:decreased|reduced) translucency|(?:increased|hazy|patchy|streaky) densit|infiltrat|parenchymal scar|"
+        r"opaci|(?:decreased|reduced) translucency|(?:increased|hazy|patchy|streaky) densit|infiltrat|scar(?:s|red|ring)?\b|"
         r"air ?-?space (?:\w+ )?disease|reticul(?:ation|ar (?:pattern|marking))|interstitial (?:\w+ )?"
         r"(?:marking|pattern|lung|promin|thicken|disease|change)|(?:peri)?bronchial (?:wall )?(?:thicken|cuff)",),
     "Edema": (r"o?edema|(?:heart|cardiac) failure|chf\b|(?:vascular|venous|pulmonary) congestion|congestive|kerley|"
@@ -55,8 +55,8 @@ MENTIONS = {  # label: what names it, and, if need be, what only looks like it
     "Fracture": (r"fractur|compression deformit|(?:rib|clavic\w+|wedge) deformit",),
     "Support Devices": (
         r"pace(?:r\b|maker)|(?:\w+ )?(?:lines?|tubes?|tubing)\b|picc|valve|(?:porta)?catheter|hardware|arthroplast|"
-        r"defib|drain\b|icd\b|device|plates?\b|screw|cannula|coil|mediport|port\b|stent|clips?\b|wires?\b|shunt|"
-        r"leads?\b|rods?\b|sutur|prosthe|stimulator|generator|tracheostomy|xxxx-a-xxxx|"
+        r"defib|drain\b|icd\b|device|plates?\b|screw|cannula|coil|mediport|port\b|wires?\b|shunt|"
+        r"leads?\b|stimulator|generator|tracheostomy|xxxx-a-xxxx|"
         r"tips?\b (?:[\w-]+ ){0,6}(?:svc|cavoatrial|carina|atri|ventric)",
         r"(?:air|fat|mid|base|(?:kerley )?b|midclavicular|fissur\w*|pleural|paratracheal|fracture|lung)[ -]lines?\b|"
         r"end ?plate|plate ?-?like"),
