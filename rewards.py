@@ -84,6 +84,11 @@ HEDGE_AFTER = (r"(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|(?:is
 NEGATION_AFTER = (r"(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not\b|no longer|cleared|absent|excluded|removed)|"
                   r"none\b|resolved|not (?:\w+ )?(?:seen|identified|present|visuali)|unlikely|negative")
 MASK = re.compile(r"\bx{3,}\b|_{2,}")  # a word removed by de-identification
+ASCII = str.maketrans({0x2019: "'"} | dict.fromkeys(range(0x2010, 0x2015), "-"))
+SPACES, LINE_HYPHEN = re.compile(r"[^\S\n]+"), re.compile(r"(?<=\w-) ?\n ?(?=\w)")
+ASKED = re.compile(  # sections on what was asked, not on what was seen, up to the next section or paragraph
+    r"(?:^|(?<=[\n.])|(?<=[\n.] ))(?:indications?|(?:clinical )?(?:history|information)|reason for (?:the )?(?:exam|study)\w*):"
+    r".*?(?=\b(?:exam\w*|comparison|technique|findings?|impressions?|conclusions?|report)\s?:|\n ?\n|\Z)", re.S)
 NO_CLAIM = re.compile(r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited")
 SENTENCE_END = re.compile(r"[.;!?]+(?!\d)|\n\s*\n|\n(?=[-*\u2022]|\d+[.)])")
 CLAUSE_END = re.compile(  # where cues stop: a contrast, or a conjunction or comma that opens a new statement
@@ -107,23 +112,26 @@ _SIZE_STATE = {"normal": NEGATIVE, "large": POSITIVE, "same": UNCERTAIN}  # "sta
 
 @lru_cache(maxsize=1 << 14)
 def _clause_mentions(clause):
-    """[(label index, state)] of every mention; a finding outside the 13 observations is (0, NEGATIVE)."""
-    first, last = {}, {}                    # where the first cue before, and the last cue after, begin to act
+    """[(label index, state, phrase, cue)] of every mention; a finding outside the 13 observations is (0, NEGATIVE, ...)."""
+    first, last = {}, {}                    # the first cue before, and the last cue after, that begin to act
     for cue in _BEFORE.finditer(clause):
-        first.setdefault(cue.lastgroup, cue.end())
+        first.setdefault(cue.lastgroup, cue)
     for cue in _AFTER.finditer(clause):
-        last[cue.lastgroup] = cue.start()
+        last[cue.lastgroup] = cue
 
-    def state(mention):
-        if first.get("no", math.inf) <= mention.start():
-            return NEGATIVE
-        if first.get("hedge", math.inf) <= mention.start() or last.get("hedge", -1) >= mention.end():
-            return UNCERTAIN
-        return NEGATIVE if last.get("no", -1) >= mention.end() else POSITIVE
+    def judged(mention):
+        """(state, cue) by the first cue in this order that acts on the mention."""
+        for kind, state in ("no", NEGATIVE), ("hedge", UNCERTAIN):
+            if kind in first and first[kind].end() <= mention.start():
+                return state, first[kind][0]
+        for kind, state in ("hedge", UNCERTAIN), ("no", NEGATIVE):
+            if kind in last and last[kind].start() >= mention.end():
+                return state, last[kind][0]
+        return POSITIVE, ""
 
-    found = [(label, state(m)) for label, pattern in _MENTIONS for m in pattern.finditer(clause) if m["it"]]
-    if any(state(mention) != NEGATIVE for mention in _OTHER.finditer(clause)):
-        found.append((0, NEGATIVE))
+    mentions = [(label, m) for label, pattern in _MENTIONS for m in pattern.finditer(clause) if m["it"]]
+    found = [(label, state, m[0], cue) for label, m in mentions for state, cue in [judged(m)]]
+    found += [(0, NEGATIVE, m[0], "") for m in _OTHER.finditer(clause) if judged(m)[0] != NEGATIVE]
     sizes = list(_SIZE.finditer(clause))
     sizes = [size for size in sizes if size.lastgroup != "same"] or sizes
     starts = [size.start() for size in sizes]
@@ -131,20 +139,26 @@ def _clause_mentions(clause):
         for part in filter(lambda match: match["it"], pattern.finditer(clause)):
             place = bisect(starts, part.start())
             nearest = min(sizes[max(place - 1, 0):place + 1], key=lambda size: max(
-                size.start() - part.end(), part.start() - size.end())).lastgroup
-            if nearest != "same" or LABELS[label] != "Cardiomegaly" or "mediast" not in part[0]:
-                hedged = nearest == "large" and state(part) == UNCERTAIN
-                found.append((label, UNCERTAIN if hedged else _SIZE_STATE[nearest]))
+                size.start() - part.end(), part.start() - size.end()))
+            if nearest.lastgroup != "same" or LABELS[label] != "Cardiomegaly" or "mediast" not in part[0]:
+                hedged = nearest.lastgroup == "large" and judged(part)[0] == UNCERTAIN
+                found.append((label, UNCERTAIN if hedged else _SIZE_STATE[nearest.lastgroup], part[0], nearest[0]))
     return found
+
+
+def evidence(text):
+    """[(label, state, phrase, cue, clause)] of every mention in a report, in order; what extract_labels decides on."""
+    text = ASKED.sub("\n\n", LINE_HYPHEN.sub("", SPACES.sub(" ", text.lower().translate(ASCII))))
+    clauses = [clause for sentence in SENTENCE_END.split(MASK.sub("xxxx", text))
+               for clause in CLAUSE_END.split(NO_CLAIM.sub("", " ".join(sentence.split())))]
+    return [(*mention, clause) for clause in clauses for mention in _clause_mentions(clause)]
 
 
 @lru_cache(maxsize=1 << 14)
 def _labels(text):
     found = [set() for _ in LABELS]
-    for sentence in SENTENCE_END.split(MASK.sub("xxxx", text.lower())):
-        for clause in CLAUSE_END.split(NO_CLAIM.sub("", " ".join(sentence.split()))):
-            for label, state in _clause_mentions(clause):
-                found[label].add(state)
+    for label, state, *_ in evidence(text):
+        found[label].add(state)
     states = [next((state for state in (POSITIVE, UNCERTAIN, NEGATIVE) if state in seen), BLANK) for seen in found]
     abnormal = found[0] or POSITIVE in states[1:-1] or UNCERTAIN in states[1:-1]
     states[0] = POSITIVE if re.search(r"\w", text) and not abnormal else BLANK
