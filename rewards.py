@@ -10,8 +10,10 @@ In order of appearance
 
 Whatever a model writes, nothing here raises, and every regular expression takes linear time.
 """
+import csv
 import difflib
 import math
+import os
 import re
 import runpy
 from bisect import bisect
@@ -37,14 +39,14 @@ MENTIONS = {  # label: what names it, and, if need be, what only looks like it
     "Lung Lesion": (r"mass(?:es)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|carcinoma|neoplas|"
                     r"tumou?r|malignan|metasta|cancer", r"(?:breast|body) mass|mass effect|nipple"),
     "Lung Opacity": (
-        r"opaci|(?:decreased|reduced) translucency|(?:increased|hazy|patchy|streaky) densit|infiltrat|scar(?:s|red|ring)?\b|"
-        r"air ?-?space (?:\w+ )?disease|reticul(?:ation|ar (?:pattern|marking))|interstitial (?:\w+ )?"
+        r"opaci|(?:decreased|reduced) translucency|(?:increased|hazy|patchy|streaky) densit|infiltrat|haziness|"
+        r"scar(?:s|red|ring)?\b|air ?-?space (?:\w+ )?(?:disease|process)|reticul(?:ation|ar (?:pattern|marking))|interstitial (?:\w+ )?"
         r"(?:marking|pattern|lung|promin|thicken|disease|change)|(?:peri)?bronchial (?:wall )?(?:thicken|cuff)",),
     "Edema": (r"o?edema|(?:heart|cardiac) failure|chf\b|(?:vascular|venous|pulmonary) congestion|congestive|kerley|"
               r"cephalization|vascular (?:indistinctness|prominence)", r"(?:soft tissue|peripheral|ankle|leg) edema"),
     "Consolidation": (r"consolidat",),
     "Pneumonia": (r"(?:broncho)?pneumonia|infecti|pneumonitis", r"(?:granulomatous|prior|previous|old) (?:\w+ )?infec"),
-    "Atelectasis": (r"(?:micro)?ateleca?t|collapse|volume loss", r"collapsed? vertebra"),
+    "Atelectasis": (r"(?:micro)?ateleca?t|collapse|volume loss", r"collapsed? (?:of (?:the |a )?)?vertebra"),
     "Pneumothorax": (r"(?:hydro)?pneumothora",),
     "Pleural Effusion": (r"effusion|pleural fluid|hydrothorax|blunt\w* of (?:\w+ ){0,4}costophrenic|"
                          r"costophrenic (?:\w+ ){0,2}blunt|blunted (?:\w+ ){0,2}costophrenic",
@@ -94,8 +96,8 @@ SENTENCE_END = re.compile(r"[.;!?]+(?!\d)|\n\s*\n|\n(?=[-*\u2022]|\d+[.)])")
 CLAUSE_END = re.compile(  # where cues stop: a contrast, or a conjunction or comma that opens a new statement
     r"\b(?:but|however|although|though|which|that|otherwise|except|aside|apart|while|whereas|given|(?:and|with) (?="
     r"(?:there|the|mild|small|bilateral|is|are|has|have|(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast))\b))|"
-    r", (?=(?:and )?(?:there|the|stable|mild|small|minimal|bilateral|unchanged|old|healed|possibl\w*|likely|probabl\w*|"
-    r"heart|cardiac|lungs?|with)\b)")
+    r", (?=(?:and )?(?:there|the|stable|mild|small|minimal|moderate|severe|persistent|bilateral|unchanged|old|healed|"
+    r"possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with)\b)")
 
 
 def _compiled(table):
@@ -112,7 +114,7 @@ _SIZE_STATE = {"normal": NEGATIVE, "large": POSITIVE, "same": UNCERTAIN}  # "sta
 
 @lru_cache(maxsize=1 << 14)
 def _clause_mentions(clause):
-    """[(label index, state, phrase, cue)] of every mention; a finding outside the 13 observations is (0, NEGATIVE, ...)."""
+    """[(label index, state, phrase, cue)] of every mention; a finding outside the 13 observations is (0, NEGATIVE, .., ..)."""
     first, last = {}, {}                    # the first cue before, and the last cue after, that begin to act
     for cue in _BEFORE.finditer(clause):
         first.setdefault(cue.lastgroup, cue)
@@ -173,6 +175,32 @@ def extract_labels(texts):
     none of OTHER. A text without a word has no label at all.
     """
     return np.array([_labels(text) for text in texts], np.int8).reshape(-1, len(LABELS))
+
+
+def label_file(path, output, show_evidence=False):
+    """Labels a CSV file of one report per row as the CheXpert labeler does: its columns, 1.0 / 0.0 / -1.0 / empty.
+
+    A first row that says "Reports" or "Report Impression" is a header. Returns the number of reports. ValueError: bad file.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot read ({getattr(error, 'strerror', None) or error})") from None
+    rows = rows[1:] if rows and rows[0] and rows[0][0].strip().lower() in ("reports", "report", "report impression") else rows
+    if wide := [n for n, row in enumerate(rows, 1) if len(row) > 1]:
+        raise ValueError(f"{path}: report {wide[0]} has {len(rows[wide[0] - 1])} cells; put quotes around a report with commas")
+    reports = [row[0] if row else "" for row in rows]
+    values = {BLANK: "", POSITIVE: "1.0", NEGATIVE: "0.0", UNCERTAIN: "-1.0"}
+    with open(f"{output}.new", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([("Reports", *LABELS)] + [
+            (report, *(values[state] for state in states)) for report, states in zip(reports, extract_labels(reports).tolist())])
+    os.replace(f"{output}.new", output)
+    for n, report in enumerate(reports if show_evidence else (), 1):
+        for label, state, phrase, cue, clause in evidence(report):
+            name = ("blank", "positive", "negative", "uncertain")[state]
+            print(f"{n} | {LABELS[label]} | {name} | {phrase}" + (f" <- {cue}" if cue else "") + f" | {clause}")
+    return len(reports)
 
 
 def mccs(generated, reference, margin=0.5, nonempty=None):

@@ -73,12 +73,68 @@ def random_texts(n, seed, longest=25):
     ("Evaluation for small pneumothorax is limited.", {"No Finding": POSITIVE}),
     ("Lungs are clear. Pericardial effusion.", {"No Finding": POSITIVE}),
     ("Scattered calcified granulomas.", {}),
+    ("The effusion has resolved.", {"No Finding": POSITIVE, "Pleural Effusion": NEGATIVE}),
+    ("Interval removal of the feeding tube.", {"No Finding": POSITIVE, "Support Devices": NEGATIVE}),
+    ("No new opacity.", {"No Finding": POSITIVE, "Lung Opacity": NEGATIVE}),
+    ("Scarring at both apices.", {"Lung Opacity": POSITIVE}),
+    ("Surgical clips in the upper abdomen.", {"No Finding": POSITIVE}),
+    ("Without acute process, moderate effusion.", {"Pleural Effusion": POSITIVE}),
+    ("INDICATION: Rule out pneumonia.\n\nFINDINGS: Mild edema.", {"Edema": POSITIVE}),
+    ("HISTORY: CHF. FINDINGS: No edema. IMPRESSION: Fracture.", {"Edema": NEGATIVE, "Fracture": POSITIVE}),
+    ("Bibasilar air-\nspace disease.", {"Lung Opacity": POSITIVE}),
+    ("No air\u2011space disease.", {"No Finding": POSITIVE, "Lung Opacity": NEGATIVE}),
     ("No effusion on the right. Small effusion on the left. Possible effusion.", {"Pleural Effusion": POSITIVE}),
     ("No edema. Possible edema.", {"Edema": UNCERTAIN}),
     ("", {}), (" \n\t", {}), ("...", {}),
 ])
 def test_extract_labels(text, expected):
     assert states(text) == expected
+
+
+def rewritten(text, rng):
+    """The report as another system would store it: {how: text}."""
+    sentences = re.findall(r"[^.]+[.]", text)
+    shuffled = rng.sample(sentences, len(sentences))
+    return {"upper": text.upper(), "lower": text.lower(), "lines": text.replace(" ", "\n"), "spaces": text.replace(" ", "  \t"),
+            "wrapped": "".join(c if c != " " else rng.choice([" ", "\n", " \n ", "  "]) for c in text),
+            "numbers": "\n".join(f"{i}. {s.strip()}" for i, s in enumerate(sentences, 1)), "bullets": "- " + text.replace(". ", ".\n- "),
+            "header": "EXAM: CHEST TWO VIEWS.\n\nFINDINGS:\n" + text, "impression": "IMPRESSION: " + text, "dots": text.replace(".", ".."),
+            "masked": text + " Discussed with Dr. XXXX by phone on ___.", "order": "".join(shuffled), "cut": text.rstrip(". ")}
+
+
+def test_labels_do_not_depend_on_layout():
+    """Case, line breaks, spaces, list numbers, headers, masked names and the order of sentences change nothing."""
+    rng = random.Random(5)
+    reports = [data.phantom(3, index).report.replace("Impression: ", "") for index in range(300)]
+    expected = rewards.extract_labels(reports)
+    assert (expected == POSITIVE).any(0).all() and (expected[:, 1:] == NEGATIVE).any() and (expected == UNCERTAIN).any()
+    versions = [rewritten(report, rng) for report in reports]
+    for how in versions[0]:
+        changed = (rewards.extract_labels([v[how] for v in versions]) != expected).any(1)
+        assert not changed.any(), (how, versions[changed.argmax()][how])
+
+
+def test_evidence_names_phrase_and_cue():
+    found = rewards.evidence("No pleural effusion, but possible mild edema. Heart is enlarged.")
+    assert [(LABELS[label], state, phrase, cue) for label, state, phrase, cue, _ in found] == [
+        ("Pleural Effusion", NEGATIVE, "effusion", "no"), ("Edema", UNCERTAIN, "edema", "possib"),
+        ("Cardiomegaly", POSITIVE, "heart", "enlarge")]
+    assert found[1][-1].strip() == "possible mild edema"
+
+
+def test_label_file_is_in_chexperts_format(tmp_path, capsys):
+    path, out = tmp_path / "reports.csv", tmp_path / "labels.csv"
+    path.write_text('Small effusion.\n"No edema,\n\npossible pneumonia."\n')
+    assert rewards.label_file(path, out, show_evidence=True) == 2
+    header, first, *second = out.read_text().split("\n", 2)
+    assert header == "Reports," + ",".join(LABELS) and first == "Small effusion." + "," * 11 + "1.0,,,"
+    assert second == ['"No edema,\n\npossible pneumonia."' + "," * 6 + "0.0,,-1.0" + "," * 6 + "\n"]
+    assert "2 | Edema | negative | edema <- no | no edema" in capsys.readouterr().out
+    path.write_text("Reports\nNo edema, no effusion.\n")
+    with pytest.raises(ValueError, match="report 1 has 2 cells"):
+        rewards.label_file(path, out)
+    with pytest.raises(ValueError, match="absent.csv"):
+        rewards.label_file(tmp_path / "absent.csv", out)
 
 
 def test_extract_labels_shape_and_case():
