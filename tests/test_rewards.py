@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 import data
 import rewards
+from conftest import ROOT
 from rewards import BLANK, LABELS, NEGATIVE, POSITIVE, UNCERTAIN
 
 WORDS = "the heart is normal no effusion or edema , . small left lung".split()
@@ -427,6 +428,16 @@ def test_rewards_of_your_own(tmp_path):
         (tmp_path / "bad.py").write_text("1 / 0")
         with pytest.raises(ValueError, match=message):
             rewards.check_rewards(config({wrong: 1.0}, {}))
+
+
+def test_the_example_of_a_reward_file():
+    name = str(ROOT / "configs" / "my_rewards.py")
+    cfg = config({f"{name}:says_it_once": 2.0, f"{name}:as_long_as_the_reference": 1.0}, {})
+    texts, examples = ["No edema. no edema. Clear.", "", "One word."], [example(answer="a b c d e"), example(answer="a"), example()]
+    total, parts = rewards.score_completions(texts, examples, cfg, "plain")
+    assert parts[f"{name}:says_it_once"] == pytest.approx([2 / 3, 0, 1])
+    assert parts[f"{name}:as_long_as_the_reference"] == pytest.approx([1, 0, math.nan], nan_ok=True)
+    assert total == pytest.approx([4 / 3 + 1, 0, 2])
 
 
 @pytest.mark.parametrize("length, expected", [(0, 0), (10, 0), (11, -0.25), (13, -0.75), (14, -1), (1000, -1)])
