@@ -203,7 +203,7 @@ def test_mccs_and_label_f1_against_loops():
 
 # -------------------------------------------------------------------------------------------------- text overlap
 
-PAIRS = list(zip(random_texts(300, 0), random_texts(300, 1))) + [("", ""), ("", "a"), ("a", ""), ("a b c d e",) * 2]
+PAIRS = list(zip(random_texts(500, 0), random_texts(500, 1))) + [("", ""), ("", "a"), ("a", ""), ("a b c d e",) * 2]
 
 
 def test_tokenize():
