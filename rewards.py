@@ -7,9 +7,14 @@ In order of appearance
   parse_output                  (valid, thinking, answer) of a completion in the three output formats
   parse_boxes, iou, match_boxes, soft_f1          grounding
   REWARDS, check_rewards, score_completions       the reward table; a batch of completions -> weighted totals
+  POLICIES, audit               what the rewards pay to policies that cheat
+
+  python rewards.py label REPORTS.csv -o LABELS.csv [--evidence]      # in the CheXpert labeler's format
+  python rewards.py audit config.yaml [key=value ...]
 
 Whatever a model writes, nothing here raises, and every regular expression takes linear time.
 """
+import argparse
 import csv
 import difflib
 import math
@@ -18,7 +23,7 @@ import re
 import runpy
 from bisect import bisect
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -69,22 +74,22 @@ ANATOMY = {  # what has a size: normal is a negative, enlarged a positive
     "Cardiomegaly": (r"heart\b|cardiac (?:silhouette|size|contour|shadow|and)|cardio(?: ?-?mediastin|pulmonary silh)",),
 }
 NORMAL = r"normal|unremarkable|within|clear|intact|maintained|upper limit|not? (?:\w+ ){0,3}(?:enlarge|widen|promin)"
-ENLARGED = r"borderline|enlarge|prominent|increased|widen|large\b|big\b"
+ENLARGED = r"not (?:\w+ )?normal|above normal|borderline|enlarge|prominent|increased|widen|large\b|big\b"
 OTHER = (  # findings outside the 13 observations: they only cancel No Finding
     r"granulom|scolio|kypho|degenerat|spondyl|arthri|osteophyt|hyper(?:inflat|expan|lucen|aerat)|emphysem|copd|chronic|"
     r"scar|hernia|tortuo|atheroscl|ectasia|aneurysm|calcif|fibro|elevat|eventrat|bronchiect|osteopen|deformit|flatten")
 # Cues before a mention, then cues after it. The first that fits is taken: "not excluded" is a hedge and no negation.
-NO_CUE = r"(?:no|without) (?:\w+ ){0,2}(?:change|increase|decrease)|not (?:\w+ )?(?:change|only|increas|decreas)"
+NO_CUE = r"(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease)|not (?:\w+ )?(?:change|only|increas|decreas)"
 HEDGE = (r"(?:can ?not|can't|could not|difficult to|not|never|to) (?:\w+ ){0,2}(?:exclude|rule out|be excluded)|may\b|"
          r"might|could|possib|probab|question|suspect|suspicious (?:for|of)|concern|worrisome|suggest|likely|vs\b|"
          r"versus|presum|equivocal|differential|potential|perhaps|apparent|rule out|"
          r"(?:evaluat|assess|correlat)\w* (?:\w+ )?for")
-NEGATION = (r"no\b|not\b|without|free of|negative for|absence of|absent|never|neither|nor\b|denies|resolution of|"
+NEGATION = (r"no\b|not\b|without|free (?:of|from)|negative for|absence of|absent|never|neither|nor\b|denies|resolution of|"
             r"clear of|rather than|ruled? out|exclude[sd]?|remov(?:al|ed)")
 HEDGE_AFTER = (r"(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|(?:is|are) (?:\w+ )?limited|consideration|"
                r"in the differential|(?:is|are) (?:\w+ ){0,2}(?:possible|suspected|questioned|difficult)")
 NEGATION_AFTER = (r"(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not\b|no longer|cleared|absent|excluded|removed)|"
-                  r"none\b|resolved|not (?:\w+ )?(?:seen|identified|present|visuali)|unlikely|negative")
+                  r"none\b|absent|resolved|not (?:\w+ )?(?:seen|identified|present|visuali)|unlikely|negative")
 MASK = re.compile(r"\bx{3,}\b|_{2,}")  # a word removed by de-identification
 ASCII = str.maketrans({0x2019: "'"} | dict.fromkeys(range(0x2010, 0x2015), "-"))
 SPACES, LINE_HYPHEN = re.compile(r"[^\S\n]+"), re.compile(r"(?<=\w-) ?\n ?(?=\w)")
@@ -180,7 +185,8 @@ def extract_labels(texts):
 def label_file(path, output, show_evidence=False):
     """Labels a CSV file of one report per row as the CheXpert labeler does: its columns, 1.0 / 0.0 / -1.0 / empty.
 
-    A first row that says "Reports" or "Report Impression" is a header. Returns the number of reports. ValueError: bad file.
+    A first row that says "Reports" or "Report Impression" is a header. Returns a line for every mention of an observation
+    (show_evidence), and one that sums up. ValueError: a bad file.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -196,11 +202,11 @@ def label_file(path, output, show_evidence=False):
         csv.writer(file, lineterminator="\n").writerows([("Reports", *LABELS)] + [
             (report, *(values[state] for state in states)) for report, states in zip(reports, extract_labels(reports).tolist())])
     os.replace(f"{output}.new", output)
-    for n, report in enumerate(reports if show_evidence else (), 1):
-        for label, state, phrase, cue, clause in evidence(report):
-            name = ("blank", "positive", "negative", "uncertain")[state]
-            print(f"{n} | {LABELS[label]} | {name} | {phrase}" + (f" <- {cue}" if cue else "") + f" | {clause}")
-    return len(reports)
+    states = ("blank", "positive", "negative", "uncertain")
+    lines = [f"{n} | {LABELS[label]} | {states[state]} | {phrase}" + (f" <- {cue}" if cue else "") + f" | {clause.strip()}"
+             for n, report in enumerate(reports if show_evidence else (), 1)
+             for label, state, phrase, cue, clause in evidence(report)]
+    return "\n".join([*lines, f"{output}: labels of {len(reports)} reports"])
 
 
 def mccs(generated, reference, margin=0.5, nonempty=None):
@@ -501,3 +507,178 @@ def score_completions(completions, examples, rewards_cfg, style, token_ids=None)
             parts.setdefault(name, np.full(len(examples), np.nan))[rows] = values
             total[rows] += weight * np.nan_to_num(values)
     return total, parts
+
+
+# The audit: what rewards pay to policies that cheat, each a function of all references and a random generator.
+# Policies find their sentences with extract_labels, whichever labeler the rewards read with.
+
+FINDINGS = {label: label.lower() for label in LABELS[1:]} | {  # as policies name them
+    "Enlarged Cardiomediastinum": "mediastinal widening", "Pleural Other": "pleural thickening",
+    "Support Devices": "pacemaker"}
+NORMAL_REPORT = ("The heart size and mediastinal contours are normal. The lungs are clear. There is no focal "
+                 "consolidation, pleural effusion, or pneumothorax. No acute bony abnormality.")
+WHAT = r"((?:(?! (?:is|are|which|that|there)\b).)+)"  # no further verb: the words around it can change places
+PARAPHRASES = (  # the first that fits a lower-case sentence rewords it
+    (rf"^there (is|are) (no )?(?:evidence of )?{WHAT}\.$", r"\2\3 \1 seen."),
+    (rf"^(no )?(?:evidence of )?{WHAT} (is|are) (?:seen|present|identified)\.$", r"there \3 \1\2."),
+    (r"^no evidence of ", "no "), (r"^no ", "no evidence of "), (r"^possible ", "there may be "),
+    (r"^there may be ", "possible "), (r"size is normal\.$", "is normal in size."),
+    (r"normal in size\.$", "of normal size."), (r"lungs are clear(?! of)", "lungs appear clear"),
+    (r"\bwithin normal limits|\bunremarkable", "normal"))
+OTHER_REWARDS = {  # column: rewards.report, and rewards.mccs_margin where it is not the configured one
+    "mccs": [{"mccs": 1}], "mccs, margin 0": [{"mccs": 1}, 0], "mccs, margin .7": [{"mccs": 1}, .7],
+    "label_f1": [{"label_f1": 1}], "mccs .3, label_f1 .7": [{"mccs": .3, "label_f1": .7}], "gleu": [{"gleu": 1}]}
+
+
+def sentences(text):
+    """The sentences of a report, cut where the label extractor cuts them, each with a full stop."""
+    return [part.strip() + "." for part in SENTENCE_END.split(text) if part.strip()]
+
+
+def without(text, *states):
+    """A report without the sentences in which one of the 13 observations has one of the `states`."""
+    parts = sentences(text)
+    dropped = np.isin(extract_labels(parts)[:, 1:], states).any(1)
+    return " ".join(part for part, drop in zip(parts, dropped) if not drop)
+
+
+def reword(text, table):
+    """A report, each sentence changed by the first (pattern, replacement) of the table that fits it."""
+    parts = [part.lower() for part in sentences(text)]
+    parts = [next((re.sub(old, new, part) for old, new in table if re.search(old, part)), part) for part in parts]
+    return " ".join(part.capitalize() for part in parts)
+
+
+def state_all(form, states=(POSITIVE,) * len(FINDINGS)):
+    """A sentence of a form like "There is {}." about each finding that is positive or uncertain."""
+    found = np.isin(states, (POSITIVE, UNCERTAIN))
+    return " ".join(form.format(name) for name, there in zip(FINDINGS.values(), found) if there)
+
+
+def exchange(texts, rng):
+    """Every study gets the report of another one: all move on by one along a random circle."""
+    order = rng.permutation(len(texts))
+    return [texts[i] for i in np.roll(order, 1)[np.argsort(order)]]
+
+
+def _each(edit):
+    return lambda texts, rng: [edit(text) for text in texts]
+
+
+POLICIES = {  # name: (what it is, the policy)
+    "reference": ("right", _each(str)),
+    "sentences shuffled": ("right", lambda texts, rng: [" ".join(rng.permutation(sentences(text))) for text in texts]),
+    "paraphrase": ("right", _each(lambda text: reword(text, PARAPHRASES))),
+    "empty": ("wrong, blind, omits", _each(lambda text: "")),
+    "always normal": ("wrong, blind, omits", _each(lambda text: NORMAL_REPORT)),
+    "most frequent report": ("wrong, blind", lambda texts, rng: [max(texts, key=Counter(texts).get)] * len(texts)),
+    "another study's report": ("wrong, blind", exchange),
+    "every finding listed": ("wrong, blind", _each(lambda text: state_all("There is {}."))),
+    "every finding negated": ("wrong, blind, omits", _each(lambda text: state_all("There is no {}."))),
+    "positives dropped": ("wrong, omits", _each(lambda text: without(text, POSITIVE, UNCERTAIN))),
+    "negations dropped": ("wrong", _each(lambda text: without(text, NEGATIVE))),
+    "first sentence 50 times": ("wrong", _each(lambda text: " ".join(sentences(text)[:1] * 50))),
+    "findings contradicted": ("wrong", _each(
+        lambda text: f"{text} {state_all('There is no {}.', extract_labels([text])[0, 1:])}")),
+    "everything hedged": ("wrong", _each(lambda text: reword(text, [("^", "possibly ")]))),
+}
+
+
+def _mean(values):
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _share(paid, name, rows):
+    """What a policy earns over the studies `rows` as a share of what the reference earns; nan if that is nothing."""
+    whole = _mean(paid["reference"][0][rows])
+    return _mean(paid[name][0][rows]) / whole if whole > 0 else math.nan
+
+
+def name_exploit(kind, paid, others, rows):
+    """Which of the policies of a kind earns most over the studies `rows`, and which of the `others` pays it least."""
+    earned = {name: _mean(paid[name][0][rows]) for name, (kinds, _) in POLICIES.items() if kind in kinds}
+    best = [name for name in earned if not earned[name] < max(earned.values()) - 1e-9]
+    share = _share(paid, best[0], rows)
+    if math.isnan(share):
+        return "- (the reference earns nothing there)"
+    shares = {column: max(_share(other, name, rows) for name in best) for column, other in others.items()}
+    least = min(shares, key=lambda column: (math.isnan(shares[column]), shares[column]))
+    narrower = f"under {least} {_cell(shares[least])}" if shares[least] < share else "no other reward above pays less"
+    return f"{', '.join(best)} ({_cell(share)} of what the reference earns; {narrower})"
+
+
+def audit(config):
+    """What config.rewards.report pays to POLICIES on the reports of config.eval.split, next to OTHER_REWARDS, as text.
+
+    No image is opened. Rewards that count tokens count words."""
+    import data
+    check_rewards(config.rewards)
+    examples = [e for e in data.load_split(config, config.eval.split) if e.task == "report"][:config.eval.limit or None]
+    if len(examples) < 2:
+        raise ValueError(f"audit: split {config.eval.split!r} has {len(examples)} reports; it takes two")
+    references, texts = [e.answer for e in examples], {}
+    for name, (_, policy) in POLICIES.items():
+        pairs = zip(examples, policy(references, np.random.default_rng(config.seed)))
+        texts[name] = [data.target_text(replace(e, answer=report)) if report else "" for e, report in pairs]
+
+    def pay(report, margin=config.rewards.mccs_margin):
+        cfg = replace(config.rewards, report=report, mccs_margin=margin)
+        return {name: score_completions(given, examples, cfg, data.style_of(config)) for name, given in texts.items()}
+
+    paid, others = pay(config.rewards.report), {column: pay(*how) for column, how in OTHER_REWARDS.items()}
+    abnormal, every = np.isin(labeler(config.rewards)(references)[:, 1:], (POSITIVE, UNCERTAIN)).any(1), slice(None)
+    rewards = [["policy", "reward", "share", "abnormal", "normal", *paid["reference"][1]]] + [
+        [name, _mean(total), _share(paid, name, every), _mean(total[abnormal]), _mean(total[~abnormal]),
+         *map(_mean, parts.values())] for name, (total, parts) in paid.items()]
+    shares = [["share, all / abnormal", *others]] + [[name, *(
+        " / ".join(_cell(_share(other, name, rows)) for rows in (every, abnormal)) for other in others.values())]
+        for name in POLICIES]
+    return f"""split {config.eval.split}: {len(examples)} reports, {abnormal.sum()} abnormal
+rewards.report={config.rewards.report}
+
+{_aligned(rewards)}
+
+the same policies under other rewards
+
+{_aligned(shares)}
+
+cheapest exploit: {name_exploit("wrong", paid, others, every)}
+without the image: {name_exploit("blind", paid, others, every)}
+findings omitted, on abnormal studies: {name_exploit("omits", paid, others, abnormal)}"""
+
+
+def _cell(value):
+    return value if isinstance(value, str) else "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _aligned(rows):
+    rows = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def main():
+    import data
+    parser = argparse.ArgumentParser(description="Tries rewards out without training.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("audit", help="what the configured report reward pays to policies that cheat")
+    command.add_argument("config")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.set_defaults(run=lambda args: audit(data.load_config(args.config, args.overrides)))
+    command = commands.add_parser("label", help="CheXpert labels of a CSV file of reports, as a CSV file")
+    command.add_argument("reports", help="a report per row; a header `Reports` is optional")
+    command.add_argument("-o", "--output", required=True, metavar="LABELS.csv")
+    command.add_argument("--evidence", action="store_true", help="print the phrase and the cue behind each label")
+    command.set_defaults(run=lambda args: label_file(args.reports, args.output, args.evidence))
+    args = parser.parse_args()
+    try:
+        print(args.run(args))
+    except ValueError as error:
+        raise data.InputError(error) from None
+
+
+if __name__ == "__main__":
+    from data import run_main
+    run_main(main)

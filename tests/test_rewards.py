@@ -77,6 +77,9 @@ def random_texts(n, seed, longest=25):
     ("The effusion has resolved.", {"No Finding": POSITIVE, "Pleural Effusion": NEGATIVE}),
     ("Interval removal of the feeding tube.", {"No Finding": POSITIVE, "Support Devices": NEGATIVE}),
     ("No new opacity.", {"No Finding": POSITIVE, "Lung Opacity": NEGATIVE}),
+    ("No doubt there is edema.", {"Edema": POSITIVE}),
+    ("The heart is not of normal size.", {"Cardiomegaly": POSITIVE}),
+    ("Lungs free from effusion. Edema: absent.", {"No Finding": POSITIVE, "Pleural Effusion": NEGATIVE, "Edema": NEGATIVE}),
     ("Scarring at both apices.", {"Lung Opacity": POSITIVE}),
     ("Surgical clips in the upper abdomen.", {"No Finding": POSITIVE}),
     ("Without acute process, moderate effusion.", {"Pleural Effusion": POSITIVE}),
@@ -123,14 +126,14 @@ def test_evidence_names_phrase_and_cue():
     assert found[1][-1].strip() == "possible mild edema"
 
 
-def test_label_file_is_in_chexperts_format(tmp_path, capsys):
+def test_label_file_is_in_chexperts_format(tmp_path):
     path, out = tmp_path / "reports.csv", tmp_path / "labels.csv"
     path.write_text('Small effusion.\n"No edema,\n\npossible pneumonia."\n')
-    assert rewards.label_file(path, out, show_evidence=True) == 2
+    printed = rewards.label_file(path, out, show_evidence=True)
+    assert "2 | Edema | negative | edema <- no | no edema" in printed and printed.endswith("labels of 2 reports")
     header, first, *second = out.read_text().split("\n", 2)
     assert header == "Reports," + ",".join(LABELS) and first == "Small effusion." + "," * 11 + "1.0,,,"
     assert second == ['"No edema,\n\npossible pneumonia."' + "," * 6 + "0.0,,-1.0" + "," * 6 + "\n"]
-    assert "2 | Edema | negative | edema <- no | no edema" in capsys.readouterr().out
     path.write_text("Reports\nNo edema, no effusion.\n")
     with pytest.raises(ValueError, match="report 1 has 2 cells"):
         rewards.label_file(path, out)
