@@ -3,8 +3,8 @@
   python eval.py config.yaml --checkpoint RUN [RUN ...] [key=value ...]
 
 Decodes greedily; writes OUT/eval/NAME.jsonl (predictions) and OUT/eval/metrics.json. NAME is RUN's path tail.
-Reports: ce_ (clinical efficacy) compares the labels that rewards.extract_labels reads in the generated and reference
-text, uncertain as positive in both; over all 14, the 13 without No Finding, or the 5 CheXpert competition labels.
+Reports: ce_ (clinical efficacy) compares the labels that rewards.labeler reads in the generated and reference text,
+uncertain as positive in both; over all 14, the 13 without No Finding, or the 5 CheXpert competition labels.
   ce_f1_micro*, ce_f1_macro*     F1 of the pooled counts; mean F1 of the labels that some reference has
   ce_precision_*, ce_recall_*    of the pooled counts; ce_recall_micro13 is the recall of positive findings
   abnormal_f1_*                  F1 over the reports whose reference has a positive label among the 13
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 import model
-from rewards import (LABELS, MAX_MATCHED, POSITIVE, UNCERTAIN, corpus_bleu, extract_labels, gleu, iou, match_boxes,
+from rewards import (LABELS, MAX_MATCHED, POSITIVE, UNCERTAIN, corpus_bleu, gleu, iou, labeler, match_boxes,
                      parse_boxes, parse_output, rouge_l, says_nothing_there, soft_f1)
 
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
@@ -64,9 +64,9 @@ def output_metrics(predictions):
             "truncated": mean([not p["finished"] for p in predictions]), "examples": len(predictions)}
 
 
-def label_counts(predictions):
-    """(N, 3, 14) zeros and ones: is the label of the report a true positive, a false positive, a false negative?"""
-    generated, reference = (np.isin(extract_labels([p[key] for p in predictions]), (POSITIVE, UNCERTAIN))
+def label_counts(predictions, label):
+    """(N, 3, 14) zeros and ones: is what `label` reads a true positive, a false positive, a false negative?"""
+    generated, reference = (np.isin(label([p[key] for p in predictions]), (POSITIVE, UNCERTAIN))
                             for key in ("answer", "reference"))
     return np.stack([generated & reference, generated & ~reference, ~generated & reference], axis=1).astype(float)
 
@@ -83,11 +83,11 @@ def f1_score(counts, average):
 
 
 @np.errstate(invalid="ignore")
-def report_metrics(predictions):
+def report_metrics(predictions, label):
     """Metrics over the report predictions as a flat dict of numbers; {} if there are none."""
     if not (predictions := [p for p in predictions if p["task"] == "report"]):
         return {}
-    counts = label_counts(predictions)
+    counts = label_counts(predictions, label)
     generated, reference = counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]
     metrics = {name: f1_score(counts.sum(0)[:, columns], average) for name, (average, columns) in F1_METRICS.items()}
     abnormal = counts[reference[:, 1:].any(1)].sum(0)[:, 1:]
@@ -146,7 +146,7 @@ def grounding_metrics(predictions):
             "empty_accuracy": mean(scores[~nonempty])} | output_metrics(predictions)
 
 
-def bootstrap(predictions_by_model, metrics, n, seed):
+def bootstrap(predictions_by_model, metrics, n, seed, label):
     """Percentile bootstrap (n samples) over patients, or over examples where no patient is named.
 
     Returns {metric: {model: {"interval": [low, high], "difference": [value, low, high]}}}, 95 %; differences are
@@ -168,7 +168,7 @@ def bootstrap(predictions_by_model, metrics, n, seed):
             values = {name: weights @ soft_f1_scores(p) / weights.sum(1) for name, p in rows.items()}
         else:
             average, columns = F1_METRICS[metric]
-            values = {name: f1_score(np.tensordot(weights, label_counts(p)[:, :, columns], 1), average)
+            values = {name: f1_score(np.tensordot(weights, label_counts(p, label)[:, :, columns], 1), average)
                       for name, p in rows.items()}
         for name, own in values.items() if not np.isnan(values[first][0]) else ():
             gain = own - values[first]
@@ -179,9 +179,10 @@ def bootstrap(predictions_by_model, metrics, n, seed):
 
 def summarise(predictions_by_model, cfg):
     """{"reports": {model: metrics}, "grounding": {model: metrics}, "bootstrap": what bootstrap returns}."""
-    return {"reports": {name: report_metrics(p) for name, p in predictions_by_model.items()},
+    label = labeler(cfg.rewards)
+    return {"reports": {name: report_metrics(p, label) for name, p in predictions_by_model.items()},
             "grounding": {name: grounding_metrics(p) for name, p in predictions_by_model.items()},
-            "bootstrap": bootstrap(predictions_by_model, BOOTSTRAPPED, cfg.eval.bootstrap, cfg.seed)}
+            "bootstrap": bootstrap(predictions_by_model, BOOTSTRAPPED, cfg.eval.bootstrap, cfg.seed, label)}
 
 
 def table(results):
@@ -215,6 +216,10 @@ def column_names(paths):
 
 def evaluate_checkpoints(cfg, paths):
     """Evaluates {name: checkpoint} on cfg.eval.split, writes OUT/eval/, prints; (table, what summarise returns)."""
+    try:
+        labeler(cfg.rewards)                # a labeler that cannot be loaded must not cost the decoding
+    except ValueError as error:
+        raise data.InputError(str(error)) from None
     loaded = data.load_split(cfg, cfg.eval.split)
     examples = [e for task in ("report", "grounding")
                 for e in [e for e in loaded if e.task == task][:cfg.eval.limit or None]]

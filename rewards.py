@@ -1,9 +1,10 @@
-"""Text and boxes in, numbers out: the rewards of both papers, and the label extractor under them. No torch.
+"""Text and boxes in, numbers out: the rewards of both papers, and the label extractors under them.
 
 In order of appearance
   LABELS, extract_labels        a rule-based CheXpert labeler: report text -> 14 states
+  chexbert                      the same from a CheXbert checkpoint
   mccs, label_f1                rewards on label vectors: MRG-R1's margin-based cosine, F1 of the positives
-  tokenize, gleu, corpus_bleu, bleu4, rouge_l     text overlap
+  tokenize, gleu, corpus_bleu, bleu4, rouge_l, bertscore      text overlap
   parse_output                  (valid, thinking, answer) of a completion in the three output formats
   parse_boxes, iou, match_boxes, soft_f1          grounding
   REWARDS, check_rewards, score_completions       the reward table; a batch of completions -> weighted totals
@@ -12,7 +13,8 @@ In order of appearance
   python rewards.py label REPORTS.csv -o LABELS.csv [--evidence]      # in the CheXpert labeler's format
   python rewards.py audit config.yaml [key=value ...]
 
-Whatever a model writes, nothing here raises, and every regular expression takes linear time.
+Whatever a model writes, nothing here raises, and every regular expression takes linear time. torch is imported where a
+network runs, in chexbert and bertscore; everything else does without.
 """
 import argparse
 import csv
@@ -33,6 +35,8 @@ LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Lesi
           "Support Devices")
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
 TAGS = ("<think>", "</think>", "<report>", "</report>", "<answer>", "</answer>")
+CHEXBERT_HEADS = (*LABELS[1:3], "Lung Opacity", "Lung Lesion", *LABELS[5:], "No Finding")  # its own order
+CACHED = 1 << 14  # texts whose CheXbert labels are kept
 MAX_MATCHED = 64  # predicted boxes that enter the assignment; further ones are false positives
 
 # Tables of the labeler: regular expressions on lower-cased text, tried at the start of a word. A stem without \b takes
@@ -198,15 +202,81 @@ def label_file(path, output, show_evidence=False):
         raise ValueError(f"{path}: report {wide[0]} has {len(rows[wide[0] - 1])} cells; put quotes around a report with commas")
     reports = [row[0] if row else "" for row in rows]
     values = {BLANK: "", POSITIVE: "1.0", NEGATIVE: "0.0", UNCERTAIN: "-1.0"}
-    with open(f"{output}.new", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([("Reports", *LABELS)] + [
-            (report, *(values[state] for state in states)) for report, states in zip(reports, extract_labels(reports).tolist())])
-    os.replace(f"{output}.new", output)
+    table = [("Reports", *LABELS)] + [(report, *(values[state] for state in states))
+                                      for report, states in zip(reports, extract_labels(reports).tolist())]
+    try:
+        with open(f"{output}.new", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(table)
+        os.replace(f"{output}.new", output)
+    except OSError as error:
+        raise ValueError(f"{output}: cannot write ({error.strerror})") from None
     states = ("blank", "positive", "negative", "uncertain")
     lines = [f"{n} | {LABELS[label]} | {states[state]} | {phrase}" + (f" <- {cue}" if cue else "") + f" | {clause.strip()}"
              for n, report in enumerate(reports if show_evidence else (), 1)
              for label, state, phrase, cue, clause in evidence(report)]
     return "\n".join([*lines, f"{output}: labels of {len(reports)} reports"])
+
+
+def _padded(texts, tokenizer, longest, net):
+    """Token ids (n, T) and their mask (n, T), without lone surrogates: tokenizers refuse them."""
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(net.device)
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+@lru_cache
+def chexbert(path, bert):
+    """The function texts -> (N, 14) int8 states, in the order of LABELS, of CheXbert (Smit et al. 2020).
+
+    BERT with a linear head per observation on the [CLS] vector; the classes of a head are BLANK, POSITIVE, NEGATIVE,
+    UNCERTAIN, of No Finding the first two. As in its label.py, whitespace becomes single spaces, and what exceeds its
+    512 positions is cut before [SEP]. `path`: chexbert.pth as published, or another size of network in its format;
+    `bert`: the folder or hub id of its tokenizer. Labels are kept by text. Raises ValueError.
+    """
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
+        config = BertConfig(
+            vocab_size=words, hidden_size=hidden, num_attention_heads=max(hidden // 64, 1),
+            num_hidden_layers=1 + max(int(key.split(".")[3]) for key in state if key.startswith("bert.encoder.layer.")),
+            intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
+            max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]))
+        heads = torch.nn.ModuleList(torch.nn.Linear(hidden, classes) for classes in [4] * 13 + [2])
+        net = torch.nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False), "linear_heads": heads})
+        if missing := net.load_state_dict(state, strict=False).missing_keys:  # it has more: a pooler, position_ids
+            raise KeyError(missing[0])
+    except Exception as error:
+        why = {"FileNotFoundError": "no such file", "UnpicklingError": "it does not hold weights alone",
+               "KeyError": f"it lacks {error}"}.get(type(error).__name__, f"{error!r:.160}")
+        raise ValueError(f"rewards.chexbert={path!r}: not a CheXbert checkpoint ({why}); give chexbert.pth as "
+                         "published (github.com/stanfordmlgroup/CheXbert)") from None
+    try:
+        tokenizer = BertTokenizer.from_pretrained(bert)
+        if len(tokenizer) != words:         # where there is no vocabulary, from_pretrained makes up one of 5 words
+            raise ValueError(f"{len(tokenizer)} words instead of {words}")
+    except Exception as error:
+        raise ValueError(f"rewards.bert={bert!r}: no tokenizer for rewards.chexbert={path!r} there ({error!r:.160}); "
+                         "give a folder with bert-base-uncased's, or its hub id") from None
+    net.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    columns, known = [CHEXBERT_HEADS.index(label) for label in LABELS], {}
+
+    @torch.no_grad()
+    def label(texts):
+        texts = [" ".join(text.split()) for text in texts]
+        new = sorted(dict.fromkeys(text for text in texts if text not in known), key=len)  # little padding
+        for batch in (new[i:i + 64] for i in range(0, len(new), 64)):
+            ids, mask = _padded(batch, tokenizer, config.max_position_embeddings, net["bert"])
+            first = net["bert"](ids, attention_mask=mask).last_hidden_state[:, 0]   # (n, hidden)
+            states = torch.stack([head(first).argmax(1) for head in heads], 1)      # (n, 14), in its own order
+            known.update(zip(batch, states[:, columns].tolist()))
+        states = np.array([known[text] for text in texts], np.int8).reshape(-1, len(LABELS))
+        for text in list(known)[:-CACHED]:
+            del known[text]
+        return states
+    return label
 
 
 def mccs(generated, reference, margin=0.5, nonempty=None):
@@ -278,6 +348,50 @@ def rouge_l(candidate, reference):
         match = row & places.get(token, 0)
         row = (row + match | row - match) & full
     return 2 * (len(a) - row.bit_count()) / max(len(a) + len(b), 1)
+
+
+@lru_cache
+def _encoder(path, layer):
+    """(tokenizer, its longest text, network) in `path`. Raises ValueError."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    try:
+        net = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        longest = min(tokenizer.model_max_length, net.config.max_position_embeddings)
+    except Exception as error:
+        raise ValueError(f"rewards.bertscore={path!r}: no encoder and tokenizer for the reward bertscore "
+                         f"({error!r:.160}); give a local folder or hub id") from None
+    if layer > net.config.num_hidden_layers:
+        raise ValueError(f"rewards.bertscore_layer={layer}: {path} has {net.config.num_hidden_layers} layers")
+    return tokenizer, longest, net.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bertscore(candidates, references, path, layer=0):
+    """(N,) BERTScore F1 of text pairs (Zhang et al. 2020), without idf weights and without rescaling.
+
+    Each token takes the most similar one of the other text, by the cosine of hidden states of `layer` (0: the last).
+    Precision and recall are means over all tokens but [CLS] and [SEP], which others may take. An empty text scores 0.
+    """
+    import torch
+    tokenizer, longest, net = _encoder(path, layer)
+
+    def embed(texts):                       # unit vectors (n, T, D), and (n, T): is it a token, does it count?
+        ids, mask = _padded([text.strip() for text in texts], tokenizer, longest, net)
+        hidden = net(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer or -1]
+        special = (ids == tokenizer.cls_token_id) | (ids == tokenizer.sep_token_id)
+        return torch.nn.functional.normalize(hidden, dim=-1), mask.bool(), mask.bool() & ~special
+
+    def best(similarity, others, counts):   # (n, S, T), (n, T), (n, S) -> (n,) mean over what counts
+        return (similarity.masked_fill(~others[:, None], -math.inf).amax(2) * counts).sum(1) / counts.sum(1)
+
+    scores = []
+    with torch.no_grad():
+        for i in range(0, len(candidates), 64):
+            (a, a_mask, a_counts), (b, b_mask, b_counts) = (embed(t[i:i + 64]) for t in (candidates, references))
+            precision, recall = best(a @ b.mT, b_mask, a_counts), best(b @ a.mT, a_mask, b_counts)
+            scores += (2 * precision * recall / (precision + recall)).nan_to_num(0, 0, 0).tolist()
+    return scores
 
 
 def parse_output(text, task, style):
@@ -394,15 +508,16 @@ class Batch:
 
 
 def labeler(cfg):
-    """texts -> (N, 14) states, by config.rewards.labeler."""
-    return extract_labels
+    """The function texts -> (N, 14) states that config.rewards.labeler names. Raises ValueError."""
+    return extract_labels if cfg.labeler == "rules" else chexbert(cfg.chexbert, cfg.bert)
 
 
 def _on_labels(score):
     def reward(batch, cfg):
         says_something = np.array([re.search(r"\w", answer) is not None for answer in batch.answers], bool)
         label = labeler(cfg)
-        return score(label(batch.answers), label([e.answer for e in batch.examples]), cfg, says_something)
+        scores = score(label(batch.answers), label([e.answer for e in batch.examples]), cfg, says_something)
+        return np.where(says_something, scores, 0)  # CheXbert may read labels in an empty text
     return reward
 
 
@@ -424,6 +539,8 @@ REWARDS = {
     "mccs": _on_labels(lambda generated, reference, cfg, said: mccs(generated, reference, cfg.mccs_margin, said)),
     "label_f1": _on_labels(lambda generated, reference, cfg, said: label_f1(generated, reference)),
     "gleu": _on_text(gleu), "bleu4": _on_text(bleu4), "rouge_l": _on_text(rouge_l),
+    "bertscore": lambda batch, cfg: bertscore(batch.answers, [e.answer for e in batch.examples], cfg.bertscore,
+                                              cfg.bertscore_layer),
     "soft_f1": _soft_f1_reward,
     "format": lambda batch, cfg: batch.valid,
     "overlong": lambda batch, cfg: [overlong(len(ids), cfg.overlong_start, cfg.overlong_end) for ids in batch.token_ids],
@@ -471,7 +588,7 @@ def call_external(name, batch, cfg):
 
 
 def check_rewards(rewards_cfg):
-    """Raises ValueError, with the nearest valid name, if rewards.report or .grounding names a reward unknown there."""
+    """Raises ValueError for a reward unknown to its task, with the nearest valid name, or a network that cannot load."""
     for task, names in APPLIES.items():
         for name in getattr(rewards_cfg, task):
             if ".py:" in name:
@@ -481,6 +598,8 @@ def check_rewards(rewards_cfg):
                 raise ValueError(f"rewards.{task}.{name}: no such reward for this task; did you mean {nearest!r}? "
                                  f"(there are {', '.join(names)}, and your own: path/to/file.py:function)")
     labeler(rewards_cfg)
+    if "bertscore" in rewards_cfg.report:
+        _encoder(rewards_cfg.bertscore, rewards_cfg.bertscore_layer)
 
 
 def score_completions(completions, examples, rewards_cfg, style, token_ids=None):

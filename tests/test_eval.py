@@ -55,13 +55,14 @@ def random_groundings(rng, n):
 
 
 def config(tmp_path, **keys):
-    return SimpleNamespace(seed=0, out=str(tmp_path), grpo=SimpleNamespace(max_new_tokens=8), eval=SimpleNamespace(
-        **({"split": "test", "limit": 0, "batch_size": 2, "bootstrap": 20} | keys)))
+    keys = {"split": "test", "limit": 0, "batch_size": 2, "bootstrap": 20} | keys
+    return SimpleNamespace(seed=0, out=str(tmp_path), rewards=data.RewardsConfig(), eval=SimpleNamespace(**keys),
+                           grpo=SimpleNamespace(max_new_tokens=8))
 
 
 def test_label_scores_equal_scikit_learn():
     rows = random_reports(np.random.default_rng(0), 150)
-    metrics = evaluation.report_metrics(rows)
+    metrics = evaluation.report_metrics(rows, extract_labels)
     y_pred, y_true = (np.isin(extract_labels([p[key] for p in rows]), (1, 3)) for key in ("answer", "reference"))
     top5 = [2, 5, 6, 8, 10]
     assert [LABELS[i] for i in top5] == list(evaluation.TOP5)
@@ -90,7 +91,7 @@ def test_report_numbers_by_hand():
     normal, sick = "Heart size is normal.", "Moderate cardiomegaly. Possible pneumonia."
     rows = [report(0, normal, normal), report(1, normal, sick, finished=False), report(2, sick, sick),
             report(3, "", "Pulmonary edema.")]
-    m = evaluation.report_metrics(rows)
+    m = evaluation.report_metrics(rows, extract_labels)
     assert (m["normal_share"], m["normal_share_reference"]) == (0.5, 0.25)
     assert (m["distinct_share"], m["distinct_share_reference"]) == (0.75, 0.75)
     assert (m["mean_words"], m["mean_words_reference"]) == (12 / 4, 14 / 4)
@@ -99,13 +100,13 @@ def test_report_numbers_by_hand():
     assert m["ce_precision_micro13"] == 1 and m["ce_precision_micro14"] == pytest.approx(3 / 4)
     assert m["ce_f1_macro13"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
     assert m["rouge_l"] == pytest.approx((1 + 2 / 11 + 1 + 0) / 4)   # the full stop is a token of both
-    exact = evaluation.report_metrics([report(0, sick, sick)])
+    exact = evaluation.report_metrics([report(0, sick, sick)], extract_labels)
     assert all(exact[key] == pytest.approx(1) for key in ("bleu1", "bleu4", "rouge_l", "gleu", "ce_f1_micro14"))
 
 
 def test_a_label_without_reference_counts_in_micro_only():
     rows = [report(0, "Moderate cardiomegaly. Rib fracture.", "Moderate cardiomegaly.")]
-    m = evaluation.report_metrics(rows)
+    m = evaluation.report_metrics(rows, extract_labels)
     assert m["ce_f1_macro13"] == 1 and m["ce_f1_micro13"] == pytest.approx(2 / 3)
 
 
@@ -178,9 +179,9 @@ def test_bootstrap_equals_resampling_loop(patients):
     boxes = boxes if patients is None else [x | {"patient": f"p{rng.integers(patients)}"} for x in boxes]
     others = [x | {key: y[key] for key in ("boxes", "label", "patient")} for x, y in zip(others, boxes)]
     models = {"sft": before + boxes, "grpo": after + others}
-    result = evaluation.bootstrap(models, evaluation.BOOTSTRAPPED, 25, seed=3)
-    scores = {"soft_f1": evaluation.grounding_metrics, "ce_f1_macro13": evaluation.report_metrics,
-              "ce_f1_micro13": evaluation.report_metrics}
+    result = evaluation.bootstrap(models, evaluation.BOOTSTRAPPED, 25, 3, extract_labels)
+    scores = {"soft_f1": evaluation.grounding_metrics} | dict.fromkeys(
+        ("ce_f1_macro13", "ce_f1_micro13"), lambda rows: evaluation.report_metrics(rows, extract_labels))
     for metric, task in (("ce_f1_macro13", "report"), ("ce_f1_micro13", "report"), ("soft_f1", "grounding")):
         rows = {name: [p for p in predictions if p["task"] == task] for name, predictions in models.items()}
         names = sorted({p["patient"] for p in rows["sft"]})
@@ -201,7 +202,8 @@ def test_bootstrap_equals_resampling_loop(patients):
 
 def test_bootstrap_needs_the_same_examples():
     with pytest.raises(ValueError, match="same examples"):
-        evaluation.bootstrap({"a": [report(0, "x", "y")], "b": [report(1, "x", "y")]}, ["ce_f1_micro13"], 5, 0)
+        evaluation.bootstrap({"a": [report(0, "x", "y")], "b": [report(1, "x", "y")]}, ["ce_f1_micro13"], 5, 0,
+                             extract_labels)
 
 
 @pytest.mark.filterwarnings("error")
@@ -222,7 +224,7 @@ def test_table_is_aligned_and_shows_differences(tmp_path):
     lines = evaluation.table(evaluation.summarise(models, config(tmp_path))).splitlines()
     assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines if "|" in line}) == 1
     row, = [line for line in lines if line.startswith("minus sft: ce_f1_micro13")]
-    gain = 1 - evaluation.report_metrics(rows)["ce_f1_micro13"]
+    gain = 1 - evaluation.report_metrics(rows, extract_labels)["ce_f1_micro13"]
     assert f"{gain:+.3f} [" in row.split("|")[2] and not row.split("|")[1].strip()
     assert "1.000 [1.000, 1.000]" in evaluation.table(evaluation.summarise(models, config(tmp_path)))
 
