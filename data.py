@@ -56,7 +56,7 @@ class ModelConfig:
     max_pixels: int = 451584            # merged patch; the RadVLM-GRPO values
     max_prompt_tokens: int = 2048       # a longer prompt is an error: cutting it would cut image tokens
     shared_prefix: bool = True          # run each prompt once for its G completions; false: plain rows (same numbers)
-    gradient_checkpointing: bool = False  # needs shared_prefix=false
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -274,8 +274,6 @@ def load_config(path, overrides=()):
         raise InputError(f"data.tasks: expected some of {', '.join(ANSWER_TAG)}, got {config.data.tasks}")
     if config.model.min_pixels > config.model.max_pixels:
         raise InputError("model.min_pixels is larger than model.max_pixels")
-    if config.model.gradient_checkpointing and config.model.shared_prefix:
-        raise InputError("model.gradient_checkpointing=true needs model.shared_prefix=false")
     if config.grpo.mini_batch > config.grpo.prompts:
         raise InputError(f"grpo.mini_batch={config.grpo.mini_batch} is larger than grpo.prompts={config.grpo.prompts}")
     return config

@@ -14,7 +14,6 @@ In order of appearance
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import inspect
 import itertools
@@ -43,6 +42,8 @@ from safetensors import SafetensorError
 from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
                           PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import ProcessorMixin
 
 import data
@@ -51,7 +52,6 @@ from data import Example, InputError
 # ---------------------------------------------------------------------------------------------- fused log-probs
 
 BUFFER = 1 << 24                        # logits held at a time (64 MiB in float32)
-ROWS_TOGETHER = 12                      # from so many completions on, the long and the short ones are scored apart
 
 
 class FusedLogProbs(torch.autograd.Function):
@@ -110,6 +110,112 @@ def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None):
         return FusedLogProbs.apply(hidden, weight, targets, temperature, banned)
 
 
+# ---------------------------------------------------------------------------------------------- attention to shared prompts
+
+SHARING = {"qwen3_vl", "qwen2_5_vl"}    # model types whose attention takes the argument `shared`
+ANY_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)         # a 4-D mask is passed on untouched, and `shared` needs none
+ROWS_TOGETHER = 12                      # from so many completions on, the long and the short ones attend apart
+ROOM = 64                               # tokens by which the keys of the completions grow at a time
+
+
+def shared_attention(module, query, key, value, attention_mask, scaling=None, shared=None, **options):
+    """An attention function of transformers: query (B, H, L, d), key and value (B, h, L, d) -> (B, L, H, d)."""
+    if shared is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
+    return shared.attend(module.layer_idx, query, key, value, scaling), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("shared", shared_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("shared", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+class PackedAttention:
+    """Attention in one stream [prompt 1 | .. | prompt B | row 1 | .. | row R] without padding: a prompt attends causally to
+    itself, a row to its prompt and causally to itself. What is masked out is not computed: prompts of one length and their
+    rows make a block, and nothing is between blocks."""
+
+    def __init__(self, prompt_lengths, row_lengths, owner):
+        """(B,) and (R,) token counts; owner (R,): the prompt of each row."""
+        starts = torch.cat([prompt_lengths, row_lengths]).cumsum(0) - torch.cat([prompt_lengths, row_lengths])
+        prompt_starts, row_starts = starts.split([len(prompt_lengths), len(row_lengths)])
+        self.blocks, order = [], []
+        for length in prompt_lengths.unique().tolist():
+            prompts = (prompt_lengths == length).nonzero()[:, 0]                          # (b,)
+            tokens = prompt_starts[prompts, None] + torch.arange(length, device=owner.device)               # (b, P)
+            rows = torch.isin(owner, prompts).nonzero()[:, 0]
+            rows = rows[row_lengths[rows].argsort(stable=True)]
+            parts = []                                                    # rows of similar length: little is padding
+            for some in rows.tensor_split(min(4, len(rows) // ROWS_TOGETHER + 1)):        # (r,)
+                places = torch.arange(int(row_lengths[some].max()) if len(some) else 0, device=owner.device)   # (T,)
+                real = places < row_lengths[some, None]                                   # (r, T)
+                own = (row_starts[some, None] + places)[real]                             # (n,)
+                mask = F.pad(places <= places[:, None], (length, 0), value=True)          # (T, P + T)
+                if len(own):
+                    parts.append((own, real.flatten().nonzero()[:, 0], torch.searchsorted(prompts, owner[some]), mask))
+            self.blocks.append((tokens, parts))
+            order += [tokens.flatten(), *(own for own, *_ in parts)]
+        self.order = torch.cat(order).argsort()
+
+    def attend(self, _layer, query, key, value, scaling):
+        options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+        streams = [t[0].transpose(0, 1) for t in (query, key, value)]                     # (N, H | h, d)
+        outs = []
+        for tokens, parts in self.blocks:
+            q, *past = (t.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2) for t in streams)
+            out = F.scaled_dot_product_attention(q, *past, is_causal=True, **options)     # (b, H, P, d)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+            for own, real, owner, mask in parts:
+                q, k, v = (                                               # (r, H | h, T, d), padded
+                    t.new_zeros(len(owner) * len(mask), *t.shape[1:]).index_copy(0, real, t.index_select(0, own))
+                    .unflatten(0, (len(owner), -1)).transpose(1, 2) for t in streams)
+                k, v = (torch.cat([t.expand(len(owner), -1, -1, -1) if len(t) == 1 else t.index_select(0, owner), new], 2)
+                        for t, new in zip(past, (k, v)))                                  # (r, h, P + T, d)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+                outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, real))
+        return torch.cat(outs).index_select(0, self.order)[None]
+
+
+class DecodingAttention:
+    """Attention of R completions, one new token each, to their B prompts, whose keys and values are held once, and to
+    their own tokens so far."""
+
+    def __init__(self, cache, mask, group_size):
+        """The prompts' cache, (B, h, P, d) per layer, and mask (B, P)."""
+        self.prompts = [(layer.keys, layer.values) for layer in cache.layers]
+        self.own = [tuple(t[:, :, :0].repeat_interleave(group_size, 0) for t in layer) for layer in self.prompts]
+        self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)[:, None, None]
+        self.owner = torch.arange(len(mask), device=mask.device).repeat_interleave(group_size)      # (R,)
+        self.length = 0
+
+    def keep(self, live):
+        """Retires all rows but `live` (R,), and prompts without any."""
+        self.own = [tuple(t[live] for t in layer) for layer in self.own]
+        prompts, self.owner = self.owner[live].unique(return_inverse=True)
+        if len(prompts) < len(self.bias):
+            self.prompts, self.bias = [tuple(t[prompts] for t in layer) for layer in self.prompts], self.bias[prompts]
+
+    def attend(self, layer, query, key, value, scaling):
+        rows, heads, _, width = query.shape
+        q = query.view(rows, key.shape[1], -1, width) * scaling           # (R, h, H / h, d): heads that share keys together
+        if self.own[layer][0].shape[2] == self.length:
+            self.own[layer] = tuple(F.pad(t, (0, 0, 0, ROOM)) for t in self.own[layer])
+        for buffer, new in zip(self.own[layer], (key, value)):
+            buffer[:, :, self.length] = new[:, :, 0]
+        own_k, own_v = (buffer[:, :, :self.length + 1] for buffer in self.own[layer])
+        past_k, past_v = self.prompts[layer]
+        # The rows of a prompt side by side, (B, h, G * H / h, d), meet its keys in one product; slots that are free stay 0.
+        place = torch.arange(rows, device=q.device) - torch.searchsorted(self.owner, self.owner)       # (R,) in its group
+        slots = q.new_zeros(len(past_k), q.shape[1], int(place.max()) + 1, *q.shape[2:])
+        slots[self.owner, :, place] = q
+        scores = (slots.flatten(2, 3) @ past_k.mT + self.bias).view(*slots.shape[:-1], -1)[self.owner, :, place]
+        weights = torch.cat([scores, q @ own_k.mT], -1).softmax(-1, torch.float32).to(q.dtype)         # (R, h, H / h, P + t)
+        past, own = weights.split([past_k.shape[2], own_k.shape[2]], -1)
+        slots = weights.new_zeros(*slots.shape[:-1], past.shape[-1])
+        slots[self.owner, :, place] = past
+        out = (slots.flatten(2, 3) @ past_v).view(*slots.shape[:-1], width)[self.owner, :, place] + own @ own_v
+        return out.view(rows, 1, heads, width)
+
+
 # ---------------------------------------------------------------------------------------------- the policy
 
 FEATURES = "image features"             # where a prompt keeps the output of a frozen vision tower
@@ -147,6 +253,11 @@ class Policy:
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         self.model, self.processor, self.tokenizer = model.float().eval().to(self.device), processor, processor.tokenizer
         self.base = model.model                                           # without the language-model head
+        self.shared = config.model.shared_prefix and model.config.model_type in SHARING
+        if self.shared:
+            model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
+        elif config.model.shared_prefix:
+            say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(SHARING)}; its prompts run per completion")
         model.requires_grad_(True)
         self.vision_frozen = False
         if config.model.gradient_checkpointing:
@@ -300,7 +411,7 @@ class Policy:
         each row ended by itself (R,).
         """
         hidden, cache, mask, start = self.prefill(prompts)
-        cache.batch_repeat_interleave(group_size)
+        shared = DecodingAttention(cache, mask, group_size) if self.shared else cache.batch_repeat_interleave(group_size)
         hidden, mask, start = (t.repeat_interleave(group_size, 0) for t in (hidden, mask, start))
         rows = torch.arange(len(uniform), device=self.device)             # which completion each live row belongs to
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=self.device)
@@ -322,11 +433,14 @@ class Policy:
             if t + 1 == uniform.shape[1] or not live.any():
                 break
             if live.sum() <= 0.8 * len(rows):
-                cache.batch_select_indices(live.nonzero().squeeze(-1))
+                shared.keep(live) if shared else cache.batch_select_indices(live.nonzero().squeeze(-1))
                 rows, token, mask, start = rows[live], token[live], mask[live], start[live]
-            mask = F.pad(mask, (0, 1), value=1)
-            out = self.base(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
-                            position_ids=self.later_positions(start, start.new_tensor([t])))
+            if shared:
+                shared.length, past = t, {"shared": shared, "attention_mask": ANY_MASK.to(self.device), "use_cache": False}
+            else:
+                mask = F.pad(mask, (0, 1), value=1)
+                past = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
+            out = self.base(input_ids=token[:, None], position_ids=self.later_positions(start, start.new_tensor([t])), **past)
             hidden = out.last_hidden_state[:, 0]
         return tokens, logprobs, lengths, finished
 
@@ -359,34 +473,35 @@ class Policy:
         mask = places < lengths                                                                                   # (R, T)
         scored = mask if n_scored is None else mask & (places >= lengths - torch.tensor(n_scored, device=self.device)[:, None])
         with self.autocast():
-            forward = self.shared_prefix_hidden if self.config.model.shared_prefix else self.plain_hidden
-            hidden = forward(prompts, ids, mask, owner)                                                           # (R, T, H)
-        flat, flat_entropy = fused_logprobs(hidden[scored], self.head, ids[scored], temperature, self.banned)
+            hidden = (self.packed_hidden if self.shared else self.plain_hidden)(prompts, ids, mask, owner, scored)        # (n, H)
+        flat, flat_entropy = fused_logprobs(hidden, self.head, ids[scored], temperature, self.banned)
         logp = flat.new_zeros(scored.shape).masked_scatter(scored, flat)
         return logp, flat_entropy.new_zeros(scored.shape).masked_scatter(scored, flat_entropy), scored
 
-    def shared_prefix_hidden(self, prompts, ids, mask, owner):
-        """Hidden states that predict each completion token. Every prompt (and image) runs once: its cache, copied to each
-        of its completions, is differentiable, so the gradients of all completions meet in it. Rows of similar length run
-        together, so that little is computed on padding."""
-        last, cache, prompt_mask, start = self.prefill(prompts)
-        by_length = mask.sum(1).argsort(stable=True)
-        pieces = []
-        for rows in by_length.tensor_split(min(4, len(ids) // ROWS_TOGETHER + 1)):
-            hidden, mine = last[owner[rows], None], owner[rows]           # the last prompt token predicts the first one
-            length = int(mask[rows].sum(1).max()) - 1
-            if length > 0:
-                copied = copy.copy(cache)
-                copied.layers = [copy.copy(layer) for layer in cache.layers]
-                copied.batch_select_indices(mine)
-                out = self.base(input_ids=ids[rows, :length], past_key_values=copied, use_cache=True,
-                                attention_mask=torch.cat([prompt_mask[mine], mask[rows, :length]], 1),
-                                position_ids=self.later_positions(start[mine], torch.arange(length, device=ids.device)))
-                hidden = torch.cat([hidden, out.last_hidden_state], 1)
-            pieces.append(F.pad(hidden, (0, 0, 0, ids.shape[1] - hidden.shape[1])))
-        return torch.cat(pieces)[by_length.argsort()]
+    def packed_hidden(self, prompts, ids, mask, owner, scored):
+        """Hidden states that predict the scored tokens, (n, H), from one stream of all prompts and rows without padding.
 
-    def plain_hidden(self, prompts, ids, mask, owner):
+        Every prompt (and image) runs once for all of its rows. A row's last token predicts nothing and is left out.
+        """
+        batch = collate(prompts)
+        positions, start = self.positions(batch)
+        real, lengths = batch["attention_mask"].bool(), mask.sum(1) - 1                                      # (B, P), (R,)
+        places = torch.arange(ids.shape[1], device=ids.device)                                               # (T,)
+        inputs = places < lengths[:, None]                                                                   # (R, T)
+        stream = {k: torch.cat([v[real], (ids if k == "input_ids" else torch.zeros_like(ids))[inputs].to(v.dtype)])[None]
+                  for k, v in batch.items() if v.shape == real.shape and k != "attention_mask"}              # (1, N)
+        later = self.later_positions(start[owner], places)
+        positions = torch.cat([positions[..., real], later[..., inputs]], -1).unsqueeze(-2)                  # (3, 1, N)
+        images = self.frozen_features(prompts)
+        images |= {k: v for k, v in batch.items() if v.shape != real.shape and not (images and k == "pixel_values")}
+        shared = PackedAttention(real.sum(1), lengths, owner)
+        out = self.base(**stream, **images, position_ids=positions, attention_mask=ANY_MASK.to(self.device), use_cache=False,
+                        shared=shared).last_hidden_state[0]
+        ends, starts = real.sum(1).cumsum(0), real.sum() + lengths.cumsum(0) - lengths
+        before = torch.where(places == 0, ends[owner, None] - 1, starts[:, None] + places - 1)               # (R, T)
+        return out[before[scored]]
+
+    def plain_hidden(self, prompts, ids, mask, owner, scored):
         """The plain twin: R full rows [prompt | completion], each with its own copy of the image."""
         batch = collate([prompts[b] for b in owner])
         positions, start = self.positions(batch)
@@ -397,7 +512,7 @@ class Policy:
                   **{k: F.pad(v, (0, ids.shape[1])) for k, v in batch.items()
                      if v.shape == batch["input_ids"].shape and k not in ("input_ids", "attention_mask")}}
         out = self.base(**batch, position_ids=torch.cat([positions, later], -1), use_cache=False)
-        return out.last_hidden_state[:, length - 1:-1]
+        return out.last_hidden_state[:, length - 1:-1][scored]
 
     # -- files
 

@@ -1,4 +1,5 @@
 """Log-probabilities, sampling, inputs and checkpoints, each against an independent computation."""
+import copy
 import dataclasses
 import json
 
@@ -6,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
+                          Qwen3VLForConditionalGeneration)
 
 import data
 import model
@@ -79,27 +82,61 @@ def test_sampled_equals_rescored_equals_plain(policy, mixed, temperature):
             assert (rows[4 * i + g] - reference).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("group_size", [1, 5])
-def test_shared_prefix_equals_plain_rows(policy, config, mixed, group_size):
-    """Log-probabilities and every parameter's gradient; completions of one token and of many."""
+def variant(policy, config, family):
+    """Another random model behind the same processor: Qwen3-VL with shared key heads, Qwen2.5-VL, or gradient checkpointing."""
+    if family == "checkpointing":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, gradient_checkpointing=True))
+        return model.Policy(copy.deepcopy(policy.model), policy.processor, config)
+    old = policy.model.config
+    text = {"vocab_size": old.text_config.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    ids = {k: getattr(old, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    torch.manual_seed(8)
+    if family == "qwen3_vl":
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        net = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+            text_config={**text, "head_dim": 8, "rope_parameters": rope},
+            vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32,
+                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}, **ids, tie_word_embeddings=False))
+    else:
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        net = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+            text_config={**text, "rope_parameters": rope},
+            vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32,
+                           "fullatt_block_indexes": [1], "window_size": 56}, **ids, tie_word_embeddings=False))
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    net.generation_config.eos_token_id = policy.tokenizer.eos_token_id
+    return model.Policy(net, policy.processor, config)
+
+
+@pytest.mark.parametrize("family, group_size", [("tiny", 1), ("tiny", 8), ("qwen3_vl", 2), ("qwen2_5_vl", 5), ("checkpointing", 3)])
+def test_shared_prefix_equals_plain_rows(policy, config, mixed, family, group_size):
+    """Log-probabilities and every parameter's gradient; prompts of one and of several lengths, completions of one token and
+    of many; and the samples."""
+    policy = policy if family == "tiny" else variant(policy, config, family)
+    mixed = [*mixed, dataclasses.replace(mixed[0], id="same length")]
     prompts = [policy.encode(e) for e in mixed]
     generator = torch.Generator().manual_seed(0)
     completions = [[torch.randint(10, 200, (1 + 6 * ((g + b) % 3),), generator=generator) for g in range(group_size)]
                    for b in range(len(mixed))]
-    results = []
-    for shared in (True, False):
-        policy.config = dataclasses.replace(config, model=dataclasses.replace(config.model, shared_prefix=shared))
+    results, samples, stop = [], [], policy.stop_ids
+    policy.stop_ids = torch.arange(0, len(policy.tokenizer), 8)           # rows end, and are retired, at different times
+    for policy.shared in (True, False):
         policy.model.zero_grad()
         logp, _, mask = policy.logprobs(prompts, completions)
         (logp * torch.linspace(-1, 1, logp.numel()).view(logp.shape)).sum().backward()
         results.append((logp.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}))
-    policy.config = config
+        samples.append(policy.sample(mixed, group_size, 20, 1.0, (4, 4)))
+    policy.shared, policy.stop_ids = True, stop
     (a, grads_a), (b, grads_b) = results
-    assert (a - b).abs().max() < 1e-4
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    assert grads_a.keys() == grads_b.keys() and any("visual" in name for name in grads_a)
     scale = max(float(g.abs().max()) for g in grads_b.values())
-    assert grads_a.keys() == grads_b.keys()
-    assert any("visual" in name for name in grads_a) and any("deepstack" in name for name in grads_a)
     assert max(float((grads_a[n] - grads_b[n]).abs().max()) for n in grads_a) < 1e-5 * scale
+    for one, other in zip(*samples):
+        assert one.texts == other.texts and all((p - q).abs().max() < 1e-5 for p, q in zip(one.logprobs, other.logprobs))
+    assert len({len(t) for r in samples[0] for t in r.tokens}) > 2
 
 
 def test_samples_do_not_depend_on_batch_or_order(policy, mixed):
