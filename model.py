@@ -2,6 +2,7 @@
 
 In order of appearance
   fused_logprobs         log p(token) from hidden states without ever holding [tokens, vocabulary] logits
+  PackedAttention, DecodingAttention     every prompt once for all of its completions, in scoring and in sampling
   Rollout                G completions of one prompt: what passes between sampling and update
   Policy                 a vision-language model that can encode, sample, logprobs, save
     .sample              the sampler: one prefill per prompt, all completions decoded together
