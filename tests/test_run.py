@@ -141,14 +141,16 @@ def test_iu_xray_layouts(tmp_path, layout):
     assert code == 0 and "ce_f1_macro13" in text, err
 
 
-@pytest.mark.parametrize("script, override, message", [
-    ("train_grpo.py", "grpo.kl_coeff=1", "grpo.kl_coef"), ("train_sft.py", "data.source=iu_xray", "data.path"),
-    ("train_grpo.py", "rewards.report.mcs=1", "'mccs'"), ("train_grpo.py", "grpo.init=/absent", "/absent"),
-    ("train_sft.py", "sft.stage=cold_start", "data.thinking"), ("train_sft.py", "model.path=/absent/model", "/absent/model")])
-def test_user_errors_are_one_line(tmp_path, script, override, message):
-    code, _, err = run(script, f"out={tmp_path}", *SHORT, override)
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
+def test_user_errors_are_one_line(tmp_path):
+    cases = [("train_grpo.py", "grpo.kl_coeff=1", "grpo.kl_coef"), ("train_sft.py", "data.source=iu_xray", "data.path"),
+             ("train_grpo.py", "rewards.report.mcs=1", "'mccs'"), ("train_grpo.py", "grpo.init=/absent", "/absent"),
+             ("train_grpo.py", "rewards.labeler=chexbert", "rewards.chexbert"), ("eval.py", "--checkpoint=/absent", "/absent"),
+             ("train_sft.py", "sft.stage=cold_start", "data.thinking"), ("train_sft.py", "model.path=/absent/model", "/absent/model")]
+    started = [start(script, f"out={tmp_path / str(i)}", *SHORT, override) for i, (script, override, _) in enumerate(cases)]
+    for process, (_, _, message) in zip(started, cases):
+        _, err = process.communicate(timeout=300)
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
 
 
 def test_a_bad_image_stops_or_is_skipped(tmp_path):
