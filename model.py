@@ -412,7 +412,9 @@ class Policy:
         each row ended by itself (R,).
         """
         hidden, cache, mask, start = self.prefill(prompts)
-        shared = DecodingAttention(cache, mask, group_size) if self.shared else cache.batch_repeat_interleave(group_size)
+        shared = DecodingAttention(cache, mask, group_size) if self.shared else None
+        if not shared:                                                    # the plain twin: a copy of the prompt per row
+            cache.batch_repeat_interleave(group_size)
         hidden, mask, start = (t.repeat_interleave(group_size, 0) for t in (hidden, mask, start))
         rows = torch.arange(len(uniform), device=self.device)             # which completion each live row belongs to
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=self.device)
@@ -434,7 +436,10 @@ class Policy:
             if t + 1 == uniform.shape[1] or not live.any():
                 break
             if live.sum() <= 0.8 * len(rows):
-                shared.keep(live) if shared else cache.batch_select_indices(live.nonzero().squeeze(-1))
+                if shared:
+                    shared.keep(live)
+                else:
+                    cache.batch_select_indices(live.nonzero().squeeze(-1))
                 rows, token, mask, start = rows[live], token[live], mask[live], start[live]
             if shared:
                 shared.length, past = t, {"shared": shared, "attention_mask": ANY_MASK.to(self.device), "use_cache": False}

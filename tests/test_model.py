@@ -139,6 +139,18 @@ def test_shared_prefix_equals_plain_rows(policy, config, mixed, family, group_si
     assert len({len(t) for r in samples[0] for t in r.tokens}) > 2
 
 
+def test_bfloat16_forward_stays_close(policy, config, mixed):
+    """Under autocast: sampled and re-scored log-probabilities agree with each other and with float32 within its precision."""
+    half = model.Policy(policy.model, policy.processor,
+                        dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bfloat16")))
+    rollouts = half.sample(mixed, 3, 8, 1.0, (2, 2))
+    prompts, rows = [r.prompt for r in rollouts], [r.tokens for r in rollouts]
+    logp, _, mask = half.logprobs(prompts, rows)
+    exact, _, _ = policy.logprobs(prompts, rows)
+    assert logp.dtype == torch.float32 and 0 < (logp - exact)[mask].abs().max() < 0.3
+    assert (logp[mask] - torch.cat([x for r in rollouts for x in r.logprobs])).abs().max() < 0.3
+
+
 def test_samples_do_not_depend_on_batch_or_order(policy, mixed):
     together = policy.sample(mixed, 3, 10, 1.0, (7, 0))
     alone = [policy.sample([e], 3, 10, 1.0, (7, 0))[0] for e in reversed(mixed)][::-1]
