@@ -1,6 +1,7 @@
 """Log-probabilities, sampling, inputs and checkpoints, each against an independent computation."""
 import copy
 import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -264,6 +265,8 @@ def test_frozen_vision_tower(config, optimizer):
 def test_a_frozen_tower_runs_once_per_prompt(config, mixed):
     """Sampling, update and reference share its features; gradients and numbers stay those of the whole model."""
     policy, whole = model.load_policy(config), model.load_policy(config)
+    if "mm_encoder_outputs" not in inspect.signature(policy.base.forward).parameters:
+        pytest.skip("this version of transformers runs the tower every time")
     model.make_optimizers(policy, dataclasses.replace(config.grpo, train_vision=False))
     calls = []
     policy.base.visual.register_forward_hook(lambda *_: calls.append("policy"))
