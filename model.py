@@ -185,13 +185,19 @@ class DecodingAttention:
         self.prompts = [(layer.keys, layer.values) for layer in cache.layers]
         self.own = [tuple(t[:, :, :0].repeat_interleave(group_size, 0) for t in layer) for layer in self.prompts]
         self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)[:, None, None]
-        self.owner = torch.arange(len(mask), device=mask.device).repeat_interleave(group_size)      # (R,)
         self.length = 0
+        self.seat(torch.arange(len(mask), device=mask.device).repeat_interleave(group_size))
+
+    def seat(self, owner):
+        """owner (R,), ascending: the prompt of each row; place (R,): which of that prompt's rows it is."""
+        self.owner, self.place = owner, torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
+        self.places = int(self.place.max()) + 1
 
     def keep(self, live):
         """Retires all rows but `live` (R,), and prompts without any."""
         self.own = [tuple(t[live] for t in layer) for layer in self.own]
-        prompts, self.owner = self.owner[live].unique(return_inverse=True)
+        prompts, owner = self.owner[live].unique(return_inverse=True)
+        self.seat(owner)
         if len(prompts) < len(self.bias):
             self.prompts, self.bias = [tuple(t[prompts] for t in layer) for layer in self.prompts], self.bias[prompts]
 
@@ -205,15 +211,14 @@ class DecodingAttention:
         own_k, own_v = (buffer[:, :, :self.length + 1] for buffer in self.own[layer])
         past_k, past_v = self.prompts[layer]
         # The rows of a prompt side by side, (B, h, G * H / h, d), meet its keys in one product; slots that are free stay 0.
-        place = torch.arange(rows, device=q.device) - torch.searchsorted(self.owner, self.owner)       # (R,) in its group
-        slots = q.new_zeros(len(past_k), q.shape[1], int(place.max()) + 1, *q.shape[2:])
-        slots[self.owner, :, place] = q
-        scores = (slots.flatten(2, 3) @ past_k.mT + self.bias).view(*slots.shape[:-1], -1)[self.owner, :, place]
+        slots = q.new_zeros(len(past_k), q.shape[1], self.places, *q.shape[2:])
+        slots[self.owner, :, self.place] = q
+        scores = (slots.flatten(2, 3) @ past_k.mT + self.bias).view(*slots.shape[:-1], -1)[self.owner, :, self.place]
         weights = torch.cat([scores, q @ own_k.mT], -1).softmax(-1, torch.float32).to(q.dtype)         # (R, h, H / h, P + t)
         past, own = weights.split([past_k.shape[2], own_k.shape[2]], -1)
         slots = weights.new_zeros(*slots.shape[:-1], past.shape[-1])
-        slots[self.owner, :, place] = past
-        out = (slots.flatten(2, 3) @ past_v).view(*slots.shape[:-1], width)[self.owner, :, place] + own @ own_v
+        slots[self.owner, :, self.place] = past
+        out = (slots.flatten(2, 3) @ past_v).view(*slots.shape[:-1], width)[self.owner, :, self.place] + own @ own_v
         return out.view(rows, 1, heads, width)
 
 
