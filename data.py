@@ -32,10 +32,6 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFilter
 
-# Read when torch is loaded, so every script imports data first: threads that wait must not spin. Where other programs take
-# part of the cores, spinning makes small models many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that says what and what to do."""

@@ -31,7 +31,6 @@ from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
-import data  # before torch
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -48,6 +47,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import ProcessorMixin
 
+import data
 from data import Example, InputError
 
 # ---------------------------------------------------------------------------------------------- fused log-probs

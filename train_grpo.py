@@ -21,12 +21,12 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import data  # before torch
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import data
 import eval as evaluation
 import model
 import rewards

@@ -12,11 +12,11 @@ import math
 import time
 from pathlib import Path
 
-import data  # before torch
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import eval as evaluation
 import model
 from data import InputError
