@@ -1,7 +1,7 @@
 """Everything that touches tensors or processes.
 
 In order of appearance
-  fused_logprobs         log p(token) from hidden states without ever holding [tokens, vocabulary] logits
+  fused_logprobs, fused_loss      log p(token), or a loss of it, without ever holding [tokens, vocabulary] logits
   PackedAttention, DecodingAttention     every prompt once for all of its completions, in scoring and in sampling
   Rollout                G completions of one prompt: what passes between sampling and update
   Policy                 a vision-language model that can encode, sample, logprobs, save
@@ -52,63 +52,164 @@ from data import Example, InputError
 
 # ---------------------------------------------------------------------------------------------- fused log-probs
 
-BUFFER = 1 << 24                        # logits held at a time (64 MiB in float32)
+BUFFER = 1 << 22                        # logits held at a time (16 MiB in float32)
+NEVER = -1e30                           # the logit of a banned id: its probability is 0, and so is 0 * NEVER
+
+
+def head_logits(hidden, weight, bias, temperature, banned, first=0, out=None):
+    """(n, v) logits / temperature of the ids from `first` on: hidden (n, H), weight (v, H), bias (v,) or None, all float32."""
+    logits = torch.mm(hidden, weight.T, out=out)
+    if bias is not None:
+        logits += bias
+    if temperature != 1:
+        logits /= temperature
+    if banned is not None:
+        logits[:, banned[(banned >= first) & (banned < first + len(weight))] - first] = NEVER
+    return logits
 
 
 class FusedLogProbs(torch.autograd.Function):
-    """Chunks of rows x the whole head -> log-sum-exp, gather and entropy; the backward recomputes each chunk."""
+    """Tile after tile of the vocabulary -> running log-sum-exp, the targets' logits, entropy. The backward makes each tile
+    again: a matrix product more, but no loss needs to be known, and every weight's gradient is written once."""
 
     @staticmethod
-    def chunk_logits(hidden, weight, temperature, banned):
-        logits = (hidden.float() @ weight.T).div_(temperature)                             # (n, V) float32
-        if banned is not None:
-            logits[:, banned] = -torch.inf
-        return logits
+    def tiles(hidden, weight, bias, temperature, banned):
+        """(first id, last id + 1, the tile's weights (v, H), its logits (N, v)) in turn, in float32 and in one buffer."""
+        size = min(len(weight), max(256, BUFFER // max(hidden.shape)))
+        buffer = torch.empty(len(hidden) * size, device=hidden.device)
+        for i in range(0, len(weight), size):
+            w, b = weight[i:i + size].float(), None if bias is None else bias[i:i + size].float()
+            out = buffer[:len(hidden) * len(w)].view(len(hidden), len(w))
+            yield i, i + len(w), w, head_logits(hidden, w, b, temperature, banned, i, out)
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, banned):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.options = temperature, banned, max(1, BUFFER // weight.shape[0])
-        logprobs, entropy, w = [], [], weight.float()
-        for h, t in zip(hidden.split(ctx.options[2]), targets.split(ctx.options[2])):
-            logits = FusedLogProbs.chunk_logits(h, w, temperature, banned)
-            lse = logits.logsumexp(-1, keepdim=True)
-            logprobs.append((logits.gather(-1, t[:, None]) - lse).squeeze(-1))
-            p = (logits - lse).exp_()
-            entropy.append(lse.squeeze(-1) - torch.linalg.vecdot(p, logits.masked_fill_(p == 0, 0)))   # 0 * -inf = 0
-        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
+    def forward(ctx, hidden, weight, bias, targets, temperature, banned):
+        peak = torch.full(targets.shape, NEVER, device=hidden.device)                      # (N,): the largest logit so far
+        total, weighted, chosen = (torch.zeros_like(peak) for _ in range(3))               # sum of e^(z - peak), of that * (z - peak)
+        for i, j, _, z in FusedLogProbs.tiles(hidden.float(), weight, bias, temperature, banned):
+            here = (targets >= i) & (targets < j)
+            chosen = torch.where(here, z.gather(1, (targets - i).clamp(0, j - i - 1)[:, None])[:, 0], chosen)
+            old, peak = peak, torch.maximum(peak, z.amax(1))
+            shrink, e = (old - peak).exp(), z.sub_(peak[:, None]).exp()
+            weighted = shrink * (weighted + (old - peak) * total) + torch.linalg.vecdot(e, z)
+            total = shrink * total + e.sum(1)
+        lse = peak + total.log()
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.options = temperature, banned
+        entropy = total.log() - weighted / total
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return chosen - lse, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets = ctx.saved_tensors
-        temperature, banned, n = ctx.options
-        w = weight.float()
-        grad_hidden = []
-        grad_weight = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
-        for h, t, g in zip(hidden.split(n), targets.split(n), grad.split(n)):
-            # d log p(t) / d logits = onehot(t) - p, and logits = h w / temperature
-            d = FusedLogProbs.chunk_logits(h, w, temperature, banned).softmax(-1).mul_(-g[:, None] / temperature)
-            d.scatter_add_(1, t[:, None], g[:, None] / temperature)
-            grad_hidden.append(d @ w)
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        temperature, banned = ctx.options
+        h, slope = hidden.float(), grad / temperature
+        grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t, dtype=kind) if needed else None for t, kind, needed in zip(
+            (h, weight, bias), (h.dtype, weight.dtype, None), ctx.needs_input_grad))
+        for i, j, w, z in FusedLogProbs.tiles(h, weight, bias, temperature, banned):
+            # d log p(t) / d logits = onehot(t) - p, and logits = (h w + b) / temperature
+            d = z.sub_(lse[:, None]).exp_().mul_(-slope[:, None])
+            here = ((targets >= i) & (targets < j)).nonzero()[:, 0]
+            d[here, targets[here] - i] += slope[here]
+            if grad_hidden is not None:
+                grad_hidden.addmm_(d, w)
             if grad_weight is not None:
-                grad_weight.addmm_(d.T, h.float())
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return torch.cat(grad_hidden).to(hidden.dtype), grad_weight, None, None, None
+                grad_weight[i:j] = d.T @ h
+            if grad_bias is not None:
+                grad_bias[i:j] = d.sum(0)
+        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 
-def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None):
-    """Log-probabilities of `targets` and entropies under softmax(hidden @ weight.T / temperature), in float32.
+class FusedLoss(torch.autograd.Function):
+    """Chunk after chunk of the tokens: with their log-probs d loss / d log p is known, and the same logits give the gradients
+    at once. The gradients wait for the backward, which only scales them."""
 
-    hidden (N, H), weight (V, H) of any float dtype, targets (N,) ids; `banned` (K,) ids have probability zero.
-    Returns (logprobs (N,), entropy (N,)); only logprobs carries gradients. Memory: a few buffers of BUFFER numbers
-    (and, for a half-precision head, its float32 copy).
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, banned, loss_of):
+        w, b = weight.float(), None if bias is None else bias.float()
+        size = max(1, 2 * BUFFER // len(weight))
+        grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t, dtype=torch.float32) if needed else None for t, needed in zip(
+            (hidden, weight, bias), ctx.needs_input_grad))
+        loss, logprobs, entropy = 0.0, [], []
+        for i in range(0, len(targets), size):
+            some, h, t = slice(i, i + size), hidden[i:i + size].float(), targets[i:i + size, None]
+            z = head_logits(h, w, b, temperature, banned)
+            z -= z.amax(1, keepdim=True)
+            chosen = z.gather(1, t)
+            p = z.exp()
+            total = p.sum(1, keepdim=True)
+            entropy.append(total.log()[:, 0] - torch.linalg.vecdot(p, z) / total[:, 0])
+            with torch.enable_grad():
+                logp = (chosen - total.log())[:, 0].requires_grad_()
+                part = loss_of(logp, some)
+                slope = torch.autograd.grad(part, logp)[0][:, None] / temperature
+            loss, d = loss + part.detach(), p.mul_(-slope / total)
+            d.scatter_add_(1, t, slope)
+            logprobs.append(logp.detach())
+            if grad_hidden is not None:
+                torch.mm(d, w, out=grad_hidden[some])
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, h)
+            if grad_bias is not None:
+                grad_bias += d.sum(0)
+        ctx.gradients = [g if g is None else g.to(t.dtype) for g, t in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias))]
+        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
+        ctx.mark_non_differentiable(logprobs, entropy)
+        return loss, logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        scaled = [g if g is None else g.mul_(grad) for g in ctx.gradients]
+        del ctx.gradients
+        return *scaled, None, None, None, None
+
+
+def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None, bias=None):
+    """Log-probabilities of `targets` and entropies under softmax((hidden @ weight.T + bias) / temperature), in float32.
+
+    hidden (N, H), weight (V, H), bias (V,) of any float dtype, targets (N,) ids; `banned` (K,) ids have probability zero.
+    Returns (logprobs (N,), entropy (N,)); only logprobs carries gradients. Memory: a few buffers of BUFFER numbers.
     """
     if len(targets) == 0:                                                 # keeps the graph for an empty micro-batch
         return hidden.sum(-1).float() + 0 * weight.sum().float(), hidden.new_zeros(0, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        return FusedLogProbs.apply(hidden, weight, targets, temperature, banned)
+        return FusedLogProbs.apply(hidden, weight, bias, targets, temperature, banned)
+
+
+def fused_loss(hidden, weight, targets, loss_of, temperature=1.0, banned=None, bias=None):
+    """A loss that is a sum over tokens of functions of their log-probabilities, as in fused_logprobs but a quarter cheaper.
+
+    loss_of(logprobs (n,), tokens): the summed loss of the slice `tokens` of the N, called for one slice after the other.
+    Returns (loss, logprobs (N,), entropy (N,)); only loss carries gradients, and these are made here: call it to train. Memory:
+    a few buffers of BUFFER numbers beside the gradients (and, for a half-precision head, float32 copies of it and its gradient).
+    """
+    if len(targets) == 0:
+        return hidden.sum().float() + 0 * weight.sum().float(), *(hidden.new_zeros(0, dtype=torch.float32) for _ in range(2))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return FusedLoss.apply(hidden, weight, bias, targets, temperature, banned, loss_of)
+
+
+def draw(logits, uniform):
+    """One id for each row of logits (R, V) by inverting the cumulative distribution at uniform (R,) in [0, 1), float64; None
+    takes the likeliest. Returns the ids and their log-probabilities, (R,) each.
+
+    In two steps, a block of 128 ids and then one of these: a large vocabulary is passed over a few times only.
+    """
+    peak = logits.amax(1, keepdim=True)
+    p = F.pad((logits - peak).exp_(), (0, -logits.shape[1] % 128)).unflatten(1, (-1, 128))        # (R, V / 128, 128), times a constant
+    mass = p.sum(2, dtype=torch.double)
+    cdf = mass.cumsum(1)
+    if uniform is None:
+        token = logits.argmax(1)
+    else:
+        goal = uniform[:, None] * cdf[:, -1:]
+        block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)             # (R, 1)
+        share = (goal - cdf.gather(1, block)) / mass.gather(1, block) + 1                         # how far into the block
+        within = p[torch.arange(len(p), device=p.device), block[:, 0]].double().cumsum(1)         # (R, 128)
+        goal = share.clamp(0, 1 - 1e-9) * within[:, -1:]                  # below its end, where only ids of probability 0 may be
+        token = (128 * block + torch.searchsorted(within, goal, right=True))[:, 0]
+    return token, logits.gather(1, token[:, None])[:, 0] - peak[:, 0] - cdf[:, -1].log().float()
 
 
 # ---------------------------------------------------------------------------------------------- attention to shared prompts
@@ -281,7 +382,9 @@ class Policy:
 
     @property
     def head(self):
-        return self.model.get_output_embeddings().weight                  # (V, H)
+        """Weight (V, H) and bias (V,) or None of the language-model head, which may be the embedding's own weight."""
+        head = self.model.get_output_embeddings()
+        return head.weight, head.bias
 
     def parameters(self):
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -427,14 +530,10 @@ class Policy:
         lengths = torch.full_like(rows, uniform.shape[1])
         finished = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(uniform.shape[1]):
-            logp = self.next_logprobs(hidden, temperature)                                                  # (live, V)
-            if temperature:                                               # inverse of the cumulative distribution
-                cdf = logp.double().exp().cumsum(-1)
-                token = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True).squeeze(-1)
-                token = token.clamp(max=cdf.shape[1] - 1)
-            else:
-                token = logp.argmax(-1)
-            tokens[rows, t], logprobs[rows, t] = token, logp.gather(-1, token[:, None]).squeeze(-1)
+            with torch.autocast(self.device.type, enabled=False):
+                logits = head_logits(hidden.float(), *self.head, temperature or 1, self.banned)             # (live, V)
+            token, logp = draw(logits, uniform[rows, t] if temperature else None)
+            tokens[rows, t], logprobs[rows, t] = token, logp
             ended = torch.isin(token, self.stop_ids) & ~finished[rows]
             lengths[rows[ended]], finished[rows[ended]] = t + 1, True
             live = ~finished[rows]
@@ -455,14 +554,6 @@ class Policy:
             hidden = out.last_hidden_state[:, 0]
         return tokens, logprobs, lengths, finished
 
-    def next_logprobs(self, hidden, temperature):
-        """(R, V) float32 log-probabilities of the next token; temperature 0 stands for 1 (greedy)."""
-        with torch.autocast(self.device.type, enabled=False):
-            logits = hidden.float() @ self.head.float().T / (temperature or 1.0)
-        if self.banned is not None:
-            logits[:, self.banned] = -torch.inf
-        return logits.log_softmax(-1)
-
     def decode(self, ids):
         """Text of sampled ids without the end-of-turn token; other special tokens stay visible to the rewards."""
         return self.tokenizer.decode(ids[~torch.isin(ids, self.stop_ids)], skip_special_tokens=False)
@@ -475,6 +566,22 @@ class Policy:
         prompts: B dicts from `encode`; completions: B lists of id tensors (T,), R in all. Returns log-probabilities,
         entropies and a mask of scored tokens, each (R, T_max): all real tokens, or the last n_scored (R lengths) of each.
         """
+        hidden, ids, scored = self.scored_hidden(prompts, completions, n_scored)
+        weight, bias = self.head
+        flat = fused_logprobs(hidden, weight, ids, temperature, self.banned, bias)
+        return *(values.new_zeros(scored.shape).masked_scatter(scored, values) for values in flat), scored
+
+    def loss(self, prompts, completions, loss_of, temperature=1.0):
+        """As logprobs, for a loss that is a sum over tokens, loss_of(logp (n,), tokens): see fused_loss, which is cheaper.
+
+        Returns the loss and, without gradients, log-probabilities and entropies of all N tokens, completion after completion.
+        """
+        hidden, ids, _ = self.scored_hidden(prompts, completions)
+        weight, bias = self.head
+        return fused_loss(hidden, weight, ids, loss_of, temperature, self.banned, bias)
+
+    def scored_hidden(self, prompts, completions, n_scored=None):
+        """Hidden states (N, H) that predict the scored tokens, these tokens (N,), and where they are (R, T_max)."""
         self.model.train(self.config.model.gradient_checkpointing)
         rows = [ids for group in completions for ids in group]
         owner = torch.tensor([b for b, group in enumerate(completions) for _ in group], device=self.device)       # (R,)
@@ -484,10 +591,8 @@ class Policy:
         mask = places < lengths                                                                                   # (R, T)
         scored = mask if n_scored is None else mask & (places >= lengths - torch.tensor(n_scored, device=self.device)[:, None])
         with self.autocast():
-            hidden = (self.packed_hidden if self.shared else self.plain_hidden)(prompts, ids, mask, owner, scored)        # (n, H)
-        flat, flat_entropy = fused_logprobs(hidden, self.head, ids[scored], temperature, self.banned)
-        logp = flat.new_zeros(scored.shape).masked_scatter(scored, flat)
-        return logp, flat_entropy.new_zeros(scored.shape).masked_scatter(scored, flat_entropy), scored
+            hidden = (self.packed_hidden if self.shared else self.plain_hidden)(prompts, ids, mask, owner, scored)
+        return hidden, ids[scored], scored
 
     def packed_hidden(self, prompts, ids, mask, owner, scored):
         """Hidden states that predict the scored tokens, (n, H), from one stream of all prompts and rows without padding.
@@ -651,7 +756,7 @@ def make_optimizers(policy, section):
             raise InputError(f"train_vision=false: {type(policy.model).__name__} has no vision tower of a known name")
         tower.requires_grad_(False)
         policy.vision_frozen = True
-    linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head)}
+    linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head[0])}
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]
     adamw = torch.optim.AdamW([{"params": [p for p in others if p.ndim >= 2], "weight_decay": section.weight_decay},

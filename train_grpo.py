@@ -90,16 +90,28 @@ def token_weights(mask, loss_agg, n_tokens, n_sequences, max_new_tokens):
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo):
-    """The scalar loss of one micro-batch, and sums over its real tokens to log."""
+    """The scalar loss of one micro-batch, and values of its tokens to log, (R, T) each. old_logp None: the policy's own."""
+    old_logp = logp.detach() if old_logp is None else old_logp
     loss, ratio = policy_loss(logp, old_logp, advantages, mask, grpo.clip_low, grpo.clip_high, grpo.importance)
     a = advantages[:, None]
-    sums = {"clip_ratio/low_mean": (ratio < 1 - grpo.clip_low) & (a < 0), "ratio": ratio,
-            "clip_ratio/high_mean": (ratio > 1 + grpo.clip_high) & (a > 0)}
+    values = {"clip_ratio/low_mean": (ratio < 1 - grpo.clip_low) & (a < 0), "ratio": ratio,
+              "clip_ratio/high_mean": (ratio > 1 + grpo.clip_high) & (a > 0)}
     if ref_logp is not None:
         kl = kl_terms(logp, ref_logp)
         loss = loss + grpo.kl_coef * kl[grpo.kl_estimator]
-        sums |= {f"kl/{name}": value for name, value in kl.items()}
-    return (weights * loss).sum(), {name: float(value.detach()[mask].sum()) for name, value in sums.items()}
+        values |= {f"kl/{name}": value for name, value in kl.items()}
+    return (weights * loss).sum(), values
+
+
+def by_token(old_logp, ref_logp, advantages, mask, weights, grpo):
+    """grpo_loss as model.fused_loss wants it, a function of any slice of all tokens: each is made a row of its own. Not for
+    grpo.importance=sequence, where a token's loss depends on its neighbours."""
+    rows = [t if t is None else t[mask][:, None] for t in (old_logp, ref_logp, advantages[:, None].expand(mask.shape), mask, weights)]
+
+    def loss_of(logp, tokens):
+        old, ref, a, real, w = (t if t is None else t[tokens] for t in rows)
+        return grpo_loss(logp[:, None], old, ref, a[:, 0], real, w, grpo)[0]
+    return loss_of
 
 
 # ---------------------------------------------------------------------------------------------- one step
@@ -147,17 +159,12 @@ def pieces(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def logprobs_of(policy, rollouts, grpo):
-    """Log-probabilities, entropies, mask of the rollouts' tokens, (R, T) each."""
-    return policy.logprobs([r.prompt for r in rollouts], [r.tokens for r in rollouts], grpo.temperature)
-
-
 @torch.no_grad()
 def fixed_logprobs(policy, rollouts, grpo):
     """For each rollout G tensors (T_g,): log-probabilities under a policy that stays as it is during the step."""
     result = []
     for micro in pieces(rollouts, grpo.micro_batch):
-        logp, _, mask = logprobs_of(policy, micro, grpo)
+        logp, _, mask = policy.logprobs([r.prompt for r in micro], [r.tokens for r in micro], grpo.temperature)
         result += pieces([row[real] for row, real in zip(logp, mask)], grpo.group_size)
     return result
 
@@ -168,23 +175,35 @@ def padded(groups):
 
 
 def update(policy, optimizers, rollouts, lr, grpo):
-    """One optimiser step on these rollouts (this process's share of the mini-batch): (token sums to log, gradient norm)."""
+    """One optimiser step on these rollouts (this process's share of the mini-batch): (token sums to log, gradient norm).
+
+    Rollouts without old_logprobs have met no update yet: the policy is pi_old, and its log-probs are recorded."""
     kept = [r for r in rollouts if not (grpo.drop_degenerate and degenerate(r))]
     divided = rollouts if grpo.loss_agg == "constant" else kept            # a constant stays one whatever is dropped
     counts = model.gather_objects((sum(len(t) for r in kept for t in r.tokens), sum(len(r.tokens) for r in divided)))
     n_tokens, n_sequences = (sum(c) for c in zip(*counts))
     sums = {"tokens": 0, "loss": 0.0, "entropy": 0.0, "gap": 0.0, "gap_max": 0.0}
     for micro in pieces(kept, grpo.micro_batch):
-        logp, entropy, mask = logprobs_of(policy, micro, grpo)                                       # (R, T)
-        advantages = torch.cat([r.advantages for r in micro]).to(logp.device)                        # (R,)
-        old_logp = padded([r.old_logprobs for r in micro]) if micro[0].old_logprobs else logp.detach()
+        prompts, completions = [r.prompt for r in micro], [r.tokens for r in micro]
+        mask = padded([[torch.ones_like(t, dtype=torch.bool) for t in group] for group in completions])         # (R, T)
+        advantages = torch.cat([r.advantages for r in micro]).to(mask.device)                                    # (R,)
+        old_logp = padded([r.old_logprobs for r in micro]) if micro[0].old_logprobs else None
         ref_logp = padded([r.ref_logprobs for r in micro]) if micro[0].ref_logprobs else None
-        weights = token_weights(mask, grpo.loss_agg, n_tokens, n_sequences, grpo.max_new_tokens)
-        loss, micro_sums = grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo)
+        fixed = old_logp, ref_logp, advantages, mask, token_weights(mask, grpo.loss_agg, n_tokens, n_sequences, grpo.max_new_tokens)
+        if grpo.importance == "token":                                    # the gradient of the head comes with its log-probs
+            loss, flat, entropy = policy.loss(prompts, completions, by_token(*fixed, grpo), grpo.temperature)
+            logp = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+            _, values = grpo_loss(logp, *fixed, grpo)
+        else:
+            logp, entropy, _ = policy.logprobs(prompts, completions, grpo.temperature)
+            loss, values = grpo_loss(logp, *fixed, grpo)
         loss.backward()
-        gap = (old_logp - padded([r.logprobs for r in micro])).abs()[mask]
-        micro_sums |= {"tokens": int(mask.sum()), "loss": float(loss.detach()), "entropy": float(entropy[mask].sum()),
-                       "gap": float(gap.sum())}
+        if old_logp is None:
+            for r, rows in zip(micro, pieces(logp.detach(), grpo.group_size)):
+                r.old_logprobs = [row[:len(t)] for row, t in zip(rows, r.tokens)]
+        gap = (logp.detach() - padded([r.logprobs for r in micro])).abs()[mask]
+        micro_sums = {"tokens": int(mask.sum()), "loss": float(loss.detach()), "entropy": float(entropy.sum()), "gap": float(gap.sum())}
+        micro_sums |= {name: float(value.detach()[mask].sum()) for name, value in values.items()}
         for name, value in micro_sums.items():
             sums[name] = sums.get(name, 0) + value
         sums["gap_max"] = max(sums["gap_max"], float(gap.max()))
@@ -297,8 +316,9 @@ def train(config, stop):
         for r, logprobs in zip(rollouts, fixed_logprobs(reference, rollouts, grpo) if reference else ()):
             r.ref_logprobs = logprobs
         lap("reference")
-        # pi_old: with one update per rollout it is the policy itself; with several, its log-probs before the first one.
-        for r, logprobs in zip(rollouts, fixed_logprobs(policy, rollouts, grpo) if grpo.epochs * len(minis) > 1 else ()):
+        # pi_old: for the first mini-batch the policy itself; for the others its log-probs before the first update.
+        later = [r for mini in minis[1:] for r in mini]
+        for r, logprobs in zip(later, fixed_logprobs(policy, later, grpo)):
             r.old_logprobs = logprobs
         lap("old")
         lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))

@@ -45,7 +45,8 @@ def test_loss_equals_loops(importance, agg):
     advantages = torch.tensor(rng.normal(size=len(mask)))
     grpo = data.GRPOConfig(importance=importance, loss_agg=agg, kl_coef=0.1, kl_estimator="k3", max_new_tokens=9)
     weights = token_weights(mask, agg, int(mask.sum()), len(mask), grpo.max_new_tokens)
-    loss, sums = grpo_loss(logp, old, ref, advantages, mask, weights, grpo)
+    loss, values = grpo_loss(logp, old, ref, advantages, mask, weights, grpo)
+    sums = {name: float(value[mask].sum()) for name, value in values.items()}
 
     per_sequence, clipped_low = [], 0
     for i in range(len(mask)):
@@ -144,6 +145,31 @@ def test_update_equals_the_plain_objective(policy, rollouts):
     assert sums["tokens"] == n_tokens and sums["gap_max"] < 1e-4
 
 
+@pytest.mark.parametrize("agg", ["token", "sequence", "constant"])
+def test_token_by_token_equals_whole_rows(monkeypatch, policy, rollouts, agg):
+    """The gradients made along with the log-probs, a few tokens at a time, against autograd through grpo_loss on whole rows,
+    where ratios are clipped and the reference is another."""
+    monkeypatch.setattr(model, "BUFFER", 11 * 512)
+    grpo = data.GRPOConfig(group_size=8, micro_batch=4, grad_clip=1e9, max_new_tokens=12, loss_agg=agg, kl_coef=0.3, clip_low=0.1)
+    generator = torch.Generator().manual_seed(5)
+    copies = [copy.copy(r) for r in rollouts]
+    for r in copies:
+        r.old_logprobs, r.ref_logprobs = ([p + 0.3 * torch.randn(len(p), generator=generator) for p in r.logprobs] for _ in range(2))
+    policy.model.zero_grad()
+    sums, _ = train_grpo.update(policy, [], copies, 0.0, grpo)
+    got = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+    policy.model.zero_grad()
+    logp, _, mask = policy.logprobs([r.prompt for r in copies], [r.tokens for r in copies], 1.0)
+    old, ref = (train_grpo.padded([getattr(r, name) for r in copies]) for name in ("old_logprobs", "ref_logprobs"))
+    loss, _ = grpo_loss(logp, old, ref, torch.cat([r.advantages for r in copies]), mask,
+                        token_weights(mask, agg, int(mask.sum()), len(mask), 12), grpo)
+    loss.backward()
+    expected = [p.grad for p in policy.parameters() if p.grad is not None]
+    scale = max(float(g.abs().max()) for g in expected)
+    assert sums["loss"] == pytest.approx(float(loss), rel=1e-4) and sums["clip_ratio/low_mean"] > 0
+    assert max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) < 1e-5 * scale
+
+
 def test_micro_batch_size_does_not_change_the_gradient(policy, rollouts):
     one, _, _ = gradients(policy, rollouts, micro_batch=1)
     four, _, _ = gradients(policy, rollouts, micro_batch=4)
@@ -162,11 +188,15 @@ def test_several_updates_use_fixed_old_logprobs(policy, config, rollouts):
     moved = copy.deepcopy(policy)
     copies = [copy.copy(r) for r in rollouts]
     grpo = data.GRPOConfig(group_size=8, micro_batch=2, max_new_tokens=12)
-    for r, old in zip(copies, train_grpo.fixed_logprobs(policy, copies, grpo)):
-        r.old_logprobs = r.ref_logprobs = old
+    before = train_grpo.fixed_logprobs(policy, copies, grpo)
+    for r, old in zip(copies, before):
+        r.old_logprobs, r.ref_logprobs = None, old
         assert [len(x) for x in old] == [len(t) for t in r.tokens]
     first, _ = train_grpo.update(moved, [torch.optim.SGD(moved.parameters(), 0.1)], copies, 0.1, grpo)
+    recorded = [old for r in copies for old in r.old_logprobs]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(recorded, sum(before, []), strict=True))
     second, _ = train_grpo.update(moved, [torch.optim.SGD(moved.parameters(), 0.1)], copies, 0.1, grpo)
+    assert all(a is b for a, b in zip(recorded, [old for r in copies for old in r.old_logprobs]))
     assert first["ratio"] == pytest.approx(first["tokens"], rel=1e-5) and abs(first["kl/k1"]) < 1e-3
     assert abs(second["ratio"] / second["tokens"] - 1) > 1e-4 and second["kl/k3"] > 1e-6
 

@@ -8,48 +8,108 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
 
 import data
 import model
-from model import fused_logprobs
+from model import fused_logprobs, fused_loss
 
 
-def naive_logprobs(hidden, weight, targets, temperature, banned):
-    logits = hidden.double() @ weight.double().T / temperature
+def naive_logprobs(hidden, weight, targets, temperature, banned, bias=None):
+    logits = (hidden.double() @ weight.double().T + (0 if bias is None else bias.double())) / temperature
     if banned is not None:
         logits = logits.index_fill(1, banned, -torch.inf)
     logp = logits.log_softmax(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), torch.special.entr(logp.exp()).sum(-1)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)])
-@pytest.mark.parametrize("temperature, ban", [(1.0, False), (0.7, True)])
-def test_fused_logprobs_equal_float64(monkeypatch, dtype, tolerance, temperature, ban):
-    """Values, entropies and both gradients, over several chunks of uneven size."""
-    monkeypatch.setattr(model, "BUFFER", 13 * 300)
+def head_inputs(dtype, biased, ban):
+    """50 tokens and 700 ids: three tiles of the vocabulary, the first wholly banned or none; chunks of 13 tokens and a rest."""
     generator = torch.Generator().manual_seed(4)
     hidden = (2 * torch.randn(50, 24, generator=generator)).to(dtype).requires_grad_()
-    weight = torch.randn(300, 24, generator=generator).to(dtype).requires_grad_()
-    banned = torch.tensor([3, 299]) if ban else None
-    targets = torch.randint(4, 299, (50,), generator=generator)
-    upstream = torch.randn(50, generator=generator)
-    logp, entropy = fused_logprobs(hidden, weight, targets, temperature, banned)
-    got = torch.autograd.grad(logp @ upstream, (hidden, weight))
-    expected, expected_entropy = naive_logprobs(hidden, weight, targets, temperature, banned)
-    wanted = torch.autograd.grad(expected @ upstream.double(), (hidden, weight))
+    weight = torch.randn(700, 24, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(700, generator=generator).to(dtype).requires_grad_() if biased else None
+    banned = torch.tensor([*range(256), 699]) if ban else None
+    targets = torch.randint(256, 699, (50,), generator=generator)
+    return [hidden, weight] + [bias] * biased, bias, banned, targets, torch.randn(50, generator=generator)
+
+
+def close(got, wanted, tolerance):
+    return all((a.double() - b.double()).abs().max() < tolerance * b.abs().max() for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance, of_gradient", [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-4, 1e-2)])
+@pytest.mark.parametrize("temperature, biased, ban", [(1.0, False, False), (0.7, True, True), (1.3, False, True)])
+def test_fused_logprobs_and_loss_equal_float64(monkeypatch, dtype, tolerance, of_gradient, temperature, biased, ban):
+    """Values, entropies and gradients of both forms."""
+    monkeypatch.setattr(model, "BUFFER", 13 * 350)
+    inputs, bias, banned, targets, upstream = head_inputs(dtype, biased, ban)
+    hidden, weight = inputs[:2]
+    expected, expected_entropy = naive_logprobs(hidden, weight, targets, temperature, banned, bias)
+
+    logp, entropy = fused_logprobs(hidden, weight, targets, temperature, banned, bias)
     assert logp.dtype == torch.float32 and not entropy.requires_grad
-    assert (logp - expected).abs().max() < tolerance * expected.abs().max()
-    assert (entropy - expected_entropy).abs().max() < 1e-4
-    for a, b in zip(got, wanted):
-        assert (a.double() - b.double()).abs().max() < (1e-5 if dtype == torch.float32 else 1e-2) * b.abs().max()
+    assert close([logp, entropy], [expected, expected_entropy], tolerance)
+    wanted = torch.autograd.grad(expected @ upstream.double(), inputs, retain_graph=True)
+    assert close(torch.autograd.grad(logp @ upstream, inputs), wanted, of_gradient)
+
+    def loss_of(logp, tokens):
+        return (upstream[tokens] * (0.1 * logp).exp()).sum()
+    loss, logp, entropy = fused_loss(hidden, weight, targets, loss_of, temperature, banned, bias)
+    assert not logp.requires_grad and not entropy.requires_grad
+    whole = (upstream.double() * (0.1 * expected).exp()).sum()
+    assert close([loss[None], logp, entropy], [whole[None], expected, expected_entropy], tolerance)
+    assert close(torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * whole, inputs), of_gradient)
+
+
+def test_fused_memory_is_bounded(monkeypatch):
+    """No tensor larger than the buffer but the inputs and their gradients, whatever the number of tokens."""
+    monkeypatch.setattr(model, "BUFFER", 1 << 18)
+    hidden, weight = torch.randn(600, 16, requires_grad=True), torch.randn(5000, 16, requires_grad=True)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor))
+            return out
+    targets = torch.randint(5000, (600,))
+    with Sizes():
+        fused_logprobs(hidden, weight, targets)[0].sum().backward()
+        general = max(sizes)
+        fused_loss(hidden, weight, targets, lambda logp, _: logp.sum())[0].backward()
+    assert 100_000 < general <= 1 << 18 and max(sizes) <= 1 << 19 < 600 * 5000
 
 
 def test_fused_logprobs_of_nothing():
     logp, entropy = fused_logprobs(torch.zeros(0, 8, requires_grad=True), torch.randn(9, 8), torch.zeros(0, dtype=torch.long))
     assert logp.shape == entropy.shape == (0,)
     logp.sum().backward()
+    loss, logp, _ = fused_loss(torch.zeros(0, 8, requires_grad=True), torch.randn(9, 8), torch.zeros(0, dtype=torch.long), None)
+    loss.backward()
+    assert loss == 0 and logp.shape == (0,)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 128, 1000])
+def test_draw_inverts_the_cumulative_distribution(vocabulary):
+    """Against the plain cumulative sum over the whole vocabulary, with banned ids at both ends."""
+    rng = np.random.default_rng(vocabulary)
+    logits = torch.tensor(3 * rng.normal(size=(400, vocabulary)), dtype=torch.float32)
+    logits[:, [0, -1]] = model.NEVER
+    uniform = torch.tensor(rng.random(400))
+    uniform[:2] = torch.tensor([0.0, 1 - 2 ** -53])
+    token, logp = model.draw(logits, uniform)
+    p = logits.double().softmax(1)
+    below = p.cumsum(1)
+    assert (below.gather(1, token[:, None])[:, 0] >= uniform - 1e-6).all()
+    assert (below.gather(1, token[:, None])[:, 0] - p.gather(1, token[:, None])[:, 0] <= uniform + 1e-6).all()
+    assert (token == torch.searchsorted(below, uniform[:, None], right=True)[:, 0])[2:].float().mean() > 0.99
+    assert (token > 0).all() and (token < vocabulary - 1).all()
+    assert (logp - p.gather(1, token[:, None])[:, 0].log()).abs().max() < 1e-5
+    best, logp = model.draw(logits, None)
+    assert torch.equal(best, logits.argmax(1)) and (logp - p.amax(1).log()).abs().max() < 1e-5
 
 
 def plain_logits(policy, prompt, ids):
@@ -193,7 +253,7 @@ def test_end_of_turn_counts_and_padding_does_not(policy, examples):
 
 def test_policy_never_samples_a_vision_token(policy, examples, config):
     with torch.no_grad():
-        head = policy.head
+        head, _ = policy.head
         saved = head[policy.banned].clone()
         head[policy.banned] = 50 * head.mean(0)                            # make them loud, either way
         loud = policy.sample(examples[:2], 8, 8, 1.0, (0, 0))
