@@ -2,7 +2,7 @@
 
 In order of appearance
   fused_logprobs, fused_loss      log p(token), or a loss of it, without ever holding [tokens, vocabulary] logits
-  PackedAttention, DecodingAttention     every prompt once for all of its completions, in scoring and in sampling
+  PackedAttention, SharedDecoder     every prompt once for all of its completions, in scoring and in sampling
   Rollout                G completions of one prompt: what passes between sampling and update
   Policy                 a vision-language model that can encode, sample, logprobs, save
     .sample              the sampler: one prefill per prompt, all completions decoded together
@@ -56,15 +56,15 @@ BUFFER = 1 << 22                        # logits held at a time (16 MiB in float
 NEVER = -1e30                           # the logit of a banned id: its probability is 0, and so is 0 * NEVER
 
 
-def head_logits(hidden, weight, bias, temperature, banned, first=0, out=None):
-    """(n, v) logits / temperature of the ids from `first` on: hidden (n, H), weight (v, H), bias (v,) or None, all float32."""
+def head_logits(hidden, weight, bias, temperature, banned, out=None):
+    """(n, v) logits / temperature: hidden (n, H), weight (v, H), bias (v,) or None, all float32; banned (k,) ids."""
     logits = torch.mm(hidden, weight.T, out=out)
     if bias is not None:
         logits += bias
     if temperature != 1:
         logits /= temperature
     if banned is not None:
-        logits[:, banned[(banned >= first) & (banned < first + len(weight))] - first] = NEVER
+        logits[:, banned] = NEVER
     return logits
 
 
@@ -80,7 +80,8 @@ class FusedLogProbs(torch.autograd.Function):
         for i in range(0, len(weight), size):
             w, b = weight[i:i + size].float(), None if bias is None else bias[i:i + size].float()
             out = buffer[:len(hidden) * len(w)].view(len(hidden), len(w))
-            yield i, i + len(w), w, head_logits(hidden, w, b, temperature, banned, i, out)
+            bans = None if banned is None else banned[(banned >= i) & (banned < i + len(w))] - i
+            yield i, i + len(w), w, head_logits(hidden, w, b, temperature, bans, out)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, banned):
@@ -91,7 +92,7 @@ class FusedLogProbs(torch.autograd.Function):
             chosen = torch.where(here, z.gather(1, (targets - i).clamp(0, j - i - 1)[:, None])[:, 0], chosen)
             old, peak = peak, torch.maximum(peak, z.amax(1))
             shrink, e = (old - peak).exp(), z.sub_(peak[:, None]).exp()
-            weighted = shrink * (weighted + (old - peak) * total) + torch.linalg.vecdot(e, z)
+            weighted = shrink * (weighted + (old - peak) * total) + z.mul_(e).sum(1)
             total = shrink * total + e.sum(1)
         lse = peak + total.log()
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
@@ -139,7 +140,7 @@ class FusedLoss(torch.autograd.Function):
             chosen = z.gather(1, t)
             p = z.exp()
             total = p.sum(1, keepdim=True)
-            entropy.append(total.log()[:, 0] - torch.linalg.vecdot(p, z) / total[:, 0])
+            entropy.append(total.log()[:, 0] - z.mul_(p).sum(1) / total[:, 0])
             with torch.enable_grad():
                 logp = (chosen - total.log())[:, 0].requires_grad_()
                 part = loss_of(logp, some)
@@ -277,16 +278,16 @@ class PackedAttention:
         return torch.cat(outs).index_select(0, self.order)[None]
 
 
-class DecodingAttention:
-    """Attention of R completions, one new token each, to their B prompts, whose keys and values are held once, and to
-    their own tokens so far."""
+class SharedDecoder:
+    """One new token for each of R completions through the text layers of a Qwen-VL model, which is all that its forward does
+    once the images are in. Completions attend to their B prompts, whose keys and values are held once, and to themselves."""
 
-    def __init__(self, cache, mask, group_size):
-        """The prompts' cache, (B, h, P, d) per layer, and mask (B, P)."""
+    def __init__(self, base, cache, mask, start, group_size):
+        """The prompts' cache, (B, h, P, d) per layer, mask (B, P), and the position that follows each, (B,)."""
+        self.text, self.length, self.start = base.language_model, 0, start.repeat_interleave(group_size)
         self.prompts = [(layer.keys, layer.values) for layer in cache.layers]
         self.own = [tuple(t[:, :, :0].repeat_interleave(group_size, 0) for t in layer) for layer in self.prompts]
         self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)[:, None, None]
-        self.length = 0
         self.seat(torch.arange(len(mask), device=mask.device).repeat_interleave(group_size))
 
     def seat(self, owner):
@@ -296,31 +297,79 @@ class DecodingAttention:
 
     def keep(self, live):
         """Retires all rows but `live` (R,), and prompts without any."""
-        self.own = [tuple(t[live] for t in layer) for layer in self.own]
+        self.start, self.own = self.start[live], [tuple(t[live] for t in layer) for layer in self.own]
         prompts, owner = self.owner[live].unique(return_inverse=True)
         self.seat(owner)
         if len(prompts) < len(self.bias):
             self.prompts, self.bias = [tuple(t[prompts] for t in layer) for layer in self.prompts], self.bias[prompts]
 
-    def attend(self, layer, query, key, value, scaling):
-        rows, heads, _, width = query.shape
-        q = query.view(rows, key.shape[1], -1, width) * scaling           # (R, h, H / h, d): heads that share keys together
-        if self.own[layer][0].shape[2] == self.length:
-            self.own[layer] = tuple(F.pad(t, (0, 0, 0, ROOM)) for t in self.own[layer])
-        for buffer, new in zip(self.own[layer], (key, value)):
-            buffer[:, :, self.length] = new[:, :, 0]
-        own_k, own_v = (buffer[:, :, :self.length + 1] for buffer in self.own[layer])
-        past_k, past_v = self.prompts[layer]
-        # The rows of a prompt side by side, (B, h, G * H / h, d), meet its keys in one product; slots that are free stay 0.
-        slots = q.new_zeros(len(past_k), q.shape[1], self.places, *q.shape[2:])
-        slots[self.owner, :, self.place] = q
-        scores = (slots.flatten(2, 3) @ past_k.mT + self.bias).view(*slots.shape[:-1], -1)[self.owner, :, self.place]
+    def side_by_side(self, rows):
+        """(R, h, n, k) -> (B, h, places * n, k): the rows of a prompt meet its keys in one product. Places left free are 0."""
+        if len(self.owner) == len(self.bias) * self.places:
+            slots = rows.unflatten(0, (-1, self.places)).transpose(1, 2)
+        else:
+            slots = rows.new_zeros(len(self.bias), rows.shape[1], self.places, *rows.shape[2:])
+            slots[self.owner, :, self.place] = rows
+        return slots.flatten(2, 3)
+
+    def apart(self, slots):
+        """The way back: (B, h, places * n, k) -> (R, h, n, k)."""
+        slots = slots.unflatten(2, (self.places, -1))
+        if len(self.owner) == len(self.bias) * self.places:
+            return slots.transpose(1, 2).flatten(0, 1)
+        return slots[self.owner, :, self.place]
+
+    def step(self, tokens):
+        """The last hidden states (R, H) after tokens (R,)."""
+        rotary = self.text.rotary_emb                                     # text has one position on all axes of M-RoPE
+        angles = (self.start + self.length)[:, None, None] * rotary.inv_freq                           # (R, 1, d / 2)
+        cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+        rotation = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        x = self.text.embed_tokens(tokens)
+        for i, layer in enumerate(self.text.layers):
+            x = x + self.attend(i, layer.self_attn, layer.input_layernorm(x), *rotation)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        self.length += 1
+        return self.text.norm(x)
+
+    def attend(self, i, layer, x, cos, sin):
+        """x (R, H) -> (R, H); the new keys and values join those of layer i."""
+        q, k, v = (project(x).view(len(x), -1, layer.head_dim) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+        if hasattr(layer, "q_norm"):                                      # Qwen3
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        q, k = (torch.addcmul(t * cos, t.roll(layer.head_dim // 2, -1), sin) for t in (q, k))          # rotated, (R, H | h, d)
+        if self.own[i][0].shape[2] == self.length:
+            self.own[i] = tuple(F.pad(t, (0, 0, 0, ROOM)) for t in self.own[i])
+        for buffer, new in zip(self.own[i], (k, v)):
+            buffer[:, :, self.length] = new
+        own_k, own_v = (buffer[:, :, :self.length + 1] for buffer in self.own[i])
+        past_k, past_v = self.prompts[i]
+        q = (q * layer.scaling).view(len(x), k.shape[1], -1, layer.head_dim)         # (R, h, H / h, d): heads that share keys together
+        scores = self.apart(self.side_by_side(q) @ past_k.mT + self.bias)
         weights = torch.cat([scores, q @ own_k.mT], -1).softmax(-1, torch.float32).to(q.dtype)         # (R, h, H / h, P + t)
         past, own = weights.split([past_k.shape[2], own_k.shape[2]], -1)
-        slots = weights.new_zeros(*slots.shape[:-1], past.shape[-1])
-        slots[self.owner, :, self.place] = past
-        out = (slots.flatten(2, 3) @ past_v).view(*slots.shape[:-1], width)[self.owner, :, self.place] + own @ own_v
-        return out.view(rows, 1, heads, width)
+        return layer.o_proj((self.apart(self.side_by_side(past) @ past_v) + own @ own_v).flatten(1))
+
+
+class PlainDecoder:
+    """The plain twin, for any model: its own forward and cache, with a copy of the prompt for every completion."""
+
+    def __init__(self, base, cache, mask, start, group_size):
+        cache.batch_repeat_interleave(group_size)
+        self.base, self.cache, self.length = base, cache, 0
+        self.mask, self.start = (t.repeat_interleave(group_size, 0) for t in (mask, start))
+
+    def keep(self, live):
+        self.cache.batch_select_indices(live.nonzero().squeeze(-1))
+        self.mask, self.start = self.mask[live], self.start[live]
+
+    def step(self, tokens):
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        positions = (self.start + self.length)[:, None]
+        self.length += 1
+        return self.base(input_ids=tokens[:, None], attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
+                         position_ids=positions.expand(3, -1, -1) if hasattr(self.base, "get_rope_index") else positions
+                         ).last_hidden_state[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------- the policy
@@ -519,11 +568,9 @@ class Policy:
         uniform (R, T) are the random numbers. Returns tokens and their log-probabilities (R, T), lengths and whether
         each row ended by itself (R,).
         """
-        hidden, cache, mask, start = self.prefill(prompts)
-        shared = DecodingAttention(cache, mask, group_size) if self.shared else None
-        if not shared:                                                    # the plain twin: a copy of the prompt per row
-            cache.batch_repeat_interleave(group_size)
-        hidden, mask, start = (t.repeat_interleave(group_size, 0) for t in (hidden, mask, start))
+        hidden, *prefilled = self.prefill(prompts)
+        decoder = (SharedDecoder if self.shared else PlainDecoder)(self.base, *prefilled, group_size)
+        hidden = hidden.repeat_interleave(group_size, 0)                                                   # (R, H)
         rows = torch.arange(len(uniform), device=self.device)             # which completion each live row belongs to
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(uniform.shape, device=self.device)
@@ -540,18 +587,9 @@ class Policy:
             if t + 1 == uniform.shape[1] or not live.any():
                 break
             if live.sum() <= 0.8 * len(rows):
-                if shared:
-                    shared.keep(live)
-                else:
-                    cache.batch_select_indices(live.nonzero().squeeze(-1))
-                rows, token, mask, start = rows[live], token[live], mask[live], start[live]
-            if shared:
-                shared.length, past = t, {"shared": shared, "attention_mask": ANY_MASK.to(self.device), "use_cache": False}
-            else:
-                mask = F.pad(mask, (0, 1), value=1)
-                past = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
-            out = self.base(input_ids=token[:, None], position_ids=self.later_positions(start, start.new_tensor([t])), **past)
-            hidden = out.last_hidden_state[:, 0]
+                decoder.keep(live)
+                rows, token = rows[live], token[live]
+            hidden = decoder.step(token)
         return tokens, logprobs, lengths, finished
 
     def decode(self, ids):

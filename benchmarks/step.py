@@ -20,8 +20,8 @@ import train_grpo
 
 G, NEW = 8, 96
 # name: prompts, side of the image in pixels, words added to the question, vocabulary, updates per rollout
-CASES = {"110": (4, 252, 16, 2048, 1), "110, two updates": (4, 252, 16, 2048, 2), "300": (4, 392, 85, 2048, 1),
-         "110, V 151936": (2, 252, 16, 151936, 1)}
+CASES = {"110": (4, 252, 0, 2048, 1), "110, two updates": (4, 252, 0, 2048, 2), "300": (4, 392, 68, 2048, 1),
+         "110, V 151936": (2, 252, 0, 151936, 1)}
 PHASES = ["generate", "reference", "old", "update"]
 
 
