@@ -409,11 +409,13 @@ class Policy:
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         self.model, self.processor, self.tokenizer = model.float().eval().to(self.device), processor, processor.tokenizer
         self.base = model.model                                           # without the language-model head
-        self.shared = config.model.shared_prefix and model.config.model_type in SHARING
+        sliding = "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+        self.shared = config.model.shared_prefix and model.config.model_type in SHARING and not sliding
         if self.shared:
             model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
         elif config.model.shared_prefix:
-            say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(SHARING)}; its prompts run per completion")
+            say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(sorted(SHARING))}, or its attention has windows: "
+                f"each completion runs its prompt")
         model.requires_grad_(True)
         self.vision_frozen = False
         if config.model.gradient_checkpointing:
