@@ -129,23 +129,27 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, banned, loss_of):
         w, b = weight.float(), None if bias is None else bias.float()
-        size = max(1, 2 * BUFFER // len(weight))
+        size = min(len(targets), max(1, 2 * BUFFER // len(weight)))
+        buffer = torch.empty(size * len(weight), device=hidden.device)
         grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t, dtype=torch.float32) if needed else None for t, needed in zip(
             (hidden, weight, bias), ctx.needs_input_grad))
         loss, logprobs, entropy = 0.0, [], []
         for i in range(0, len(targets), size):
             some, h, t = slice(i, i + size), hidden[i:i + size].float(), targets[i:i + size, None]
-            z = head_logits(h, w, b, temperature, banned)
+            z = head_logits(h, w, b, temperature, banned, buffer[:len(h) * len(weight)].view(len(h), len(weight)))
             z -= z.amax(1, keepdim=True)
-            chosen = z.gather(1, t)
-            p = z.exp()
-            total = p.sum(1, keepdim=True)
-            entropy.append(total.log()[:, 0] - z.mul_(p).sum(1) / total[:, 0])
+            chosen, weighted = z.gather(1, t), []
+            for rows in z.split(16):                                      # in place, so that one buffer is enough
+                e = rows.exp()
+                weighted.append(rows.mul_(e).sum(1))
+                rows.copy_(e)
+            total = z.sum(1, keepdim=True)
+            entropy.append(total.log()[:, 0] - torch.cat(weighted) / total[:, 0])
             with torch.enable_grad():
                 logp = (chosen - total.log())[:, 0].requires_grad_()
                 part = loss_of(logp, some)
                 slope = torch.autograd.grad(part, logp)[0][:, None] / temperature
-            loss, d = loss + part.detach(), p.mul_(-slope / total)
+            loss, d = loss + part.detach(), z.mul_(-slope / total)
             d.scatter_add_(1, t, slope)
             logprobs.append(logp.detach())
             if grad_hidden is not None:

@@ -1,5 +1,6 @@
 """What the benchmarks share: the clock, peak memory, and a Qwen3-VL somewhat larger than the built-in one."""
 import copy
+import os
 import platform
 import re
 import subprocess
@@ -67,7 +68,8 @@ def peak_memory(work):
 
 def own_process(file, *arguments):
     """The last line that `python file arguments` prints, as floats."""
-    done = subprocess.run([sys.executable, file, *map(str, arguments)], capture_output=True, text=True)
+    back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}            # glibc gives freed memory back at once
+    done = subprocess.run([sys.executable, file, *map(str, arguments)], capture_output=True, text=True, env=back)
     if done.returncode:
         raise SystemExit(f"{file} {arguments}: {done.stderr[-2000:]}")
     return [float(word) for word in done.stdout.split("\n")[-2].split()]

@@ -128,6 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=CASES, metavar='"N HIDDEN VOCABULARY DTYPE"')
     parser.add_argument("--cycles", type=int, default=3)
+    parser.add_argument("--ways", help="only these, by the beginnings of their names, comma-separated (and plain)")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     cases = [(*map(int, case.split()[:3]), case.split()[3]) for case in args.cases]
@@ -135,13 +136,15 @@ def main():
         return print_peak(cases[0], args.peak)
     print(f"{machine()}; median of {args.cycles}")
     for case, text in zip(cases, args.cases):
-        functions = ways(*inputs(*case))
+        functions = {name: way for name, way in ways(*inputs(*case)).items()
+                     if not args.ways or name.startswith(("plain", *args.ways.split(",")))}
         seconds = medians(list(functions.values()), args.cycles)
         memory = [own_process(__file__, text, "--peak", name)[0] for name in functions]
         print(f"\nN {case[0]}, H {case[1]}, V {case[2]}, {case[3]}\n\n| | s | plain / this | MiB | of plain |\n" + "|---" * 5 + "|")
         for name, s, mib in zip(functions, seconds, memory):
             print(f"| {name} | {s:.2f} | {seconds[0] / s:.2f} | {mib:.0f} | {mib / memory[0]:.3f} |", flush=True)
-    errors()
+    if not args.ways:
+        errors()
 
 
 if __name__ == "__main__":
