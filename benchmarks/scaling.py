@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from common import ROOT, data, machine, medians, model, own_process, peak_memory, questions, save_model
 
 PROMPTS = 2
-CASES = [(100, 8, 64), (300, 8, 64), (1000, 8, 64), (300, 2, 64), (300, 4, 64), (300, 16, 64), (300, 8, 16), (300, 8, 256)]
+CASES = ["100 8 64", "300 8 64", "1000 8 64", "300 2 64", "300 4 64", "300 16 64", "300 8 16", "300 8 256"]
 
 
 def prepare(length, group, new_tokens):
@@ -57,6 +57,7 @@ def print_peak(length, group, new_tokens, shared):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=CASES, metavar='"PROMPT G NEW"')
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--peak", nargs=4, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -64,8 +65,8 @@ def main():
         return print_peak(*args.peak)
     print(f"{machine()}; median of {args.cycles}; {PROMPTS} prompts\n")
     print("| prompt | G | new | score: plain, s | shared | plain, MiB | shared | sample: generate, s | ours |\n" + "|---" * 9 + "|")
-    for case in CASES:
-        length, group, new = case
+    for length, group, new in (map(int, case.split()) for case in args.cases):
+        case = length, group, new
         policy, examples, prompts, rows = prepare(*case)
         plain, shared = medians([lambda s=s: score(policy, prompts, rows, s) for s in (False, True)], args.cycles)
         policy.shared = True
