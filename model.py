@@ -58,7 +58,9 @@ NEVER = -1e30                           # the logit of a banned id: its probabil
 
 def head_logits(hidden, weight, bias, temperature, banned, out=None):
     """(n, v) logits / temperature: hidden (n, H), weight (v, H), bias (v,) or None, all float32; banned (k,) ids."""
-    logits = torch.mm(hidden, weight.T, out=out)
+    logits = hidden.new_empty(len(hidden), len(weight)) if out is None else out
+    for z, w in zip(logits.split(4096, 1), weight.split(4096)):           # of a wide product, MKL makes a copy first
+        torch.mm(hidden, w.T, out=z)
     if bias is not None:
         logits += bias
     if temperature != 1:
@@ -129,33 +131,33 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, banned, loss_of):
         w, b = weight.float(), None if bias is None else bias.float()
-        size = min(len(targets), max(1, 2 * BUFFER // len(weight)))
+        size = min(len(targets), max(128, 3 * BUFFER // len(weight)))       # in fewer rows, products wait for the memory
         buffer = torch.empty(size * len(weight), device=hidden.device)
-        grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t, dtype=torch.float32) if needed else None for t, needed in zip(
-            (hidden, weight, bias), ctx.needs_input_grad))
+        grad_hidden, grad_weight, grad_bias = (new(t, dtype=torch.float32) if needed else None for t, needed, new in zip(
+            (hidden, weight, bias), ctx.needs_input_grad, (torch.empty_like, torch.empty_like, torch.zeros_like)))
         loss, logprobs, entropy = 0.0, [], []
         for i in range(0, len(targets), size):
             some, h, t = slice(i, i + size), hidden[i:i + size].float(), targets[i:i + size, None]
             z = head_logits(h, w, b, temperature, banned, buffer[:len(h) * len(weight)].view(len(h), len(weight)))
-            z -= z.amax(1, keepdim=True)
-            chosen, weighted = z.gather(1, t), []
-            for rows in z.split(max(1, BUFFER // 8 // len(weight))):      # in place, so that one buffer is enough
+            sums = []                                                     # for every token: z - peak of the target, sum of
+            for rows, ids in zip(*(a.split(max(1, BUFFER // 8 // len(weight))) for a in (z, t))):     # e^(z - peak), of it * (z - peak)
+                rows -= rows.amax(1, keepdim=True)                        # in place and while it is in the cache
                 e = rows.exp()
-                weighted.append(rows.mul_(e).sum(1))
+                sums.append([rows.gather(1, ids)[:, 0], e.sum(1), rows.mul_(e).sum(1)])
                 rows.copy_(e)
-            total = z.sum(1, keepdim=True)
-            entropy.append(total.log()[:, 0] - torch.cat(weighted) / total[:, 0])
+            chosen, total, weighted = map(torch.cat, zip(*sums))
+            entropy.append(total.log() - weighted / total)
             with torch.enable_grad():
-                logp = (chosen - total.log())[:, 0].requires_grad_()
+                logp = (chosen - total.log()).requires_grad_()
                 part = loss_of(logp, some)
                 slope = torch.autograd.grad(part, logp)[0][:, None] / temperature
-            loss, d = loss + part.detach(), z.mul_(-slope / total)
+            loss, d = loss + part.detach(), z.mul_(-slope / total[:, None])
             d.scatter_add_(1, t, slope)
             logprobs.append(logp.detach())
             if grad_hidden is not None:
                 torch.mm(d, w, out=grad_hidden[some])
             if grad_weight is not None:
-                grad_weight.addmm_(d.T, h)
+                grad_weight.addmm_(d.T, h, beta=min(i, 1))                # the first chunk finds it empty
             if grad_bias is not None:
                 grad_bias += d.sum(0)
         ctx.gradients = [g if g is None else g.to(t.dtype) for g, t in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias))]

@@ -18,7 +18,7 @@ CASES = ["100 8 64", "300 8 64", "1000 8 64", "300 2 64", "300 4 64", "300 16 64
 
 
 def prepare(length, group, new_tokens):
-    """A policy, B examples with a prompt of about `length` tokens, and B x G random completions."""
+    """A policy, B prompts of about `length` tokens, and B x G random completions."""
     side = 28 * round((length - 36) ** 0.5)
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), 2048, side)
@@ -28,7 +28,7 @@ def prepare(length, group, new_tokens):
     examples = questions(policy.config, PROMPTS, 0)
     generator = torch.Generator().manual_seed(0)
     rows = [[torch.randint(20, 700, (new_tokens,), generator=generator).to(policy.device) for _ in range(group)] for _ in examples]
-    return policy, examples, [policy.encode(e) for e in examples], rows
+    return policy, [policy.encode(e) for e in examples], rows
 
 
 def score(policy, prompts, rows, shared):
@@ -47,9 +47,14 @@ def generate(policy, prompts, group, new_tokens):
         policy.model.generate(**batch, generation_config=config)
 
 
+def sample(policy, prompts, group, uniform):
+    with torch.no_grad():
+        policy.decode_groups(prompts, group, uniform, 1.0)
+
+
 def print_peak(length, group, new_tokens, shared):
     """MiB that scoring takes beyond what is loaded."""
-    policy, _, prompts, rows = prepare(length, group, new_tokens)
+    policy, prompts, rows = prepare(length, group, new_tokens)
     score(policy, prompts[:1], [rows[0][:1]], bool(shared))               # what is allocated once
     before, peak = peak_memory(lambda: score(policy, prompts, rows, bool(shared)))
     print(peak - before)
@@ -67,10 +72,10 @@ def main():
     print("| prompt | G | new | score: plain, s | shared | plain, MiB | shared | sample: generate, s | ours |\n" + "|---" * 9 + "|")
     for length, group, new in (map(int, case.split()) for case in args.cases):
         case = length, group, new
-        policy, examples, prompts, rows = prepare(*case)
+        policy, prompts, rows = prepare(*case)
         plain, shared = medians([lambda s=s: score(policy, prompts, rows, s) for s in (False, True)], args.cycles)
-        policy.shared = True
-        theirs, ours = medians([lambda: generate(policy, prompts, group, new), lambda: policy.sample(examples, group, new, 1.0)], args.cycles)
+        policy.shared, uniform = True, torch.rand(PROMPTS * group, new, dtype=torch.double).to(policy.device)
+        theirs, ours = medians([lambda: generate(policy, prompts, group, new), lambda: sample(policy, prompts, group, uniform)], args.cycles)
         memory = [own_process(__file__, "--peak", *case, s)[0] for s in (0, 1)]
         print(f"| {prompts[0]['input_ids'].shape[1]} | {group} | {new} | {plain:.2f} | {shared:.2f} ({plain / shared:.1f}x) | {memory[0]:.0f} | "
               f"{memory[1]:.0f} ({memory[1] / memory[0]:.2f}) | {theirs:.2f} | {ours:.2f} ({theirs / ours:.1f}x) |", flush=True)
