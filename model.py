@@ -6,7 +6,7 @@ In order of appearance
   Rollout                G completions of one prompt: what passes between sampling and update
   Policy                 a vision-language model that can encode, sample, logprobs, save
     .sample              the sampler: one prefill per prompt, all completions decoded together
-    .logprobs            the same tokens scored with gradients, over the same shared prefill
+    .logprobs, .loss     the same tokens scored with gradients, prompts and completions in one stream
   load_policy, build_tiny     a model folder or hub id, or the built-in tiny Qwen3-VL made from scratch
   make_optimizers, optimizer_step     AdamW, or Muon beside it
   save_checkpoint, resume, open_run, Log     whole-or-nothing checkpoints and what a run folder holds
@@ -52,14 +52,16 @@ from data import Example, InputError
 
 # ---------------------------------------------------------------------------------------------- fused log-probs
 
-BUFFER = 1 << 22                        # logits held at a time (16 MiB in float32)
+BUFFER = 1 << 22                        # logits in a tile (16 MiB in float32); a chunk has three times as many,
+CHUNK = 128                             # or those of so many tokens: with fewer, products wait for the memory
 NEVER = -1e30                           # the logit of a banned id: its probability is 0, and so is 0 * NEVER
 
 
 def head_logits(hidden, weight, bias, temperature, banned, out=None):
     """(n, v) logits / temperature: hidden (n, H), weight (v, H), bias (v,) or None, all float32; banned (k,) ids."""
     logits = hidden.new_empty(len(hidden), len(weight)) if out is None else out
-    for z, w in zip(logits.split(4096, 1), weight.split(4096)):           # of a wide product, MKL makes a copy first
+    width = 4096 if hidden.is_cpu else len(weight)                        # of a wide product, MKL makes a copy first
+    for z, w in zip(logits.split(width, 1), weight.split(width)):
         torch.mm(hidden, w.T, out=z)
     if bias is not None:
         logits += bias
@@ -131,7 +133,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, banned, loss_of):
         w, b = weight.float(), None if bias is None else bias.float()
-        size = min(len(targets), max(128, 3 * BUFFER // len(weight)))       # in fewer rows, products wait for the memory
+        size = min(len(targets), max(CHUNK, 3 * BUFFER // len(weight)))
+        piece = max(1, (BUFFER // 8 if hidden.is_cpu else BUFFER) // len(weight))                  # rows: on a CPU what its cache holds
         buffer = torch.empty(size * len(weight), device=hidden.device)
         grad_hidden, grad_weight, grad_bias = (new(t, dtype=torch.float32) if needed else None for t, needed, new in zip(
             (hidden, weight, bias), ctx.needs_input_grad, (torch.empty_like, torch.empty_like, torch.zeros_like)))
@@ -140,8 +143,8 @@ class FusedLoss(torch.autograd.Function):
             some, h, t = slice(i, i + size), hidden[i:i + size].float(), targets[i:i + size, None]
             z = head_logits(h, w, b, temperature, banned, buffer[:len(h) * len(weight)].view(len(h), len(weight)))
             sums = []                                                     # for every token: z - peak of the target, sum of
-            for rows, ids in zip(*(a.split(max(1, BUFFER // 8 // len(weight))) for a in (z, t))):     # e^(z - peak), of it * (z - peak)
-                rows -= rows.amax(1, keepdim=True)                        # in place and while it is in the cache
+            for rows, ids in zip(z.split(piece), t.split(piece)):         # e^(z - peak), of it * (z - peak)
+                rows -= rows.amax(1, keepdim=True)                        # all in place
                 e = rows.exp()
                 sums.append([rows.gather(1, ids)[:, 0], e.sum(1), rows.mul_(e).sum(1)])
                 rows.copy_(e)
@@ -175,11 +178,10 @@ class FusedLoss(torch.autograd.Function):
 def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None, bias=None):
     """Log-probabilities of `targets` and entropies under softmax((hidden @ weight.T + bias) / temperature), in float32.
 
-    hidden (N, H), weight (V, H), bias (V,) of any float dtype, targets (N,) ids; `banned` (K,) ids have probability zero.
-    Returns (logprobs (N,), entropy (N,)); only logprobs carries gradients. Memory: a few buffers of BUFFER numbers.
+    hidden (N, H), weight (V, H), bias (V,) of any float dtype, targets (N,) ids, N >= 1; `banned` (K,) ids have probability 0
+    and are no targets. Returns (logprobs (N,), entropy (N,)); only logprobs carries gradients. Memory: one tile, and what N
+    times H or 256 numbers take.
     """
-    if len(targets) == 0:                                                 # keeps the graph for an empty micro-batch
-        return hidden.sum(-1).float() + 0 * weight.sum().float(), hidden.new_zeros(0, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         return FusedLogProbs.apply(hidden, weight, bias, targets, temperature, banned)
 
@@ -189,11 +191,11 @@ def fused_loss(hidden, weight, targets, loss_of, temperature=1.0, banned=None, b
     products instead of four.
 
     loss_of(logprobs (n,), tokens): the summed loss of the slice `tokens` of the N, called for one slice after the other.
-    Returns (loss, logprobs (N,), entropy (N,)); only loss carries gradients, and these are made here: call it to train. Memory:
-    a few buffers of BUFFER numbers beside the gradients (and, for a half-precision head, float32 copies of it and its gradient).
+    Returns (loss, logprobs (N,), entropy (N,)); only loss carries gradients, for one backward. Memory: one chunk beside the
+    gradients (and, for a half-precision head, float32 copies of it and its gradient).
     """
-    if len(targets) == 0:
-        return hidden.sum().float() + 0 * weight.sum().float(), *(hidden.new_zeros(0, dtype=torch.float32) for _ in range(2))
+    if not torch.is_grad_enabled():                                       # the forward would make their gradients
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
         return FusedLoss.apply(hidden, weight, bias, targets, temperature, banned, loss_of)
 
@@ -222,7 +224,7 @@ def draw(logits, uniform):
 
 # ---------------------------------------------------------------------------------------------- attention to shared prompts
 
-SHARING = {"qwen3_vl", "qwen2_5_vl"}    # model types whose attention takes the argument `shared`
+SHARING = {"qwen3_vl", "qwen2_5_vl"}    # model types whose attention takes the argument `shared`; SharedDecoder knows their layers
 ANY_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)         # a 4-D mask is passed on untouched, and `shared` needs none
 ROWS_TOGETHER = 12                      # from so many completions on, the long and the short ones attend apart
 ROOM = 64                               # tokens by which the keys of the completions grow at a time
@@ -232,7 +234,7 @@ def shared_attention(module, query, key, value, attention_mask, scaling=None, sh
     """An attention function of transformers: query (B, H, L, d), key and value (B, h, L, d) -> (B, L, H, d)."""
     if shared is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
-    return shared.attend(module.layer_idx, query, key, value, scaling), None
+    return shared.attend(query, key, value, scaling), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("shared", shared_attention)
@@ -241,8 +243,8 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("shared", ALL_MASK_ATTENTION_FUNCTIONS["sd
 
 class PackedAttention:
     """Attention in one stream [prompt 1 | .. | prompt B | row 1 | .. | row R] without padding: a prompt attends causally to
-    itself, a row to its prompt and causally to itself. What is masked out is not computed: prompts of one length and their
-    rows make a block, and nothing is between blocks."""
+    itself, a row to its prompt and causally to itself. Nothing is computed between prompts or between rows: prompts of one
+    length make a block, rows of similar length are padded to the longest, each beside a copy of its prompt's keys."""
 
     def __init__(self, prompt_lengths, row_lengths, owner):
         """(B,) and (R,) token counts; owner (R,): the prompt of each row."""
@@ -266,7 +268,9 @@ class PackedAttention:
             order += [tokens.flatten(), *(own for own, *_ in parts)]
         self.order = torch.cat(order).argsort()
 
-    def attend(self, _layer, query, key, value, scaling):
+    def attend(self, query, key, value, scaling):
+        if query.is_cuda and query.shape[1] != key.shape[1]:              # its fast kernels take a mask or grouped heads, not both
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         streams = [t[0].transpose(0, 1) for t in (query, key, value)]                     # (N, H | h, d)
         outs = []
@@ -400,6 +404,11 @@ class Rollout:
     advantages: torch.Tensor | None = None          # (G,)
 
 
+def unflatten(flat, mask):
+    """Each (N,) in flat -> (R, T), where mask (R, T) has N true entries; 0 elsewhere."""
+    return [values.new_zeros(mask.shape).masked_scatter(mask, values) for values in flat]
+
+
 def collate(prompts):
     """Single-prompt inputs -> one batch: token-shaped tensors are left-padded with 0, the others concatenated."""
     length = max(p["input_ids"].shape[1] for p in prompts)
@@ -417,19 +426,22 @@ class Policy:
         self.model, self.processor, self.tokenizer = model.float().eval().to(self.device), processor, processor.tokenizer
         self.base = model.model                                           # without the language-model head
         sliding = "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
-        self.shared = config.model.shared_prefix and model.config.model_type in SHARING and not sliding
+        rotation = (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
+        by_length = rotation in ("dynamic", "longrope")                   # positions turn by angles that depend on the longest row
+        self.shared = config.model.shared_prefix and model.config.model_type in SHARING and not sliding and not by_length
         if self.shared:
             model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
         elif config.model.shared_prefix:
-            say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(sorted(SHARING))}, or its attention has windows: "
+            say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(sorted(SHARING))}, or its attention has windows or its rotation changes with length: "
                 f"each completion runs its prompt")
         model.requires_grad_(True)
         self.vision_frozen = False
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for module in model.modules():                                # it is active in train mode only, where there
-                for name in {"p", "attention_dropout"} & vars(module).keys():    # must be no dropout: old and new
-                    setattr(module, name, 0.0)                                   # log-probs have to agree
+                for name in ("p", "dropout", "attention_dropout"):        # must be no dropout: old and new log-probs
+                    if isinstance(vars(module).get(name), float):         # have to agree
+                        setattr(module, name, 0.0)
         stop = model.generation_config.eos_token_id
         stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
         self.stop_ids = torch.tensor(sorted({*stop, self.tokenizer.eos_token_id}), device=self.device)
@@ -499,7 +511,11 @@ class Policy:
     def encode_target(self, example):
         """(T,) ids of the supervised answer with its end-of-turn token."""
         ids = self.tokenizer(data.target_text(example), add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids + [self.tokenizer.eos_token_id], device=self.device)
+        ids = torch.tensor(ids + [self.tokenizer.eos_token_id], device=self.device)
+        if self.banned is not None and torch.isin(ids, self.banned).any():
+            raise InputError(f"{example.id}: its answer contains {self.tokenizer.decode(ids[torch.isin(ids, self.banned)][:1])}, which "
+                             f"only stands for an image; take it out")
+        return ids
 
     def positions(self, batch):
         """Prompt positions, (3, B, P) for M-RoPE models and (B, P) otherwise, and each prompt's next position (B,).
@@ -616,16 +632,16 @@ class Policy:
         hidden, ids, scored = self.scored_hidden(prompts, completions, n_scored)
         weight, bias = self.head
         flat = fused_logprobs(hidden, weight, ids, temperature, self.banned, bias)
-        return *(values.new_zeros(scored.shape).masked_scatter(scored, values) for values in flat), scored
+        return *unflatten(flat, scored), scored
 
-    def loss(self, prompts, completions, loss_of, temperature=1.0):
-        """As logprobs, for a loss that is a sum over tokens, loss_of(logp (n,), tokens): see fused_loss, which is cheaper.
-
-        Returns the loss and, without gradients, log-probabilities and entropies of all N tokens, completion after completion.
+    def loss(self, prompts, completions, loss_of, temperature=1.0, n_scored=None):
+        """As logprobs, for a loss that is a sum over the scored tokens, completion after completion, which is cheaper:
+        loss_of(logp (n,), tokens), see fused_loss. Returns (loss, *what logprobs returns), only the loss with gradients.
         """
-        hidden, ids, _ = self.scored_hidden(prompts, completions)
+        hidden, ids, scored = self.scored_hidden(prompts, completions, n_scored)
         weight, bias = self.head
-        return fused_loss(hidden, weight, ids, loss_of, temperature, self.banned, bias)
+        loss, *flat = fused_loss(hidden, weight, ids, loss_of, temperature, self.banned, bias)
+        return loss, *unflatten(flat, scored), scored
 
     def scored_hidden(self, prompts, completions, n_scored=None):
         """Hidden states (N, H) that predict the scored tokens, these tokens (N,), and where they are (R, T_max)."""

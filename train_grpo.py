@@ -155,6 +155,10 @@ def degenerate(rollout):
     return not bool(rollout.advantages.any())
 
 
+def kept(rollouts, grpo):
+    return [r for r in rollouts if not (grpo.drop_degenerate and degenerate(r))]
+
+
 def pieces(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
@@ -178,12 +182,12 @@ def update(policy, optimizers, rollouts, lr, grpo):
     """One optimiser step on these rollouts (this process's share of the mini-batch): (token sums to log, gradient norm).
 
     Rollouts without old_logprobs have met no update yet: the policy is pi_old, and its log-probs are recorded."""
-    kept = [r for r in rollouts if not (grpo.drop_degenerate and degenerate(r))]
-    divided = rollouts if grpo.loss_agg == "constant" else kept            # a constant stays one whatever is dropped
-    counts = model.gather_objects((sum(len(t) for r in kept for t in r.tokens), sum(len(r.tokens) for r in divided)))
+    used = kept(rollouts, grpo)
+    divided = rollouts if grpo.loss_agg == "constant" else used            # a constant stays one whatever is dropped
+    counts = model.gather_objects((sum(len(t) for r in used for t in r.tokens), sum(len(r.tokens) for r in divided)))
     n_tokens, n_sequences = (sum(c) for c in zip(*counts))
     sums = {"tokens": 0, "loss": 0.0, "entropy": 0.0, "gap": 0.0, "gap_max": 0.0}
-    for micro in pieces(kept, grpo.micro_batch):
+    for micro in pieces(used, grpo.micro_batch):
         prompts, completions = [r.prompt for r in micro], [r.tokens for r in micro]
         mask = padded([[torch.ones_like(t, dtype=torch.bool) for t in group] for group in completions])         # (R, T)
         advantages = torch.cat([r.advantages for r in micro]).to(mask.device)                                    # (R,)
@@ -191,8 +195,7 @@ def update(policy, optimizers, rollouts, lr, grpo):
         ref_logp = padded([r.ref_logprobs for r in micro]) if micro[0].ref_logprobs else None
         fixed = old_logp, ref_logp, advantages, mask, token_weights(mask, grpo.loss_agg, n_tokens, n_sequences, grpo.max_new_tokens)
         if grpo.importance == "token":                                    # the gradient of the head comes with its log-probs
-            loss, flat, entropy = policy.loss(prompts, completions, by_token(*fixed, grpo), grpo.temperature)
-            logp = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+            loss, logp, entropy, _ = policy.loss(prompts, completions, by_token(*fixed, grpo), grpo.temperature)
             _, values = grpo_loss(logp, *fixed, grpo)
         else:
             logp, entropy, _ = policy.logprobs(prompts, completions, grpo.temperature)
@@ -313,11 +316,12 @@ def train(config, stop):
         score(rollouts, config)
         assign_advantages(rollouts, config)
         lap("reward")
-        for r, logprobs in zip(rollouts, fixed_logprobs(reference, rollouts, grpo) if reference else ()):
+        used = kept(rollouts, grpo)
+        for r, logprobs in zip(used, fixed_logprobs(reference, used, grpo) if reference else ()):
             r.ref_logprobs = logprobs
         lap("reference")
         # pi_old: for the first mini-batch the policy itself; for the others its log-probs before the first update.
-        later = [r for mini in minis[1:] for r in mini]
+        later = [r for mini in minis[1:] for r in kept(mini, grpo)]
         for r, logprobs in zip(later, fixed_logprobs(policy, later, grpo)):
             r.old_logprobs = logprobs
         lap("old")

@@ -1,8 +1,8 @@
 """One GRPO step, ours against TRL's GRPOTrainer:  python benchmarks/step.py          (pip install trl==1.16.0 accelerate datasets)
 
 Prompts of one image and one question, 8 completions of 96 tokens each, a reference model, on the same random Qwen3-VL: ours,
-ours without sharing prompts (model.shared_prefix=false), and TRL with its defaults but gradient checkpointing, which only costs
-time here. The three take turns in one process; every figure is a median. Peak memory is that of a process of its own. The
+ours without sharing prompts (model.shared_prefix=false), and TRL in float32, with the same KL coefficient and no gradient
+checkpointing (which only costs time here), otherwise with its defaults. The three take turns in one process; every figure is a median. Peak memory is that of a whole process, imports included. The
 floor is the arithmetic that a step needs if nothing is done twice, at the rate of matrix products measured in the same run.
 """
 import argparse
