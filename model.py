@@ -201,25 +201,29 @@ def fused_loss(hidden, weight, targets, loss_of, temperature=1.0, banned=None, b
 
 
 def draw(logits, uniform):
-    """One id for each row of logits (R, V) by inverting the cumulative distribution at uniform (R,) in [0, 1), float64; None
-    takes the likeliest. Returns the ids and their log-probabilities, (R,) each.
+    """One id for each row of logits (R, V), which are overwritten, by inverting the cumulative distribution at uniform (R,) in
+    [0, 1), float64; None takes the likeliest. Returns the ids and their log-probabilities, (R,) each.
 
     In two steps, a block of 128 ids and then one of these: a large vocabulary is passed over a few times only.
     """
-    peak = logits.amax(1, keepdim=True)
-    p = F.pad((logits - peak).exp_(), (0, -logits.shape[1] % 128)).unflatten(1, (-1, 128))        # (R, V / 128, 128), times a constant
-    mass = p.sum(2, dtype=torch.double)
+    rows = torch.arange(len(logits), device=logits.device)
+    peak, likeliest = logits.max(1) if uniform is None else (logits.amax(1), None)
+    p = logits.sub_(peak[:, None]).exp_()                                 # times a constant
+    if p.shape[1] % 128:
+        p = F.pad(p, (0, -p.shape[1] % 128))
+    blocks = p.unflatten(1, (-1, 128))                                    # (R, V / 128, 128)
+    mass = blocks.sum(2).double()
     cdf = mass.cumsum(1)
     if uniform is None:
-        token = logits.argmax(1)
+        token = likeliest
     else:
         goal = uniform[:, None] * cdf[:, -1:]
         block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)             # (R, 1)
         share = (goal - cdf.gather(1, block)) / mass.gather(1, block) + 1                         # how far into the block
-        within = p[torch.arange(len(p), device=p.device), block[:, 0]].double().cumsum(1)         # (R, 128)
+        within = blocks[rows, block[:, 0]].double().cumsum(1)             # (R, 128)
         goal = share.clamp(0, 1 - 1e-9) * within[:, -1:]                  # below its end, where only ids of probability 0 may be
         token = (128 * block + torch.searchsorted(within, goal, right=True))[:, 0]
-    return token, logits.gather(1, token[:, None])[:, 0] - peak[:, 0] - cdf[:, -1].log().float()
+    return token, p[rows, token].log() - cdf[:, -1].log().float()
 
 
 # ---------------------------------------------------------------------------------------------- attention to shared prompts

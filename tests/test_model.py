@@ -95,7 +95,7 @@ def test_draw_inverts_the_cumulative_distribution(vocabulary):
     logits[:, [0, -1]] = model.NEVER
     uniform = torch.tensor(rng.random(400))
     uniform[:2] = torch.tensor([0.0, 1 - 2 ** -53])
-    token, logp = model.draw(logits, uniform)
+    token, logp = model.draw(logits.clone(), uniform)
     p = logits.double().softmax(1)
     below = p.cumsum(1)
     assert (below.gather(1, token[:, None])[:, 0] >= uniform - 1e-6).all()
@@ -103,7 +103,7 @@ def test_draw_inverts_the_cumulative_distribution(vocabulary):
     assert (token == torch.searchsorted(below, uniform[:, None], right=True)[:, 0])[2:].float().mean() > 0.99
     assert (token > 0).all() and (token < vocabulary - 1).all()
     assert (logp - p.gather(1, token[:, None])[:, 0].log()).abs().max() < 1e-5
-    best, logp = model.draw(logits, None)
+    best, logp = model.draw(logits.clone(), None)
     assert torch.equal(best, logits.argmax(1)) and (logp - p.amax(1).log()).abs().max() < 1e-5
 
 
