@@ -48,6 +48,9 @@ def run_main(main):
 
 # ---------------------------------------------------------------------------------------------- configuration
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")   # of the language model
+
+
 @dataclass
 class ModelConfig:
     path: str = "tiny"                  # "tiny": the built-in Qwen3-VL, made from scratch; else a local folder or hub id
@@ -84,6 +87,8 @@ class SFTConfig:
     micro_batch: int = 32               # studies per forward pass (and process)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon learns more from scratch in as many steps
     train_vision: bool = True           # false freezes the vision tower
+    lora_rank: int = 0                  # 0 trains the weights themselves; else low-rank adapters of lora_targets, alpha = 2 rank
+    lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     lr: float = 1e-5                    # peak; linear warm-up, then cosine to zero
     warmup: int = 10
     weight_decay: float = 0.01
@@ -107,6 +112,8 @@ class GRPOConfig:
     temperature: float = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"   # as in sft
     train_vision: bool = True           # as in sft
+    lora_rank: int = 0                  # as in sft; the reference policy is then the policy without its adapters
+    lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     lr: float = 1e-6                    # constant after the warm-up
     warmup: int = 0
     weight_decay: float = 0.01
@@ -168,8 +175,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-MAY_BE_ZERO = {"seed", "sft.warmup", "grpo.warmup", "grpo.mini_batch", "rewards.bertscore_layer", "rewards.overlong_start",
-                "eval.limit", "eval.bootstrap", "log.samples"}
+MAY_BE_ZERO = {"seed", "sft.warmup", "grpo.warmup", "sft.lora_rank", "grpo.lora_rank", "grpo.mini_batch", "rewards.bertscore_layer",
+               "rewards.overlong_start", "eval.limit", "eval.bootstrap", "log.samples"}
 ABOVE_ZERO = {"sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip"}
 AT_MOST_ONE = {"data.report_share", "sft.plain_share", "grpo.clip_low", "rewards.mccs_margin"}
 

@@ -3,6 +3,7 @@
 In order of appearance
   fused_logprobs, fused_loss      log p(token), or a loss of it, without ever holding [tokens, vocabulary] logits
   PackedAttention, SharedDecoder     every prompt once for all of its completions, in scoring and in sampling
+  LoRALinear, add_lora   low-rank adapters
   Rollout                G completions of one prompt: what passes between sampling and update
   Policy                 a vision-language model that can encode, sample, logprobs, save
     .sample              the sampler: one prefill per prompt, all completions decoded together
@@ -24,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from operator import attrgetter
@@ -40,6 +41,7 @@ from tqdm import tqdm
 
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
                           PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
@@ -387,6 +389,35 @@ class PlainDecoder:
                          ).last_hidden_state[:, 0]
 
 
+# ---------------------------------------------------------------------------------------------- low-rank adapters
+
+class LoRALinear(torch.nn.Linear):
+    """y = W x + (alpha / r) B A x with a frozen W (Hu et al. 2021, equation 3); alpha = 2 r."""
+    scale, on = 2.0, True
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else y
+
+
+def add_lora(model, rank, targets, seed):
+    """Freezes `model` and gives those linear layers whose last name is in `targets` adapters with B = 0, which change nothing
+    yet. Returns {name: layer}."""
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    names = {name.rpartition(".")[2] for name in linear}
+    if not targets or set(targets) - names:
+        raise InputError(f"lora_targets={targets}: the linear layers of {type(model).__name__} are {', '.join(sorted(names))}")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    adapted = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in targets}
+    for layer in adapted.values():
+        layer.__class__ = LoRALinear                                      # its weight keeps its name
+        a = torch.rand(rank, layer.in_features, generator=generator).mul_(2).sub_(1) / layer.in_features ** 0.5
+        layer.lora_A = torch.nn.Parameter(a.to(layer.weight.device))
+        layer.lora_B = torch.nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
+    return adapted
+
+
 # ---------------------------------------------------------------------------------------------- the policy
 
 FEATURES = "image features"             # where a prompt keeps the output of a frozen vision tower
@@ -424,8 +455,8 @@ def collate(prompts):
 class Policy:
     """A Hugging Face vision-language model with its processor."""
 
-    def __init__(self, model, processor, config):
-        self.config = config
+    def __init__(self, model, processor, config, path=""):
+        self.config, self.path = config, path
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         self.model, self.processor, self.tokenizer = model.float().eval().to(self.device), processor, processor.tokenizer
         self.base = model.model                                           # without the language-model head
@@ -439,7 +470,7 @@ class Policy:
             say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(sorted(SHARING))}, or its attention has windows or its rotation changes with length: "
                 f"each completion runs its prompt")
         model.requires_grad_(True)
-        self.vision_frozen = False
+        self.vision_frozen, self.adapted = False, {}                      # {name: layer with adapters}
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for module in model.modules():                                # it is active in train mode only, where there
@@ -697,11 +728,56 @@ class Policy:
         out = self.base(**batch, position_ids=torch.cat([positions, later], -1), use_cache=False)
         return out.last_hidden_state[:, length - 1:-1][scored]
 
+    # -- adapters
+
+    def add_lora(self, section):
+        """Trains adapters only. Their initial values come from the seed."""
+        self.adapted = add_lora(self.model, section.lora_rank, section.lora_targets, self.config.seed)
+
+    @contextmanager
+    def without_adapters(self):
+        """The model as it was before add_lora: the reference policy, without a second copy."""
+        try:
+            for layer in self.adapted.values():
+                layer.on = False
+            yield
+        finally:
+            for layer in self.adapted.values():
+                layer.on = True
+
+    def adapters(self):
+        """{name in PEFT's files: parameter}"""
+        return {f"base_model.model.{name}.{matrix}.weight": getattr(layer, matrix)
+                for name, layer in self.adapted.items() for matrix in ("lora_A", "lora_B")}
+
+    @torch.no_grad()
+    def load_adapters(self, folder):
+        saved = load_file(folder / "adapter_model.safetensors")
+        for name, parameter in self.adapters().items():
+            parameter.copy_(saved[name])
+
+    @torch.no_grad()
+    def merged(self):
+        """The state dict of the model with its adapters added to the weights."""
+        state = self.model.state_dict()
+        for name, layer in self.adapted.items():
+            state[f"{name}.weight"] = layer.weight + layer.scale * layer.lora_B @ layer.lora_A
+            del state[f"{name}.lora_A"], state[f"{name}.lora_B"]
+        return state
+
     # -- files
 
     def save(self, folder):
-        """Writes model, tokenizer and image processor in Hugging Face format."""
-        self.model.save_pretrained(folder)
+        """Writes model (adapters merged), tokenizer and image processor in Hugging Face format; adapters once more, for the
+        model that they were added to, in the folder `adapter` and in PEFT's format."""
+        self.model.save_pretrained(folder, state_dict=self.merged())
+        if self.adapted:
+            rank = len(next(iter(self.adapted.values())).lora_A)
+            (folder / "adapter").mkdir()
+            save_file({name: p.detach().contiguous() for name, p in self.adapters().items()}, folder / "adapter" / "adapter_model.safetensors")
+            (folder / "adapter" / "adapter_config.json").write_text(json.dumps({
+                "peft_type": "LORA", "r": rank, "lora_alpha": LoRALinear.scale * rank, "target_modules": sorted(self.adapted),
+                "base_model_name_or_path": self.path, "bias": "none", "inference_mode": True}))
         if isinstance(self.processor, ImageOnlyProcessor):                # the layout of Qwen's own model folders
             self.tokenizer.save_pretrained(folder)
             self.processor.image_processor.save_pretrained(folder)
@@ -730,7 +806,7 @@ def load_policy(config, path=None):
     path = str(path or config.model.path)
     pixels = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
     if path == "tiny":
-        return Policy(*build_tiny(config.seed, pixels), config)
+        return Policy(*build_tiny(config.seed, pixels), config, path)
     if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith(("/", "."))):
         raise InputError(f"model {path!r}: no such folder, and not a hub id like Qwen/Qwen3-VL-2B-Instruct")
     transformers.utils.logging.disable_progress_bar()
@@ -750,7 +826,7 @@ def load_policy(config, path=None):
         raise InputError(f"model {path!r} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
     if not (processor.chat_template or processor.tokenizer.chat_template):
         raise InputError(f"model {path!r} has no chat template: take an instruction-tuned one")
-    return Policy(model, processor, config)
+    return Policy(model, processor, config, path)
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -817,12 +893,12 @@ def make_optimizers(policy, section):
     optimizer=muon: [AdamW, Muon], where the weights of linear layers (the head apart) take Muon's orthogonalised steps
     (Jordan 2024), scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
     """
+    tower = next((getattr(policy.base, n) for n in ("visual", "vision_tower", "vision_model") if hasattr(policy.base, n)), None)
     if not section.train_vision:
-        tower = next((getattr(policy.base, n) for n in ("visual", "vision_tower", "vision_model") if hasattr(policy.base, n)), None)
         if tower is None:
             raise InputError(f"train_vision=false: {type(policy.model).__name__} has no vision tower of a known name")
         tower.requires_grad_(False)
-        policy.vision_frozen = True
+    policy.vision_frozen = tower is not None and not any(p.requires_grad for p in tower.parameters())
     linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head[0])}
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]
@@ -894,10 +970,15 @@ def last_step(run):
     return int((run / "last").resolve().name.removeprefix("step_")) if (run / "last").exists() else 0
 
 
-def resume(run, policy_of, section):
-    """(policy, optimizers, state) of run/last, or of a fresh start with state {"step": 0}. policy_of(path or None)."""
+def resume(run, config, start, section):
+    """(policy, optimizers, state) of run/last, or of a fresh start from `start` (None: model.path) with state {"step": 0}.
+    Adapters are trained on top of `start` as it is."""
     path = run / "last" if (run / "last").exists() else None
-    policy = policy_of(path)
+    policy = load_policy(config, start if section.lora_rank else path or start)
+    if section.lora_rank:
+        policy.add_lora(section)
+        if path:
+            policy.load_adapters(path / "adapter")
     optimizers = make_optimizers(policy, section)
     if path is None:
         return policy, optimizers, {"step": 0}

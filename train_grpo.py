@@ -294,8 +294,8 @@ def train(config, stop):
     if model.last_step(run) == grpo.steps:
         return checkpoints
     examples = data.load_split(config, "train")
-    policy, optimizers, state = model.resume(run, lambda last: model.load_policy(config, last or start), grpo)
-    reference = model.load_policy(config, start) if grpo.kl_coef else None
+    policy, optimizers, state = model.resume(run, config, start, grpo)
+    reference = model.load_policy(config, start) if grpo.kl_coef and not grpo.lora_rank else policy
     log = model.Log(run, state["step"], config)
     model.say(f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
               f"from {start or config.model.path}")
@@ -317,8 +317,9 @@ def train(config, stop):
         assign_advantages(rollouts, config)
         lap("reward")
         used = kept(rollouts, grpo)
-        for r, logprobs in zip(used, fixed_logprobs(reference, used, grpo) if reference else ()):
-            r.ref_logprobs = logprobs
+        with reference.without_adapters():                                # the policy without its adapters is where it started
+            for r, logprobs in zip(used, fixed_logprobs(reference, used, grpo) if grpo.kl_coef else ()):
+                r.ref_logprobs = logprobs
         lap("reference")
         # pi_old: for the first mini-batch the policy itself; for the others its log-probs before the first update.
         later = [r for mini in minis[1:] for r in kept(mini, grpo)]

@@ -108,10 +108,10 @@ def train(config, stop):
     if model.last_step(run) >= sft.steps:
         return run / "best"
     studies, held_out = (data.by_study(stage_examples(config, data.load_split(config, split))) for split in ("train", "val"))
-    policy, optimizers, state = model.resume(run, lambda last: model.load_policy(config, last or start), sft)
+    policy, optimizers, state = model.resume(run, config, start, sft)
     best = state.get("best", math.inf)
     log = model.Log(run, state["step"], config)
-    size = sum(p.numel() for p in policy.model.parameters()) / 1e6
+    size = sum(p.numel() for p in policy.parameters()) / 1e6
     model.say(f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
               f"steps {state['step']} to {sft.steps}")
     bar = tqdm(range(state["step"], sft.steps), run.name, initial=state["step"], total=sft.steps, disable=model.rank() != 0)

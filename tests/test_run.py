@@ -124,6 +124,21 @@ def test_thinking_from_cold_start(tmp_path):
     assert (tmp_path / "cold_start" / "best").exists() and "rewards/format/mean" in metrics(tmp_path / "grpo")[0]
 
 
+def test_adapters_continue_bit_for_bit(finished, tmp_path):
+    out, _ = finished
+    lora = [f"grpo.init={out}/sft/best", "grpo.lora_rank=4", "grpo.lr=1e-2", "eval.limit=2"]
+    for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
+        code, text, err = run("train_grpo.py", f"out={tmp_path / name}", *SHORT, *lora, f"grpo.steps={steps}")
+        assert code == 0, err
+    whole, parts = (tmp_path / name / "grpo" for name in ("whole", "parts"))
+    assert difference(weights(whole), weights(parts)) == 0
+    assert difference(*(load_file(f / "last" / "adapter" / "adapter_model.safetensors") for f in (whole, parts))) == 0
+    rows = metrics(whole)
+    assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]                    # the reference is the start
+    moved = {n for n, w in weights(whole).items() if not torch.equal(w, weights(out / "sft")[n])}
+    assert moved and all(n.endswith("_proj.weight") for n in moved)       # nothing but what has adapters
+
+
 def test_more_of_the_same(finished, tmp_path):
     out, _ = finished
     code, _, err = run("train_sft.py", f"out={tmp_path}", f"sft.init={out}/sft/best", *SHORT, "sft.stage=more")
