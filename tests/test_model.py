@@ -413,7 +413,8 @@ def test_checkpoints_appear_whole_or_not_at_all(policy, config, tmp_path, monkey
     assert model.last_step(tmp_path) == 2 and not (tmp_path / "step_000003").exists()
     model.save_checkpoint(tmp_path, 4, policy, optimizers, best=1.0)       # best stays at 2, last moves on
     assert model.last_step(tmp_path) == 4 and (tmp_path / "best").resolve().name == "step_000002"
-    _, _, state = model.resume(tmp_path, lambda path: policy, dataclasses.replace(config.sft, optimizer=optimizer))
+    again, _, state = model.resume(tmp_path, config, None, dataclasses.replace(config.sft, optimizer=optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), policy.model.state_dict().values()))
     assert state == {"step": 4, "best": 1.0}
 
 
