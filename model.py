@@ -295,6 +295,11 @@ class PackedAttention:
         return torch.cat(outs).index_select(0, self.order)[None]
 
 
+def normed(layer, x):
+    """RMS normalisation by a layer of a Qwen-VL model, in one call."""
+    return F.rms_norm(x, x.shape[-1:], layer.weight, layer.variance_epsilon)
+
+
 class SharedDecoder:
     """One new token for each of R completions through the text layers of a Qwen-VL model, which is all that its forward does
     once the images are in. Completions attend to their B prompts, whose keys and values are held once, and to themselves."""
@@ -344,16 +349,16 @@ class SharedDecoder:
         rotation = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         x = self.text.embed_tokens(tokens)
         for i, layer in enumerate(self.text.layers):
-            x = x + self.attend(i, layer.self_attn, layer.input_layernorm(x), *rotation)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = x + self.attend(i, layer.self_attn, normed(layer.input_layernorm, x), *rotation)
+            x = x + layer.mlp(normed(layer.post_attention_layernorm, x))
         self.length += 1
-        return self.text.norm(x)
+        return normed(self.text.norm, x)
 
     def attend(self, i, layer, x, cos, sin):
         """x (R, H) -> (R, H); the new keys and values join those of layer i."""
         q, k, v = (project(x).view(len(x), -1, layer.head_dim) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
         if hasattr(layer, "q_norm"):                                      # Qwen3
-            q, k = layer.q_norm(q), layer.k_norm(k)
+            q, k = normed(layer.q_norm, q), normed(layer.k_norm, k)
         q, k = (torch.addcmul(t * cos, t.roll(layer.head_dim // 2, -1), sin) for t in (q, k))          # rotated, (R, H | h, d)
         if self.own[i][0].shape[2] == self.length:
             self.own[i] = tuple(F.pad(t, (0, 0, 0, ROOM)) for t in self.own[i])
@@ -467,7 +472,8 @@ class Policy:
         if self.shared:
             model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
         elif config.model.shared_prefix:
-            say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(sorted(SHARING))}, or its attention has windows or its rotation changes with length: "
+            say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(sorted(SHARING))}, or its attention has windows, or "
+                f"its rotation changes with the length: "
                 f"each completion runs its prompt")
         model.requires_grad_(True)
         self.vision_frozen, self.adapted = False, {}                      # {name: layer with adapters}
@@ -774,7 +780,7 @@ class Policy:
         if self.adapted:
             rank = len(next(iter(self.adapted.values())).lora_A)
             (folder / "adapter").mkdir()
-            save_file({name: p.detach().contiguous() for name, p in self.adapters().items()}, folder / "adapter" / "adapter_model.safetensors")
+            save_file({name: p.detach() for name, p in self.adapters().items()}, folder / "adapter" / "adapter_model.safetensors")
             (folder / "adapter" / "adapter_config.json").write_text(json.dumps({
                 "peft_type": "LORA", "r": rank, "lora_alpha": LoRALinear.scale * rank, "target_modules": sorted(self.adapted),
                 "base_model_name_or_path": self.path, "bias": "none", "inference_mode": True}))
@@ -903,7 +909,7 @@ def make_optimizers(policy, section):
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]
     adamw = torch.optim.AdamW([{"params": [p for p in others if p.ndim >= 2], "weight_decay": section.weight_decay},
-                               {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}], lr=section.lr)
+                               {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}], lr=section.lr, fused=True)
     return [adamw] + ([torch.optim.Muon(linear, section.lr, section.weight_decay, adjust_lr_fn="match_rms_adamw")] if linear else [])
 
 
