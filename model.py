@@ -958,7 +958,7 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
             aside.mkdir(parents=True)
             policy.save(aside)
             torch.save({"step": step, "optimizers": [o.state_dict() for o in optimizers], **state}, aside / "training_state.pt")
-            for path in [*aside.iterdir(), aside]:
+            for path in [*aside.rglob("*"), aside]:
                 sync(path)
             os.rename(aside, final)
         for name in ["best", "last"] if is_best else ["last"]:
