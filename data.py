@@ -4,15 +4,19 @@ In order of appearance
   Config, load_config           one YAML file plus key=value overrides, checked key by key
   Example, open_images          one question about one study; its images are opened only when needed
   prompt_text, target_text      what the model is asked and what it should say, in the three output formats
-  read_phantoms, read_iu_xray, read_jsonl, load_split     datasets -> list of Example
+  Study, READERS                datasets, each from its files as they are distributed
+  study_examples, load_split    the questions about a study; a split of all sources, without leaks
+  systematic_reading            thinking traces for the cold start
   indices, by_study, batch      which examples make up step t: a pure function of (seed, t)
   phantom                       procedurally drawn chest X-rays with findings, boxes, reports and thinking traces
+  describe                      python data.py config.yaml: what would be loaded, as tables and a picture
 """
 from __future__ import annotations
 
 import csv
 import dataclasses
 import difflib
+import gzip
 import hashlib
 import itertools
 import json
@@ -22,15 +26,18 @@ import re
 import sys
 import typing
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from xml.etree import ElementTree
 
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -62,13 +69,41 @@ class ModelConfig:
     gradient_checkpointing: bool = False
 
 
+Dataset = Literal["phantom", "iu_xray", "mimic_cxr", "vindr_cxr", "ms_cxr", "padchest_gr", "chest_imagenome", "nih", "coco", "llava", "jsonl"]
+ON_MIMIC = ("ms_cxr", "chest_imagenome")            # annotations on the images of MIMIC-CXR-JPG
+
+
+@dataclass
+class Source:
+    """One dataset of several. What is left out, the section `data` gives."""
+    source: Dataset = "phantom"
+    path: str = ""                      # its folder, from data.path; the name of the dataset if left out
+    images: str = ""                    # folder of its images where they are elsewhere, from data.path
+    tasks: list[str] = field(default_factory=list)
+    views: Literal["", "all", "frontal"] = ""
+    weight: float = 1.0                 # how often its studies come up in an epoch of training
+    limit: int = 0                      # the first so many studies of each split; 0 = all
+
+    def image_root(self):
+        """The folder that all its images must lie in."""
+        beside = Path(self.path).absolute().parent / "mimic_cxr"
+        return Path(self.images or (beside if self.source in ON_MIMIC and not Path(self.path, "files").is_dir() else self.path))
+
+
 @dataclass
 class DataConfig:
-    source: Literal["phantom", "iu_xray", "jsonl"] = "phantom"
-    path: str = ""                      # folder of the dataset (iu_xray, jsonl)
-    tasks: list[str] = field(default_factory=lambda: ["report", "grounding", "classification"])  # the last for SFT
+    source: Dataset = "phantom"
+    path: str = ""                      # folder of the dataset; with several, the folder that theirs lie in
+    images: str = ""                    # folder of its images where they are elsewhere
+    train: list[Source] = field(default_factory=list)   # several datasets: [{source: mimic_cxr, weight: 2}, {source: vindr_cxr}]
+    val: list[Source] = field(default_factory=list)     # empty: the held-out splits of the same
+    test: list[Source] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=lambda: ["report", "grounding", "classification"])  # the last for SFT; of grounding
+    # also one kind alone: abnormality, anatomy, phrase, detection
     report_share: float = 0.5           # share of report prompts in a GRPO step; the rest is grounding
-    views: Literal["all", "frontal"] = "all"
+    views: Literal["all", "frontal"] = "all"            # frontal: the first frontal view alone
+    dedup: bool = False                 # leave out training reports that repeat a held-out one word for word
+    traces: str = ""                    # cold start: JSON lines of id and thinking; empty: made from the references
     thinking: bool = False              # think before answering
     think_format: Literal["tags", "suffix"] = "tags"  # <think>..</think><report>..</report> (MRG-R1) | ..</think>.. (RadVLM)
     train_size: int = 6000              # phantoms with a report, and as many with boxes, per split
@@ -176,8 +211,8 @@ class Config:
 
 
 MAY_BE_ZERO = {"seed", "sft.warmup", "grpo.warmup", "sft.lora_rank", "grpo.lora_rank", "grpo.mini_batch", "rewards.bertscore_layer",
-               "rewards.overlong_start", "eval.limit", "eval.bootstrap", "log.samples"}
-ABOVE_ZERO = {"sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip"}
+               "rewards.overlong_start", "eval.limit", "data.limit", "eval.bootstrap", "log.samples"}
+ABOVE_ZERO = {"data.weight", "sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip"}
 AT_MOST_ONE = {"data.report_share", "sft.plain_share", "grpo.clip_low", "rewards.mccs_margin"}
 
 
@@ -199,6 +234,12 @@ def checked(key, value, kind):
     elif typing.get_origin(kind) is dict:
         require(isinstance(value, dict), "names with weights, like {mccs: 1}")
         value = {str(name): checked(f"{key}.{name}", weight, float) for name, weight in value.items()}
+    elif kind == list[Source]:
+        require(isinstance(value, list) and all(isinstance(v, dict) for v in value), "a list of sources, like [{source: iu_xray, weight: 2}]")
+        kinds = typing.get_type_hints(Source)
+        for name in (name for v in value for name in v if name not in kinds):
+            require(False, f"sources with {', '.join(kinds)} (not {name!r})")
+        value = [Source(**{name: checked(f"data.{name}", x, kinds[name]) for name, x in v.items()}) for v in value]
     elif typing.get_origin(kind) is list:
         require(isinstance(value, list) and all(isinstance(v, str) for v in value), "a list, like [report, grounding]")
     elif kind is bool:
@@ -277,8 +318,9 @@ def load_config(path, overrides=()):
             set_key(config, key, yaml.safe_load(text) if text else "", f"argument {item!r}")
         except yaml.YAMLError:
             raise InputError(f"argument {item!r}: the value is not valid YAML") from None
-    if set(config.data.tasks) - set(ANSWER_TAG) or not config.data.tasks:
-        raise InputError(f"data.tasks: expected some of {', '.join(ANSWER_TAG)}, got {config.data.tasks}")
+    for tasks in [config.data.tasks or ["none"], *(s.tasks for split in ("train", "val", "test") for s in getattr(config.data, split))]:
+        if set(tasks) - set(TASK_OF):
+            raise InputError(f"data.tasks: expected some of {', '.join(TASK_OF)}, got {tasks}")
     if config.model.min_pixels > config.model.max_pixels:
         raise InputError("model.min_pixels is larger than model.max_pixels")
     if config.grpo.mini_batch > config.grpo.prompts:
@@ -297,7 +339,7 @@ def config_text(config):
 class Example:
     """One question about one study."""
     id: str
-    task: str                           # "report" | "grounding" | "classification" (SFT only)
+    task: str                           # how it is answered and scored: "report" | "grounding" | "classification" (SFT only)
     images: tuple                       # paths, or phantoms
     question: str
     answer: str                         # the reference report, or the reference boxes as text
@@ -306,6 +348,9 @@ class Example:
     label: str = ""                     # grounding: what is asked for
     patient: str = ""
     style: str = "plain"                # output format: plain | tags | suffix, see target_text
+    kind: str = ""                      # grounding: "abnormality" | "anatomy" | "phrase" | "detection"
+    history: tuple = ()                 # earlier (question, answer) of the same conversation
+    copy: int = 0                       # which copy of a study that comes up several times in an epoch
 
 
 def load_image(path):
@@ -335,11 +380,8 @@ def open_images(example):
 
 # ---------------------------------------------------------------------------------------------- prompts and answers
 
-REPORT_QUESTION = "Write the findings of this chest X-ray."
-LIST_QUESTION = "List the findings."
 ANSWER_TAG = {"report": "report", "grounding": "answer", "classification": "answer"}
 NOTHING_THERE = "It is not seen."
-BOX_INSTRUCTION = "Answer with boxes."
 
 
 def style_of(config):
@@ -371,10 +413,470 @@ def boxes_text(boxes):
 
 # ---------------------------------------------------------------------------------------------- datasets
 
+@dataclass
+class Study:
+    """One study as a dataset has it; study_examples asks the questions."""
+    id: str
+    patient: str                        # with a name space of its own for every population of patients
+    images: list                        # paths
+    where: str                          # for messages: file and place in it
+    report: str | None = None           # None: the dataset has none; "": it lacks here
+    findings: list | None = None        # names of all that is to be seen; None: not known
+    boxes: dict = field(default_factory=dict)       # (kind, name) -> [(x1, y1, x2, y2)], fractions of the image
+    complete: bool = False              # all abnormalities have their boxes: detection can be asked
+    thinking: str = ""
+
+
+def locate(root, *names):
+    """The first of these paths below `root` that exists, as it is or with .gz. A pattern takes what sorts last."""
+    for name in names:
+        for path in (*sorted(root.glob(name), reverse=True), *sorted(root.glob(name + ".gz"), reverse=True)):
+            return path
+    raise InputError(f"{root}: expected {' or '.join(names)} there")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_csv(path, columns, skip):
+    """Rows of a CSV file (or CSV.gz) as dicts; a missing column is an error, a row with too few or too many cells is bad."""
+    csv.field_size_limit(1 << 24)
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            missing = [c for c in columns if c not in (reader.fieldnames or [])]
+            if missing:
+                raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(reader.fieldnames or ['none'])}")
+            for row in reader:
+                if None in row or None in row.values():
+                    skip(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames)} cells")
+                    continue
+                yield row
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a valid CSV file ({error})") from None
+
+
+def assigned(ids, shares=(0.1, 0.2), seed=0):
+    """id -> split by a hash of the id, val and test with these shares (at least one id each, if any is asked for), for
+    datasets or parts of them that are published without a split. Give patients where they are known."""
+    ranked = sorted(set(ids), key=lambda i: hashlib.sha1(f"{seed}:{i}".encode()).hexdigest())
+    n_val, n_test = (max(1, round(share * len(ranked))) if share else 0 for share in shares)
+    names = ["val"] * n_val + ["test"] * n_test + ["train"] * len(ranked)
+    return dict(zip(ranked, names))
+
+
+def fractions(boxes, width, height):
+    """Boxes in pixels -> fractions of the image; rounding may have put them a pixel outside."""
+    def fraction(value, size):
+        value = float(value) / float(size)
+        return min(max(value, 0.0), 1.0) if -0.01 < value < 1.01 else value
+    return [tuple(fraction(v, s) for v, s in zip(box, (width, height) * 2)) for box in boxes]
+
+
+def image_size(path):
+    """(width, height) from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a readable image'}") from None
+
+
+def first_file(root, name, folders):
+    """root/FOLDER/name for the first folder that has it; the first of all when none does."""
+    paths = [root / folder / name for folder in folders]
+    return next((p for p in paths if p.is_file()), paths[0])
+
+
+def r2gen(root, split, views, skip, patient):
+    """annotation.json and images/ as R2Gen distributes them; the first image is the frontal view. patient(row) -> its id."""
+    path = root / "annotation.json"
+    tree = read_json(path)
+    rows = tree.get(split) if isinstance(tree, dict) else None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list under {split!r}, the layout of R2Gen")
+    for n, row in enumerate(rows):
+        where = f"{path}, {split}[{n}]"
+        if not (isinstance(row, dict) and "id" in row and isinstance(row.get("image_path"), list)
+                and all(isinstance(p, str) for p in row["image_path"])):
+            skip(f"{where}: expected an object with id, report and image_path")
+            continue
+        images = [root / "images" / p for p in row["image_path"]]
+        report = row.get("report")
+        yield Study(str(row["id"]), patient(row), images[:1] if views == "frontal" else images, where,
+                    report if isinstance(report, str) else "")
+
+
+def read_iu_xray(source, split, skip):
+    """IU X-Ray as R2Gen distributes it (annotation.json, images/), as Kaggle does (two CSV files, images_normalized/), or as
+    OpenI does (ecgen-radiology/*.xml, NLMCXR_png/). The latter two have no split (see `assigned`) and keep the original
+    sections: the report is the findings, else the impression."""
+    root = Path(source.path)
+    if (root / "annotation.json").is_file():
+        yield from r2gen(root, split, source.views, skip, lambda row: "iu/" + str(row["id"]).split("_")[0].removeprefix("CXR"))
+        return
+    studies = {}                                                          # uid -> (report, [(view, image)], where)
+    if (root / "indiana_reports.csv").is_file():
+        views = {}
+        for row in read_csv(root / "indiana_projections.csv", ["uid", "filename", "projection"], skip):
+            views.setdefault(row["uid"], []).append((row["projection"].strip(), root / "images_normalized" / row["filename"]))
+        path = root / "indiana_reports.csv"
+        for row in read_csv(path, ["uid", "findings", "impression"], skip):
+            studies[row["uid"]] = (row["findings"].strip() or row["impression"], sorted(views.get(row["uid"], [])),
+                                   f"{path}, uid {row['uid']}")
+    else:                                                                 # its first picture is the frontal view, mostly
+        locate(root, "annotation.json", "indiana_reports.csv", "ecgen-radiology/*.xml")
+        for path in (root / "ecgen-radiology").glob("*.xml"):
+            try:
+                tree = ElementTree.parse(path)
+            except (ElementTree.ParseError, OSError) as error:
+                skip(f"{path}: not valid XML ({error})")
+                continue
+            text = {t.get("Label"): " ".join(t.itertext()) for t in tree.iter("AbstractText")}
+            images = sorted(root / "NLMCXR_png" / f"{i.get('id')}.png" for i in tree.iter("parentImage"))
+            uid = next((u.get("id") for u in tree.iter("uId")), path.stem).removeprefix("CXR")
+            studies[uid] = (text.get("FINDINGS", "").strip() or text.get("IMPRESSION", ""),
+                            [("Lateral" if n else "Frontal", image) for n, image in enumerate(images)], str(path))
+    splits = assigned(studies)
+    for uid, (report, views, where) in studies.items():
+        if splits[uid] == split:
+            images = [image for view, image in views if source.views == "all" or view.lower() == "frontal"]
+            yield Study(uid, f"iu/{uid}", images if source.views == "all" else images[:1], where, report)
+
+
+HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ,/&()-]+):", re.MULTILINE)
+
+
+def findings_section(text):
+    """The findings of a MIMIC-CXR report, else its impression, else ""."""
+    _, *parts = HEADING.split(text)
+    sections = [(name.strip().lower(), body) for name, body in zip(parts[::2], parts[1::2])]
+    return next((body for wanted in ("finding", "impression") for name, body in sections
+                 if name.startswith(wanted) and body.strip()), "")
+
+
+def mimic_image(subject, study, dicom):
+    return Path("files") / f"p{subject[:2]}" / f"p{subject}" / f"s{study}" / f"{dicom}.jpg"
+
+
+def read_mimic_cxr(source, split, skip):
+    """MIMIC-CXR as R2Gen distributes it (annotation.json, images/), or MIMIC-CXR-JPG from PhysioNet: split and metadata CSV,
+    files/p10/p10000032/s50414267/ID.jpg, and the reports as mimic_cxr_sectioned.csv or as the .txt files of MIMIC-CXR, beside
+    the images or in mimic-cxr-reports/. Findings, else impression. Labels (classification) from the chexpert CSV."""
+    root = Path(source.path)
+    if (root / "annotation.json").is_file():
+        yield from r2gen(root, split, source.views, skip, lambda row: f"mimic/{row.get('subject_id', row['id'])}")
+        return
+    table = locate(root, "mimic-cxr-2*-split.csv", "annotation.json")
+    views = {row["dicom_id"]: row["ViewPosition"] for row in read_csv(locate(root, "mimic-cxr-2*-metadata.csv"), ["dicom_id", "ViewPosition"], skip)}
+    texts = None
+    if [*root.glob("mimic_cxr_sectioned.csv*")]:
+        path = locate(root, "mimic_cxr_sectioned.csv")
+        texts = {row["study"].removeprefix("s"): row["findings"].strip() or row["impression"]
+                 for row in read_csv(path, ["study", "findings", "impression"], skip)}
+    labels = {}
+    if "classification" in source.tasks:
+        for row in read_csv(locate(root, "mimic-cxr-2*-chexpert.csv"), ["study_id", *LABELS], skip):   # by name: the order differs
+            labels[row["study_id"]] = [label for label in LABELS[1:] if row[label].strip() in ("1", "1.0")]
+    studies = {}
+    for row in read_csv(table, ["dicom_id", "study_id", "subject_id", "split"], skip):
+        if row["split"] == {"val": "validate"}.get(split, split):
+            studies.setdefault((row["subject_id"], row["study_id"]), []).append(row["dicom_id"])
+    for (subject, study), dicoms in studies.items():
+        dicoms = sorted(dicoms, key=lambda d: (views.get(d) not in ("PA", "AP"), views.get(d) != "PA", d))        # frontal first
+        if source.views == "frontal":
+            dicoms = [d for d in dicoms if views.get(d) in ("PA", "AP")][:1]
+            if not dicoms:
+                continue                                                  # a lateral view alone is not asked for
+        images, report = [root / mimic_image(subject, study, d) for d in dicoms], None
+        if "report" in source.tasks and texts is None:
+            path = mimic_image(subject, study, "").parent.with_suffix(".txt")
+            path = first_file(root, path, ["", "mimic-cxr-reports"])
+            try:
+                report = findings_section(path.read_text(encoding="utf-8", errors="replace"))
+            except OSError as error:
+                skip(f"{path}: {error.strerror} (nor is there mimic_cxr_sectioned.csv in {root})")
+                continue
+        elif texts is not None:
+            report = texts.get(study, "")
+        yield Study(study, f"mimic/{subject}", images, f"{table}, study {study}", report, labels.get(study))
+
+
+def fuse_boxes(readers, threshold=0.55):
+    """Boxes of one finding by several readers, lists of (x1, y1, x2, y2), as one list: weighted box fusion (Solovyev et al.
+    2021) with equal weights. Each box joins the fused box that it overlaps most, above the threshold; a fused box is the
+    mean of its members."""
+    clusters, fused = [], np.zeros((0, 4))
+    for box in (b for boxes in readers for b in boxes):
+        box = np.asarray(box, dtype=float)
+        sides = np.minimum(fused[:, 2:], box[2:]) - np.maximum(fused[:, :2], box[:2])
+        shared = sides.clip(0).prod(1)
+        iou = shared / ((fused[:, 2:] - fused[:, :2]).prod(1) + (box[2:] - box[:2]).prod() - shared)
+        if len(iou) and iou.max() > threshold:
+            clusters[iou.argmax()].append(box)
+        else:
+            clusters.append([box])
+        fused = np.stack([np.mean(c, axis=0) for c in clusters])
+    return [tuple(box) for box in fused.tolist()]
+
+
+def read_vindr_cxr(source, split, skip):
+    """VinDr-CXR from PhysioNet (annotations/annotations_{train,test}.csv) or Kaggle (train.csv), with the images as train/ID.png
+    or .jpg. Boxes are pixels of the original, whose size is in Kaggle's train_meta.csv if the images were resized. Several
+    readers' boxes of one finding are fused. PhysioNet's validation images, and Kaggle's splits, are chosen by `assigned`."""
+    root = Path(source.path)
+    official = bool([*root.glob("annotations/annotations_train.csv"), *root.glob("annotations_train.csv")])
+    part = "test" if official and split == "test" else "train"
+    path = locate(root, *([f"annotations/annotations_{part}.csv", f"annotations_{part}.csv"] if official else
+                          ["annotations/annotations_train.csv", "train.csv"]))
+    sizes, images = {}, {}                                                # image -> finding -> reader -> boxes
+    if (root / "train_meta.csv").is_file():
+        sizes = {row["image_id"]: (row["dim1"], row["dim0"]) for row in read_csv(root / "train_meta.csv", ["image_id", "dim0", "dim1"], skip)}
+    for row in read_csv(path, ["image_id", "class_name", "x_min", "y_min", "x_max", "y_max"], skip):
+        findings = images.setdefault(row["image_id"], {})
+        if row["class_name"].lower() != "no finding":
+            try:
+                box = [float(row[c]) for c in ("x_min", "y_min", "x_max", "y_max")]
+            except ValueError:
+                skip(f"{path}, image {row['image_id']}: {row['class_name']} without a box")
+                continue
+            reader = row.get("rad_id") or row.get("rad_ID") or ""
+            findings.setdefault(row["class_name"], {}).setdefault(reader, []).append(box)
+    splits = dict.fromkeys(images, "test") if part == "test" else assigned(images, (0.1, 0.0) if official else (0.1, 0.2))
+    for image, findings in images.items():
+        if splits[image] == split:
+            where, folders = f"{path}, image {image}", (part, f"{part}_png", "images", "")
+            file = next((f for kind in ("png", "jpg") if (f := first_file(root, f"{image}.{kind}", folders)).is_file()), root / part / f"{image}.png")
+            if not file.is_file():
+                skip(f"{where}: {file} does not exist (DICOM files have to be converted to PNG first)")
+                continue
+            size = sizes.get(image) or image_size(file)
+            boxes = {("abnormality", name): fractions(fuse_boxes(readers.values()), *size) for name, readers in findings.items()}
+            yield Study(image, f"vindr/{image}", [file], where, findings=sorted(findings), boxes=boxes, complete=True)
+
+
+def read_ms_cxr(source, split, skip):
+    """MS-CXR (MS_CXR_Local_Alignment_v1.*.csv): phrases and their boxes on images of MIMIC-CXR-JPG, which are below `images` or
+    path/../mimic_cxr. v1.1 has a split; v1.0 takes that of MIMIC-CXR where it is there, else `assigned` patients."""
+    root, images = Path(source.path), source.image_root()
+    path = locate(root, "MS_CXR_Local_Alignment_v1*.csv")
+    columns = ["dicom_id", "category_name", "label_text", "path", "x", "y", "w", "h", "image_width", "image_height"]
+    studies = {}
+    for row in read_csv(path, columns, skip):
+        where = f"{path}, image {row['dicom_id']}"
+        try:
+            x, y, w, h = (float(row[c]) for c in "xywh")
+            box = fractions([(x, y, x + w, y + h)], row["image_width"], row["image_height"])[0]
+            patient = "mimic/" + re.search(r"/p(\d{8})/", f"/{row['path']}")[1]
+        except (ValueError, ZeroDivisionError, TypeError):
+            skip(f"{where}: expected numbers in x, y, w, h, image_width, image_height, and a path with the patient, like files/p10/p10000032/...")
+            continue
+        study = studies.setdefault(row["dicom_id"], (Study(row["dicom_id"], patient, [images / row["path"]], where), row.get("split")))
+        study[0].boxes.setdefault(("phrase", " ".join(row["label_text"].split())), []).append(box)
+    splits = {study.id: {"validate": "val", "valid": "val"}.get(given, given) for study, given in studies.values()}
+    if not all(splits.values()):
+        if tables := sorted(images.glob("mimic-cxr-2*-split.csv*")):
+            official = {row["dicom_id"]: row["split"].replace("validate", "val") for row in read_csv(tables[-1], ["dicom_id", "split"], skip)}
+            splits = {i: official.get(i, "train") for i in splits}
+        else:
+            patients = assigned(study.patient for study, _ in studies.values())
+            splits = {study.id: patients[study.patient] for study, _ in studies.values()}
+    yield from (study for study, _ in studies.values() if splits[study.id] == split)
+
+
+def read_padchest_gr(source, split, skip):
+    """PadChest-GR (grounded_reports_*.json): a report of its English sentences, and the boxes of the abnormal ones. The split is
+    that of master_table.csv; without the file, `assigned` patients."""
+    root = Path(source.path)
+    path, official = locate(root, "grounded_reports*.json"), {}
+    if (root / "master_table.csv").is_file():                             # a row per label
+        official = {row["ImageID"]: row["split"].replace("validation", "val") for row in read_csv(root / "master_table.csv", ["ImageID", "split"], skip)}
+    rows = []
+    for n, row in enumerate(read_json(path)):
+        try:
+            findings = [(str(f["sentence_en"]), bool(f["abnormal"]), [tuple(map(float, b)) for b in f.get("boxes") or ()]) for f in row["findings"]]
+            image = str(row["ImageID"])
+            rows.append((image, "padchest/" + str(row.get("PatientID", image.split("_")[0])), findings, f"{path}, [{n}]"))
+        except (KeyError, TypeError, ValueError) as error:
+            skip(f"{path}, [{n}]: expected an object with ImageID and findings ({error!r})")
+    splits = official or assigned(patient for _, patient, *_ in rows)
+    for image, patient, findings, where in rows:
+        if splits.get(image if official else patient) == split:
+            file = first_file(root, image, ("PadChest_GR", "images_grounding", "Padchest_GR_files", "images", ""))
+            boxes = {}
+            for sentence, abnormal, found in findings:
+                if abnormal and found:
+                    boxes.setdefault(("phrase", sentence.rstrip(". ")), []).extend(found)
+            report = " ".join(s.rstrip(". ") + "." for s, *_ in findings if s.strip())
+            yield Study(image, patient, [file], where, report, boxes=boxes,
+                        complete=all(found for _, abnormal, found in findings if abnormal))
+
+
+def read_chest_imagenome(source, split, skip):
+    """Chest ImaGenome (silver_dataset/splits/*.csv, silver_dataset/scene_graph/ID_SceneGraph.json): boxes of anatomical regions on
+    images of MIMIC-CXR-JPG, which are, with their metadata CSV, below `images` or path/../mimic_cxr."""
+    root, images = Path(source.path), source.image_root()
+    table = locate(root, f"silver_dataset/splits/{ {'val': 'valid'}.get(split, split) }.csv")
+    sizes = {row["dicom_id"]: (row["Columns"], row["Rows"]) for row in read_csv(locate(images, "mimic-cxr-2*-metadata.csv"), ["dicom_id", "Rows", "Columns"], skip)}
+    for row in read_csv(table, ["subject_id", "study_id", "dicom_id"], skip):
+        dicom, path = row["dicom_id"], root / "silver_dataset" / "scene_graph" / f"{row['dicom_id']}_SceneGraph.json"
+        if not path.is_file():                                            # the dataset itself lacks some
+            continue
+        try:
+            boxes = {("anatomy", o["bbox_name"]): fractions([[o[f"original_{c}"] for c in ("x1", "y1", "x2", "y2")]], *sizes[dicom])
+                     for o in read_json(path)["objects"]}
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            skip(f"{path}: expected objects with bbox_name and original_x1 .. original_y2, and the image's size in the metadata ({error!r})")
+            continue
+        file = images / mimic_image(row["subject_id"], row["study_id"], dicom)
+        yield Study(dicom, f"mimic/{row['subject_id']}", [file], str(path), boxes=boxes)
+
+
+NIH_NAMES = {"Infiltrate": "Infiltration", "Pleural_Thickening": "Pleural thickening"}
+
+
+def read_nih(source, split, skip):
+    """NIH ChestX-ray14: Data_Entry_2017*.csv (labels), BBox_List_2017.csv (boxes in a frame of 1024 x 1024), images*/. The split is
+    that of train_val_list.txt and test_list.txt (all boxes are on test images); without these, `assigned` patients."""
+    root = Path(source.path)
+    path, labels, boxes = locate(root, "BBox_List_2017.csv"), {}, {}
+    try:
+        rows = [*csv.reader(path.read_text(encoding="utf-8-sig").splitlines())][1:]     # a header that splits into other cells
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a valid CSV file ({error})") from None
+    for n, (image, name, *cells) in enumerate((row for row in rows if len(row) > 1), 2):
+        try:
+            x, y, w, h = map(float, cells[:4])
+        except ValueError:
+            skip(f"{path}, line {n}: expected four numbers")
+            continue
+        boxes.setdefault(image, {}).setdefault(("abnormality", NIH_NAMES.get(name, name)), []).extend(fractions([(x, y, x + w, y + h)], 1024, 1024))
+    for table in root.glob("Data_Entry*.csv"):
+        for row in read_csv(table, ["Image Index", "Finding Labels"], skip):
+            labels[row["Image Index"]] = [NIH_NAMES.get(n, n) for n in row["Finding Labels"].split("|") if n != "No Finding"]
+    images = sorted({*labels, *boxes})
+    held = (root / "train_val_list.txt").is_file() or (root / "test_list.txt").is_file()
+    patients = assigned({i.split("_")[0] for i in images}, (0.1, 0.0) if held else (0.1, 0.2))
+    test = set(locate(root, "test_list.txt").read_text().split()) if held else set()
+    folders = ["images", "", *sorted(p.relative_to(root) for p in root.glob("images_*/images"))]
+    for image in images:
+        if ("test" if image in test else patients[image.split("_")[0]]) == split:
+            yield Study(image, f"nih/{image.split('_')[0]}", [first_file(root, image, folders)], f"{path.parent}, image {image}",
+                        findings=labels.get(image), boxes=boxes.get(image, {}))
+
+
+def read_coco(source, split, skip):
+    """Boxes in COCO's format: SPLIT.json, instances_SPLIT*.json or *_SPLIT.json; one file alone is split by `assigned`. Images without
+    an annotation count as normal."""
+    root, images = Path(source.path), source.image_root()
+    files = {*root.glob("*.json"), *root.glob("annotations/*.json")}
+    path = next(iter(files)) if len(files) == 1 else locate(root, *(f"{a}{b}" for b in (f"{split}.json", f"instances_{split}*.json", f"*_{split}.json")
+                                                                   for a in ("", "annotations/")))
+    tree, studies = read_json(path), {}
+    try:
+        names = {c["id"]: str(c["name"]) for c in tree["categories"]}
+        for row in tree["images"]:
+            file = next((f for name in (row["file_name"], Path(row["file_name"]).name)
+                         if (f := first_file(images, name, ("", "images", split))).is_file()), images / row["file_name"])
+            studies[row["id"]] = Study(str(row["file_name"]), f"coco/{row['file_name']}", [file], f"{path}, image {row['id']}", complete=True)
+        sizes = {row["id"]: (row["width"], row["height"]) for row in tree["images"]}
+        for row in tree["annotations"]:
+            x, y, w, h = map(float, row["bbox"])
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", names[row["category_id"]]).replace("_", " ").lower()
+            studies[row["image_id"]].boxes.setdefault(("abnormality", name), []).extend(
+                fractions([(x, y, x + w, y + h)], *sizes[row["image_id"]]))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: not in COCO's format, images with id, file_name, width, height and annotations with image_id, "
+                         f"category_id, bbox ({error!r})") from None
+    splits = assigned(studies) if len(files) == 1 else dict.fromkeys(studies, split)
+    for i, study in studies.items():
+        if splits[i] == split:
+            study.findings = sorted({name for _, name in study.boxes})
+            yield study
+
+
+BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"([01](?:\.\d+)?|\.\d+)"] * 4) + r"\s*\]")
+
+
+def read_llava(source, split, skip):
+    """Conversations in LLaVA's format, as RadVLM's tools write them: SPLIT.json, or one *.json that is split by `assigned` images.
+    Texts are kept as they are; each turn is an example, with the turns before it as its history. A turn whose answer has
+    boxes is grounding, one that asks for a report or findings is a report, the others are for SFT alone."""
+    root, images = Path(source.path), source.image_root()
+    files = [*root.glob("*.json")]
+    path = files[0] if len(files) == 1 else locate(root, f"{split}.json", f"*{split}*.json")
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list of conversations")
+    def pictures(row):
+        return [row["image"]] if isinstance(row["image"], str) else [str(i) for i in row["image"]]
+    splits = assigned(str(pictures(row)) for row in rows if isinstance(row, dict) and "image" in row) if len(files) == 1 else {}
+    for n, row in enumerate(rows):
+        try:
+            turns = [(str(t["from"]), str(t["value"])) for t in row["conversations"]]
+            names, kinds = pictures(row), [kind for kind, _ in turns]
+            if kinds != ["human", "gpt"] * (len(kinds) // 2) or not turns:
+                raise ValueError("turns of human and gpt in turn")
+        except (KeyError, TypeError, ValueError) as error:
+            skip(f"{path}, [{n}]: expected an object with image and conversations of human and gpt ({error!r})")
+            continue
+        if splits.get(str(names), split) != split:
+            continue
+        history, files_ = (), tuple(str(first_file(images, name, ("", "images"))) for name in names)
+        if problem := image_problem(files_, images):
+            skip(f"{path}, [{n}]: {problem}")
+            continue
+        for k, ((_, question), (_, answer)) in enumerate(zip(turns[::2], turns[1::2])):
+            question = question.replace("<image>", "").strip()
+            boxes = tuple(tuple(map(float, b)) for b in BOX.findall(answer))
+            task = "grounding" if boxes else "report" if re.search(r"report|findings", question, re.I) else "classification"
+            yield Example(f"{row.get('id', n)}-{k}", task, files_, question, answer, boxes=boxes, history=history, patient=f"{root}/{names[0]}",
+                          label=question if boxes else "", kind="phrase" if boxes else "")
+            history += ((question, answer),)
+
+
+def read_jsonl(source, split, skip):
+    """Your own data: SPLIT.jsonl, one JSON object a line.
+
+    {"id", "images": [paths from the folder], "report": text} is a report example;
+    {"id", "images", "phrase": text, "boxes": [[x1, y1, x2, y2], ...]} (fractions of the image) a grounding example.
+    Optional: "question", "thinking", "patient".
+    """
+    root, path = Path(source.path), Path(source.path) / f"{split}.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().split("\n")           # JSON may hold other line separators as text
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read ({getattr(error, 'strerror', 0) or error})") from None
+    for n, line in enumerate(lines, 1):
+        where = f"{path}, line {n}"
+        try:
+            row = json.loads(line)
+            study = Study(str(row["id"]), str(row.get("patient", row["id"])), [source.image_root() / image for image in row["images"]], where,
+                          thinking=str(row.get("thinking", "")))
+            if "report" in row:
+                study.report = row["report"] if isinstance(row["report"], str) else ""
+            else:
+                study.boxes = {("phrase", str(row["phrase"])): [tuple(float(v) for v in box) for box in row["boxes"]]}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            skip(f"{where}: expected an object with id, images and report, or phrase and boxes ({error!r})")
+            continue
+        for example in study_examples(study, source, split, 0, skip):
+            answer = boxes_text(example.boxes) if example.kind else example.answer
+            yield dataclasses.replace(example, id=study.id, question=str(row.get("question") or example.question), answer=answer)
+
+
 SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}   # phantom indices: disjoint by construction
 
 
-def read_phantoms(config, split, _skip):
+def read_phantoms(config, split):
     """Two sets of phantoms, as in the papers: studies as they come, with a report, and studies chosen because something
     is to be seen, with the list of their findings and a grounding question about each of them (now and then about
     one that is not there). In training the chosen ones have a report too."""
@@ -386,17 +888,17 @@ def read_phantoms(config, split, _skip):
     chosen = (phantom(config.seed, index) for index in itertools.count(SPLIT_START[split] + 5_000_000))
     chosen = (s for s in chosen if s.boxes.keys() & RARE or s.boxes and s.index % 3 == 0)
     for study in itertools.islice(studies, size):
-        yield example(study, "", "report", REPORT_QUESTION, study.report, thinking=study.thinking)
+        yield example(study, "", "report", QUESTIONS["report"][0], study.report, thinking=study.thinking)
     for study in itertools.islice(chosen, size):
-        yield example(study, "-list", "classification", LIST_QUESTION, finding_list(study))
+        yield example(study, "-list", "classification", QUESTIONS["classification"][0], finding_list(study))
         if split == "train":                                              # held-out reports keep the natural prevalence
-            yield example(study, "", "report", REPORT_QUESTION, study.report, thinking=study.thinking)
+            yield example(study, "", "report", QUESTIONS["report"][0], study.report, thinking=study.thinking)
         rng = np.random.default_rng([config.seed, study.index, 7])
         absent = [label for label in PHANTOM_LABELS if label not in study.boxes]
         for label in [*study.boxes, *([str(rng.choice(absent))] if rng.random() < 0.4 else [])]:
             boxes = tuple(tuple(round(float(v), 2) for v in box) for box in study.boxes.get(label, ()))
             yield example(study, f"-{label}", "grounding", grounding_questions(label, rng), boxes_text(boxes),
-                          thinking=grounding_thinking(study, label), boxes=boxes, label=label)
+                          thinking=grounding_thinking(study, label), boxes=boxes, label=label, kind="abnormality")
 
 
 def finding_list(study):
@@ -416,162 +918,227 @@ def phantom_corpus(studies=2000):
     """Texts of the first training phantoms of seed 0: what the built-in tokenizer is trained on."""
     config = Config()
     config.data.train_size = studies // 2
-    examples = list(read_phantoms(config, "train", None))
+    examples = list(read_phantoms(config, "train"))
     return [text for e in examples for text in (e.question, e.answer, e.thinking)]
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+# name: the reader, a generator of Study or Example for (source, split, skip)
+READERS = {"phantom": read_phantoms, "iu_xray": read_iu_xray, "mimic_cxr": read_mimic_cxr, "vindr_cxr": read_vindr_cxr,
+           "ms_cxr": read_ms_cxr, "padchest_gr": read_padchest_gr, "chest_imagenome": read_chest_imagenome, "nih": read_nih,
+           "coco": read_coco, "llava": read_llava, "jsonl": read_jsonl}
 
 
-def read_csv(path, columns, skip):
-    """Rows of a CSV file as dicts; a missing column is an error, a row with too few or too many cells is bad."""
-    csv.field_size_limit(1 << 24)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            missing = [c for c in columns if c not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(reader.fieldnames or ['none'])}")
-            for row in reader:
-                if None in row or None in row.values():
-                    skip(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames)} cells")
-                    continue
-                yield row
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a valid CSV file ({error})") from None
+# ---------------------------------------------------------------------------------------------- from studies to examples
+
+QUESTIONS = {
+    "report": ("Write the findings of this chest X-ray.", "Describe what this chest X-ray shows.", "Write a radiology report for this study.",
+               "What are the findings in this chest X-ray?", "Report this chest radiograph.", "Give the findings section for this examination.",
+               "Read this chest X-ray and write down your findings.", "Compose the findings of the report for these images."),
+    "classification": ("List the findings.", "Which abnormalities are present?", "Name the abnormal findings in this chest X-ray.",
+                       "What is abnormal here?", "Which findings does this radiograph show?", "Enumerate the abnormalities, if any."),
+    "abnormality": ("Where is the {}? Give its boxes.", "Locate the {} in the image.", "Give the boxes of the {}.", "Mark the {} with boxes.",
+                    "Find the {} and answer with its boxes.", "Which regions show the {}? Answer with boxes."),
+    "anatomy": ("Where is the {}? Give its box.", "Locate the {} in the image.", "Give the box of the {}.", "Outline the {} with a box.",
+                "Which region of the image is the {}? Answer with a box.", "Mark the {} with a box."),
+    "phrase": ("Where is {}? Answer with boxes.", "Locate this finding and answer with boxes: {}", "Which region does this describe? Answer with boxes: {}",
+               "Give the boxes for: {}", "Find where this is seen and give the boxes: {}", "Mark with boxes: {}"),
+    "detection": ("Where are abnormalities? Name each and give its boxes.", "Detect all abnormalities and give their boxes.",
+                  "Name and locate every abnormal finding with boxes.", "List the abnormal findings with their boxes.",
+                  "Mark everything abnormal: names and boxes.", "Find the abnormalities and give names and boxes."),
+}
+ANSWERS = ("{}", "It is at {}.", "The box is {}.", "{} in the image.")       # of one region, around its boxes
+TASK_OF = {"report": "report", "classification": "classification", "grounding": "grounding",
+           **dict.fromkeys(("abnormality", "anatomy", "phrase", "detection"), "grounding")}         # what data.tasks may name
 
 
-def thirds(ids, seed=0):
-    """id -> split, 70 / 10 / 20 % by a hash of the id (at least one each), for datasets published without a split."""
-    ranked = sorted(set(ids), key=lambda i: hashlib.sha1(f"{seed}:{i}".encode()).hexdigest())
-    n_val, n_test = max(1, round(0.1 * len(ranked))), max(1, round(0.2 * len(ranked)))
-    names = ["val"] * n_val + ["test"] * n_test + ["train"] * len(ranked)
-    return dict(zip(ranked, names))
+def image_problem(images, root):
+    """Why these images cannot be used, or ""."""
+    root = os.path.abspath(root)
+    for image in images:
+        if not os.path.abspath(image).startswith(os.path.join(root, "")):
+            return f"image {image} lies outside {root}"
+        if not os.path.isfile(image):
+            return f"image {image} does not exist"
+    return "" if images else "the study has no image"
 
 
-def study_example(uid, images, report, where, skip):
-    """A report example, or None after skip() when the study has no text or no image file."""
-    report = " ".join(report.split()) if isinstance(report, str) else ""
-    missing = [i for i in images if not os.path.isfile(i)]
-    if not report:
-        return skip(f"{where}: the report is empty")
-    if missing or not images:
-        return skip(f"{where}: image {missing[0]} does not exist" if missing else f"{where}: the study has no image")
-    return Example(id=str(uid), task="report", images=tuple(map(str, images)), question=REPORT_QUESTION, answer=report,
-                   patient=str(uid))
+def study_examples(study, source, split, seed, skip):
+    """The questions that source.tasks ask about a study. Training wordings vary, by seed and id; held-out ones are the first."""
+    rng = np.random.default_rng([seed, int(hashlib.sha1(study.id.encode()).hexdigest()[:12], 16)])
+
+    def wording(choices):
+        return _pick(rng, choices) if split == "train" else choices[0]
+
+    def asked(kind):
+        return kind in source.tasks or TASK_OF[kind] in source.tasks
+
+    def example(kind, suffix, answer, phrase="", **more):
+        return Example(study.id + suffix, TASK_OF[kind], tuple(map(str, study.images)), wording(QUESTIONS[kind]).format(phrase), answer,
+                       patient=study.patient, kind=kind if TASK_OF[kind] == "grounding" else "", **more)
+    regions = {(kind, name): boxes for (kind, name), boxes in study.boxes.items() if asked(kind)}
+    detection = study.complete and asked("detection")
+    wanted = [study.report is not None and asked("report"), study.findings is not None and asked("classification"), regions, detection]
+    if not any(wanted):
+        return
+    bad = [b for boxes in study.boxes.values() for b in boxes if len(b) != 4 or not (0 <= b[0] < b[2] <= 1 and 0 <= b[1] < b[3] <= 1)]
+    report = " ".join((study.report or "").split())
+    problem = (image_problem(study.images, source.image_root())
+               or wanted[0] and not report and "the report is empty"
+               or bad and f"box {list(bad[0])} is not x1 < x2, y1 < y2 inside the image (fractions from 0 to 1)")
+    if problem:
+        skip(f"{study.where}: {problem}")
+        return
+    if wanted[0]:
+        yield example("report", "", report, thinking=study.thinking)
+    if wanted[1]:
+        yield example("classification", "-list", (", ".join(name.lower() for name in study.findings) or "none") + ".")
+    for (kind, name), boxes in regions.items():
+        phrase = name if kind == "phrase" else name.lower()
+        text = (wording(ANSWERS) if boxes else "{}").format(boxes_text(boxes))
+        yield example(kind, f"-{name}", text, phrase, boxes=tuple(boxes), label=name, thinking=study.thinking)
+    if detection:
+        found = [(name, boxes) for (_, name), boxes in study.boxes.items() if boxes]
+        text = "; ".join(f"{name} {boxes_text(boxes)}" for name, boxes in found) + "." if found else NOTHING_THERE
+        yield example("detection", "-detect", text, boxes=tuple(b for _, boxes in found for b in boxes), label="abnormalities")
 
 
-def read_iu_xray(config, split, skip):
-    """IU X-Ray as R2Gen distributes it (annotation.json, images/), or as Kaggle does (two CSV files, images_normalized/).
+def sources(config, split):
+    """The datasets of a split: the entries of data.train, data.val or data.test, or the one that the section itself names. What
+    an entry leaves out, the section gives; its path is relative to data.path."""
+    d = config.data
+    entries = getattr(d, split) or d.train
+    if not entries:
+        return [Source(d.source, d.path, d.images, d.tasks, d.views)]
+    return [dataclasses.replace(e, path=os.path.join(d.path, e.path or e.source), tasks=e.tasks or d.tasks, views=e.views or d.views,
+                                images=os.path.join(d.path, e.images) if e.images else "") for e in entries]
 
-    R2Gen's first image is the frontal view. Kaggle's files have no split (see `thirds`) and keep the original
-    sections: the report is the findings, else the impression.
-    """
-    root = Path(config.data.path)
-    if (root / "annotation.json").is_file():
-        path = root / "annotation.json"
-        tree = read_json(path)
-        rows = tree.get(split) if isinstance(tree, dict) else None
-        if not isinstance(rows, list):
-            raise InputError(f"{path}: expected a list under {split!r}, the layout of R2Gen")
-        for n, row in enumerate(rows):
-            where = f"{path}, {split}[{n}]"
-            if not (isinstance(row, dict) and "id" in row and isinstance(row.get("image_path"), list)
-                    and all(isinstance(p, str) for p in row["image_path"])):
-                skip(f"{where}: expected an object with id, report and image_path")
-                continue
-            images = [root / "images" / p for p in row["image_path"]]
-            yield study_example(row["id"], images[:1] if config.data.views == "frontal" else images,
-                                row.get("report"), where, skip)
-    elif (root / "indiana_reports.csv").is_file():
-        views = {}
-        for row in read_csv(root / "indiana_projections.csv", ["uid", "filename", "projection"], skip):
-            if config.data.views == "all" or row["projection"].strip().lower() == "frontal":
-                views.setdefault(row["uid"], []).append((row["projection"], root / "images_normalized" / row["filename"]))
-        path = root / "indiana_reports.csv"
-        rows = list(read_csv(path, ["uid", "findings", "impression"], skip))
-        splits = thirds(row["uid"] for row in rows)
-        for row in rows:
-            if splits[row["uid"]] == split:
-                images = [image for _, image in sorted(views.get(row["uid"], []))]   # "Frontal" sorts before "Lateral"
-                yield study_example(row["uid"], images, row["findings"].strip() or row["impression"],
-                                    f"{path}, uid {row['uid']}", skip)
+
+def read_source(config, source, split, skip):
+    """All examples of one source, in the configured output format."""
+    if source.source == "phantom":
+        found = read_phantoms(config, split)
     else:
-        raise InputError(f"data.path={root}: expected annotation.json (R2Gen) or indiana_reports.csv (Kaggle) there")
+        if not Path(source.path).is_dir():
+            raise InputError(f"data.path={source.path!r}: no such folder; set it to the {source.source} dataset")
+        found = READERS[source.source](source, split, skip)
+    found = tqdm(itertools.islice(found, source.limit or None), f"{source.source} {split}", unit="", delay=5, leave=False, disable=os.environ.get("RANK", "0") != "0")
+    found = (e for f in found for e in ([f] if isinstance(f, Example) else study_examples(f, source, split, config.seed, skip)))
+    return [e for e in found if e.task in source.tasks or e.kind in source.tasks]
 
 
-def read_jsonl(config, split, skip):
-    """Your own data: `data.path/{split}.jsonl`, one JSON object a line.
-
-    {"id", "images": [paths from data.path], "report": text} is a report example;
-    {"id", "images", "phrase": text, "boxes": [[x1, y1, x2, y2], ...]} (fractions of the image) a grounding example.
-    Optional: "question", "thinking", "patient".
-    """
-    root, path = Path(config.data.path), Path(config.data.path) / f"{split}.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")           # JSON may hold other line separators as text
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read ({getattr(error, 'strerror', 0) or error})") from None
-    for n, line in enumerate(lines, 1):
-        where = f"{path}, line {n}"
-        try:
-            row = json.loads(line)
-            images = [root / image for image in row["images"]]
-            patient = str(row.get("patient", row["id"]))
-            thinking = str(row.get("thinking", ""))
-            if "report" in row:
-                example = study_example(row["id"], images, row["report"], where, skip)
-                yield example and dataclasses.replace(example, question=str(row.get("question") or REPORT_QUESTION),
-                                                      patient=patient, thinking=thinking)
-                continue
-            boxes = tuple(tuple(float(v) for v in box) for box in row["boxes"])
-            phrase = str(row["phrase"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            skip(f"{where}: expected an object with id, images and report, or phrase and boxes ({error!r})")
-            continue
-        bad = [b for b in boxes if len(b) != 4 or not (0 <= b[0] < b[2] <= 1 and 0 <= b[1] < b[3] <= 1)]
-        if bad:
-            skip(f"{where}: box {list(bad[0])} is not x1 < x2, y1 < y2 inside the image (fractions from 0 to 1)")
-        elif not all(map(os.path.isfile, images)) or not images:
-            skip(f"{where}: an image of {list(map(str, images))} does not exist")
-        else:
-            yield Example(id=str(row["id"]), task="grounding", images=tuple(map(str, images)),
-                          question=str(row.get("question") or f"Where is {phrase}? {BOX_INSTRUCTION}"),
-                          answer=boxes_text(boxes), thinking=thinking, boxes=boxes, label=phrase, patient=patient)
-
-
-READERS = {"phantom": read_phantoms, "iu_xray": read_iu_xray, "jsonl": read_jsonl}
-
-
-def load_split(config, split):
-    """All examples of `split` ("train", "val", "test") for the configured tasks, in the configured output format.
-
-    With data.on_error=skip, examples that cannot be used are left out, counted and reported; otherwise the first one
-    raises InputError.
-    """
-    if config.data.source != "phantom" and not Path(config.data.path).is_dir():
-        raise InputError(f"data.path={config.data.path!r}: no such folder; set it to the {config.data.source} dataset")
-    problems = []
-
+def read_split(config, split, problems):
+    """[(source, its examples)]. With data.on_error=skip, what cannot be used is added to `problems`; else it raises InputError."""
     def skip(message):
         if config.data.on_error == "stop":
             raise InputError(f"{message} (data.on_error=skip leaves such examples out)")
         problems.append(message)
-    examples = [dataclasses.replace(e, style=style_of(config))
-                for e in READERS[config.data.source](config, split, skip) if e and e.task in config.data.tasks]
-    if problems:
-        print(f"{split}: skipped {len(problems)} examples, the first: {problems[0]}", file=sys.stderr)
+    return [(source, read_source(config, source, split, skip)) for source in sources(config, split)]
+
+
+def plain_words(text):
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def without_leaks(config, parts):
+    """Training parts without the patients of the held-out splits, and, with data.dedup, without reports that repeat a held-out
+    one word for word. Returns (parts, what to say about it). Phantoms of different splits are different by construction."""
+    held = [e for split in sorted({"val", config.eval.split} - {"train"}) for source, part in read_split(config, split, [])
+            for e in part if source.source != "phantom"] if any(source.source != "phantom" for source, _ in parts) else []
+    patients, reports = {e.patient for e in held}, {plain_words(e.answer) for e in held if e.task == "report"}
+    n_leaks = n_copies = n_reports = 0
+    result = []
+    for source, part in parts:
+        kept = []
+        for e in part if source.source != "phantom" else ():
+            leaks, copies = e.patient in patients, e.task == "report" and plain_words(e.answer) in reports
+            n_leaks, n_copies, n_reports = n_leaks + leaks, n_copies + (copies and not leaks), n_reports + (e.task == "report" and not leaks)
+            if not (leaks or copies and config.data.dedup):
+                kept.append(e)
+        result.append((source, part if source.source == "phantom" else kept))
+    if n_leaks and not any(part for _, part in result):
+        return parts, "all patients are held out, too: kept, but what is measured on the held-out splits means nothing"
+    said = [f"left out {n_leaks} examples of patients that are held out, too"] * bool(n_leaks)
+    if n_copies:
+        said.append(f"{n_copies} of {n_reports} reports ({n_copies / n_reports:.0%}) repeat a held-out report word for word, and "
+                    + ("are left out" if config.data.dedup else "stay (data.dedup=true leaves them out)"))
+    return result, "; ".join(said)
+
+
+def repeated(examples, weight, seed):
+    """Every study `weight` times, a fraction being a random part of the studies. Copies have ids, and so samples, of their own."""
+    groups = by_study(examples)
+    order = np.random.default_rng([seed, 13]).permutation(len(groups))
+    return [dataclasses.replace(e, id=f"{e.id}#{copy}", copy=copy) if copy else e for copy in range(math.ceil(weight))
+            for i in sorted(order[:round(min(1, weight - copy) * len(groups))]) for e in groups[i]]
+
+
+def load_split(config, split):
+    """All examples of `split` ("train", "val", "test") for the configured tasks, in the configured output format. Training
+    examples come as often as the weight of their source says, and never from held-out patients.
+
+    With data.on_error=skip, examples that cannot be used are left out, counted and reported; otherwise the first one
+    raises InputError.
+    """
+    problems, said = [], ""
+    parts = read_split(config, split, problems)
+    if split == "train":
+        parts, said = without_leaks(config, parts)
+        parts = [(source, repeated(part, source.weight, config.seed)) for source, part in parts]
+    if os.environ.get("RANK", "0") == "0":
+        if problems:
+            print(f"{split}: skipped {len(problems)} examples, the first: {problems[0]}", file=sys.stderr)
+        if said:
+            print(f"{split}: {said}", file=sys.stderr)
+    examples = with_traces(config, [dataclasses.replace(e, id=f"{source.source}/{e.id}" if len(parts) > 1 else e.id, style=style_of(config))
+                                    for source, part in parts for e in part])
     if not examples:
         raise InputError(f"data.path={config.data.path!r}: no usable example in split {split!r}")
     return examples
+
+
+# ---------------------------------------------------------------------------------------------- thinking traces
+
+# Regions in the order of a systematic reading; a sentence belongs to the one whose words it has first in the second column.
+REGIONS = (("Devices", r"tube|catheter|line tip|\bpicc|\bport\b|pacemaker|lead|wire|clip|stent|valve"),
+           ("Pleura", r"pleura|effusion|pneumothora|costophrenic"),
+           ("Bones", r"bon[ey]|rib|osseous|spin|skelet|fracture|vertebra|clavic|degenerat"),
+           ("Heart", r"heart|cardi"), ("Mediastinum", r"mediastin|aort|hil[aiu]|trache"),
+           ("Lungs", r"lung|pulmon|opaci|consolid|atelect|edema|airspace|nodul|mass|pneumonia|interstit|vascul|lobe|basilar"))
+READING_ORDER = ("Heart", "Mediastinum", "Lungs", "Pleura", "Bones", "Devices")
+
+
+def systematic_reading(report):
+    """A trace for a cold start out of the reference report: its sentences region by region, then the rest."""
+    said = {region: [] for region in (*READING_ORDER, "Other")}
+    for sentence in re.split(r"(?<=[.!?])\s+", report.strip()):
+        said[next((region for region, words in REGIONS if re.search(words, sentence, re.I)), "Other")].append(sentence)
+    return " ".join(f"{region}: {' '.join(sentences) or 'not described.'}" for region, sentences in said.items() if sentences or region != "Other")
+
+
+def looking_for(label, boxes):
+    """A one-line trace for a grounding question. The left of the patient is on the right of the image."""
+    sides = {"right" if box[0] + box[2] < 1 else "left" for box in boxes}
+    where = "It is not there." if not boxes else "It is there on both sides." if len(sides) > 1 else f"It is there on the {sides.pop()}."
+    return f"Looking for {label}. {where}"
+
+
+def with_traces(config, examples):
+    """Examples with thinking: from data.traces where it is given, else their own, else made from report and boxes."""
+    if not config.data.thinking:
+        return examples
+    if not config.data.traces:
+        made = {"report": lambda e: systematic_reading(e.answer), "grounding": lambda e: looking_for(e.label, e.boxes)}
+        return [e if e.thinking or e.task not in made else dataclasses.replace(e, thinking=made[e.task](e)) for e in examples]
+    path, traces = Path(config.data.traces), {}
+    try:
+        for n, line in enumerate(path.read_text(encoding="utf-8").rstrip().split("\n"), 1):
+            row = json.loads(line)
+            traces[str(row["id"])] = str(row["thinking"])
+    except OSError as error:
+        raise InputError(f"data.traces={path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}, line {n}: expected an object with id and thinking ({error!r})") from None
+    return [dataclasses.replace(e, thinking=traces.get(e.id.partition("#")[0], "")) for e in examples]
 
 
 # ---------------------------------------------------------------------------------------------- data order
@@ -594,7 +1161,7 @@ def by_study(examples):
     """Examples grouped by their images: lists of questions about the same study."""
     groups = {}
     for example in examples:
-        groups.setdefault(example.images, []).append(example)
+        groups.setdefault((example.images, example.copy), []).append(example)
     return list(groups.values())
 
 
@@ -688,8 +1255,6 @@ TUBES = {"a pacemaker": ((.30, -.24), (.16, -.30), (.01, -.20), (-.03, .05), (.0
          "a chest tube": ((.46, .16), (.33, .08), (.27, -.08), (.24, -.27))}
 QUESTION_NAMES = {"Enlarged Cardiomediastinum": "widened mediastinum", "Cardiomegaly": "enlarged heart",
                   "Pleural Other": "pleural thickening", "Fracture": "rib fracture"}
-QUESTIONS = ("Where is the {}? Give its boxes.", "Locate the {} in the image.", "Give the boxes of the {}.",
-             "Mark the {} with boxes.")
 
 
 @dataclass(frozen=True)
@@ -735,7 +1300,7 @@ def phantom(seed, index):
 
 def grounding_questions(label, rng):
     """One wording of "where is `label`?"."""
-    return _pick(rng, QUESTIONS).format(QUESTION_NAMES.get(label, label.lower()))
+    return _pick(rng, QUESTIONS["abnormality"][:4]).format(QUESTION_NAMES.get(label, label.lower()))
 
 
 def _pick(rng, items):

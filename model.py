@@ -508,9 +508,10 @@ class Policy:
 
     def chat(self, example):
         """The user turn up to where the assistant begins, with one placeholder per image."""
-        content = [{"type": "image"}] * len(example.images) + [{"type": "text", "text": data.prompt_text(example)}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
-                                                  tokenize=False)
+        turns = [text for turn in example.history for text in turn] + [data.prompt_text(example)]
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for text, role in zip(turns, itertools.cycle(["user", "assistant"]))]
+        messages[0]["content"][:0] = [{"type": "image"}] * len(example.images)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def encode(self, example):
         """The model inputs for one prompt: a dict of tensors (1, P) plus pixel values. Raises InputError."""

@@ -278,8 +278,9 @@ def train(config, stop):
         rewards.check_rewards(config.rewards)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if not {"report", "grounding"} & {*config.data.tasks}:
-        raise InputError(f"data.tasks={config.data.tasks}: GRPO needs report or grounding examples")
+    tasks = {task for source in data.sources(config, "train") for task in source.tasks}
+    if not {"report", "grounding"} & {data.TASK_OF[task] for task in tasks}:
+        raise InputError(f"data.tasks={sorted(tasks)}: GRPO needs report or grounding examples")
     model.open_run(run, config, ["model", "data", "grpo", "rewards"] + ["sft"] * (grpo.init == "auto"))
     if model.last_step(run) > grpo.steps:
         raise InputError(f"{run} is already at step {model.last_step(run)}, past grpo.steps={grpo.steps}")

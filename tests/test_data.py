@@ -230,8 +230,8 @@ def test_a_csv_without_a_column(tmp_path):
 
 def own(root, *rows):
     picture(root / "a.png")
-    for split in ("train", "val", "test"):
-        write(root / f"{split}.jsonl", "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    for split, some in (("train", rows), ("val", [{**GOOD, "patient": "q"}]), ("test", [{**GOOD, "patient": "r"}])):
+        write(root / f"{split}.jsonl", "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in some))
     return load_config(ROOT / "config.yaml", ["data.source=jsonl", f"data.path={root}"])
 
 

@@ -280,7 +280,7 @@ def test_policy_never_samples_a_vision_token(policy, examples, config):
 
 def test_each_patient_keeps_its_own_image(policy, examples):
     """Scores of two prompts in one batch are those of each alone: no image went to the neighbour."""
-    a, b = (dataclasses.replace(e, question=data.REPORT_QUESTION) for e in (examples[0], examples[3]))
+    a, b = (dataclasses.replace(e, question=data.QUESTIONS["report"][0]) for e in (examples[0], examples[3]))
     ids = torch.tensor([60, 61, 62])
     alone = [policy.logprobs([policy.encode(e)], [[ids, ids]])[0] for e in (a, b)]
     together = policy.logprobs([policy.encode(a), policy.encode(b)], [[ids, ids], [ids, ids]])[0]
