@@ -13,6 +13,7 @@ In order of appearance
 """
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import difflib
@@ -24,6 +25,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import typing
 import warnings
 import zlib
@@ -36,7 +38,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import yaml
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 
@@ -1552,3 +1554,97 @@ def _thinking(findings):
     return (f"Heart: {read('heart', 'normal size')}. Mediastinum: {read('mediastinum', 'normal')}. Right lung: "
             f"{read('lungs', 'clear', 'right')}. Left lung: {read('lungs', 'clear', 'left')}. Pleura: "
             f"{read('pleura', 'normal')}. Bones: {read('bones', 'intact')}. Devices: {read('devices', 'none')}.")
+
+
+# ---------------------------------------------------------------------------------------------- python data.py config.yaml
+
+def aligned(rows):
+    """Rows of texts as a table; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def spread(values):
+    """min / median / max"""
+    return " / ".join(f"{v:.0f}" for v in np.percentile(values, (0, 50, 100), method="nearest")) if len(values) else "-"
+
+
+def contact_sheet(examples, columns=4, side=360, foot=96):
+    """One picture of all: each example's first image with its boxes, and question and answer below."""
+    rows = -(-len(examples) // columns)
+    sheet, font = Image.new("RGB", (columns * side, rows * (side + foot)), "white"), ImageFont.load_default(11)
+    for n, e in enumerate(examples):
+        x, y = n % columns * side, n // columns * (side + foot)
+        image = open_images(dataclasses.replace(e, images=e.images[:1]))[0]
+        image = ImageOps.contain(image, (side - 8, side - 8))             # enlarged or reduced: boxes are fractions
+        pen = ImageDraw.Draw(image)
+        for box in e.boxes:
+            pen.rectangle([v * s for v, s in zip(box, image.size * 2)], outline="red", width=2)
+        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+        text = [f"{e.id}  ({e.kind or e.task})", *textwrap.wrap(e.question, 60)[:2], *textwrap.wrap(e.answer, 60)[:4]]
+        ImageDraw.Draw(sheet).multiline_text((x + 6, y + side), "\n".join(text), "black", font, spacing=2)
+    return sheet
+
+
+def describe(config, encode, label):
+    """What a run with this configuration would read, as text, and a contact sheet.
+
+    encode(example) -> (number of prompt tokens, of answer tokens); label(reports) -> states (N, 14), as rewards.labeler."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_error="skip"))
+    rng, said, chosen = np.random.default_rng(config.seed), [], []
+    counts = [["source", "split", "task", "examples", "studies", "patients", "words", "image width", "image height"]]
+    labels, lengths = {}, [["tokens, min / median / max", "of", "prompt", "answer"]]
+    for split in ("train", "val", "test"):
+        problems, leaks = [], ""
+        try:
+            parts = read_split(config, split, problems)
+            if split == "train":
+                parts, leaks = without_leaks(config, parts)
+        except InputError as error:
+            said.append(f"{split}: {error}")
+            continue
+        everything = [e for _, part in parts for e in part]
+        said += [f"{split}: {leaks}"] * bool(leaks) + [f"{split}: skipped {len(problems)}, such as"] * bool(problems)
+        said += [f"  {problem}" for problem in problems[:3]]
+        for source, part in parts:
+            for kind in sorted({e.kind or e.task for e in part}):
+                some = [e for e in part if (e.kind or e.task) == kind]
+                few = [some[i] for i in sorted(rng.permutation(len(some))[:50])]
+                sizes = np.array([image_size(i) if isinstance(i, (str, Path)) else i.size for e in few for i in e.images])
+                counts.append([source.source, split, kind, str(len(some)), str(len({e.images for e in some})), str(len({e.patient for e in some})),
+                               spread([len(e.answer.split()) for e in some]), spread(sizes[:, 0]), spread(sizes[:, 1])])
+                chosen += sorted(few, key=lambda e: not e.boxes)[:4] if split == "train" else few[:1]
+        reports = [e.answer for e in everything if e.task == "report"]
+        if reports:
+            reports = [reports[i] for i in rng.permutation(len(reports))[:2000]]
+            labels[f"{split}, {len(reports)} reports"] = np.isin(label(reports), (1, 3)).mean(0)
+        few = [everything[i] for i in rng.permutation(len(everything))[:32]]
+        if few:
+            prompts, answers = zip(*map(encode, few))
+            lengths.append([split, str(len(few)), spread(prompts), spread(answers)])
+    prevalence = [["positive or uncertain", *labels]] + [[name, *(f"{share[i]:.1%}" for share in labels.values())] for i, name in enumerate(LABELS)]
+    limits = f"limits: model.max_prompt_tokens={config.model.max_prompt_tokens}, grpo.max_new_tokens={config.grpo.max_new_tokens}"
+    return "\n\n".join([aligned(counts), *[aligned(prevalence)] * bool(labels), f"{aligned(lengths)}\n{limits}",
+                        "\n".join(said) or "nothing was skipped"]), contact_sheet(chosen)
+
+
+def main():
+    import model                                                          # for token lengths and labels alone
+    import rewards
+    parser = argparse.ArgumentParser(description="Describes what a run would read, and writes OUT/data.png: examples with their boxes.")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    policy = model.load_policy(config)
+    text, sheet = describe(config, lambda e: (policy.encode(e)["input_ids"].shape[1], len(policy.encode_target(e))), rewards.labeler(config.rewards))
+    path = Path(config.out, "data.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    print(f"{text}\n\nexamples: {path}")
+
+
+if __name__ == "__main__":
+    import data                                                           # the module that the others import, not a second one
+    data.run_main(data.main)

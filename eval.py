@@ -197,9 +197,7 @@ def table(results):
                                        for m in names)] for key in results[block][names[0]]]
     rows += [[f"minus {names[0]}: {key}", "", *(cell(*boot[key][m]["difference"], sign="+") for m in names[1:])]
              for key in boot if len(names) > 1]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return data.aligned(rows)
 
 
 def resolve(path):

@@ -756,11 +756,11 @@ def audit(config):
     return f"""split {config.eval.split}: {len(examples)} reports, {abnormal.sum()} abnormal
 rewards.report={config.rewards.report}
 
-{_aligned(rewards)}
+{data.aligned([[*map(_cell, row)] for row in rewards])}
 
 the same policies under other rewards
 
-{_aligned(shares)}
+{data.aligned([[*map(_cell, row)] for row in shares])}
 
 cheapest exploit: {name_exploit("wrong", paid, others, every)}
 without the image: {name_exploit("blind", paid, others, every)}
@@ -769,13 +769,6 @@ findings omitted, on abnormal studies: {name_exploit("omits", paid, others, abno
 
 def _cell(value):
     return value if isinstance(value, str) else "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def _aligned(rows):
-    rows = [[_cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def main():

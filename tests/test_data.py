@@ -1,5 +1,4 @@
-"""Configuration, dataset readers and image files: what is read, and what bad input says."""
-import csv
+"""Configuration, image files, IU X-Ray and JSON lines: what is read, and what bad input says."""
 import dataclasses
 import json
 
@@ -12,22 +11,7 @@ import data
 import rewards
 from conftest import ROOT
 from data import InputError, load_config
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-def picture(path, mode="L", size=(40, 32)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(len(str(path)))
-    if mode == "I;16":
-        Image.fromarray(rng.integers(0, 4096, size[::-1]).astype(np.uint16)).save(path)
-    else:
-        Image.fromarray(rng.integers(0, 256, (*size[::-1], 4), dtype=np.uint8), "RGBA").convert(mode).save(path)
-    return path
+from layouts import kaggle, picture, r2gen, write
 
 
 # ---------------------------------------------------------------- configuration
@@ -128,33 +112,6 @@ def test_unreadable_images_are_named(tmp_path):
 
 
 # ---------------------------------------------------------------- datasets, in the layouts as distributed
-
-def r2gen(root):
-    studies = [{"id": f"CXR{n}", "report": f"The heart is normal . Study {n} .", "image_path": [f"CXR{n}/0.png", f"CXR{n}/1.png"]}
-               for n in range(4)]
-    for s in studies:
-        for p in s["image_path"]:
-            picture(root / "images" / p, "RGB")
-    write(root / "annotation.json", json.dumps({"train": studies[:2], "val": studies[2:3], "test": studies[3:]}))
-    return root
-
-
-def kaggle(root, n=10):
-    root.mkdir(exist_ok=True)
-    with open(root / "indiana_reports.csv", "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow("uid,MeSH,Problems,image,indication,comparison,findings,impression".split(","))
-        for uid in range(n):
-            out.writerow([uid, "normal", "normal", "PA, lateral", "Pain", "None.", "" if uid == 3 else f"Clear,\nstudy {uid}.", "No \"acute\" disease."])
-    with open(root / "indiana_projections.csv", "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["uid", "filename", "projection"])
-        for uid in range(n):
-            for view in ("Lateral", "Frontal"):
-                picture(root / "images_normalized" / f"{uid}_{view}.dcm.png")
-                out.writerow([uid, f"{uid}_{view}.dcm.png", view])
-    return root
-
 
 def iu(root, *overrides):
     return load_config(ROOT / "config.yaml", ["data.source=iu_xray", f"data.path={root}", *overrides])

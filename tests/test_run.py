@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from test_data import kaggle, r2gen
+from layouts import kaggle, r2gen
 
 SHORT = ["data.train_size=24", "data.val_size=4", "data.test_size=6", "model.max_pixels=9216", "sft.steps=4", "sft.more_steps=2", "sft.batch_size=4",
          "sft.eval_every=2", "sft.save_every=2", "grpo.steps=3", "grpo.prompts=4", "grpo.group_size=4", "grpo.max_new_tokens=12",
