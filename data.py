@@ -189,7 +189,10 @@ class EvalConfig:
     split: Literal["train", "val", "test"] = "test"
     limit: int = 0                      # examples per task; 0 = all
     batch_size: int = 64
+    temperature: float = 0.0            # 0 decodes greedily
+    samples: int = 1                    # above 1: of so many samples the one that the rewards pay most, an upper bound
     bootstrap: int = 1000               # resamples for the 95 % intervals
+    cases: int = 60                     # shown in report.html
 
 
 @dataclass
@@ -213,7 +216,7 @@ class Config:
 
 
 MAY_BE_ZERO = {"seed", "sft.warmup", "grpo.warmup", "sft.lora_rank", "grpo.lora_rank", "grpo.mini_batch", "rewards.bertscore_layer",
-               "rewards.overlong_start", "eval.limit", "data.limit", "eval.bootstrap", "log.samples"}
+               "rewards.overlong_start", "eval.limit", "data.limit", "eval.bootstrap", "eval.cases", "log.samples"}
 ABOVE_ZERO = {"data.weight", "sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip"}
 AT_MOST_ONE = {"data.report_share", "sft.plain_share", "grpo.clip_low", "rewards.mccs_margin"}
 
@@ -325,6 +328,8 @@ def load_config(path, overrides=()):
             raise InputError(f"data.tasks: expected some of {', '.join(TASK_OF)}, got {tasks}")
     if config.model.min_pixels > config.model.max_pixels:
         raise InputError("model.min_pixels is larger than model.max_pixels")
+    if config.eval.samples > 1 and not config.eval.temperature:
+        raise InputError(f"eval.samples={config.eval.samples} needs eval.temperature above 0: greedy samples are all the same")
     if config.grpo.mini_batch > config.grpo.prompts:
         raise InputError(f"grpo.mini_batch={config.grpo.mini_batch} is larger than grpo.prompts={config.grpo.prompts}")
     return config

@@ -1,27 +1,40 @@
-"""Evaluation: metrics of one or several checkpoints over a split, side by side, with paired bootstrap differences.
+"""Evaluation: metrics of one or several checkpoints over a split, side by side, with intervals and paired differences.
 
   python eval.py config.yaml --checkpoint RUN [RUN ...] [key=value ...]
+  python eval.py config.yaml --predictions FILE.jsonl [FILE.jsonl ...]      # {"id", "text"} a line, from any other program
 
-Decodes greedily; writes OUT/eval/NAME.jsonl (predictions) and OUT/eval/metrics.json. NAME is RUN's path tail.
+Decodes greedily (eval.temperature, eval.samples: see `predict`); writes OUT/eval/: NAME.jsonl (predictions), metrics.json and
+report.html (tables, training curves, cases). NAME is RUN's path tail.
+
 Reports: ce_ (clinical efficacy) compares the labels that rewards.labeler reads in the generated and reference text,
 uncertain as positive in both; over all 14, the 13 without No Finding, or the 5 CheXpert competition labels.
-  ce_f1_micro*, ce_f1_macro*     F1 of the pooled counts; mean F1 of the labels that some reference has
-  ce_precision_*, ce_recall_*    of the pooled counts; ce_recall_micro13 is the recall of positive findings
-  abnormal_f1_*                  F1 over the reports whose reference has a positive label among the 13
-  bleu1, bleu4; rouge_l, gleu    corpus BLEU; mean over reports
+  ce_{f1,precision,recall}_micro*, _macro*   of the pooled counts; mean over the labels that some reference has
+  ce_{f1,precision,recall}_samples14         of each report's set of labels, mean over reports
+  ce_certain_f1_*                findings that the reference leaves uncertain are not scored
+  abnormal_f1_*, unseen_f1_*     over the reports whose reference has a positive label among the 13; is no training report
+  bleu1 .. bleu4; cider; rouge_l, gleu       corpus BLEU; CIDEr-D (times 10); mean over reports
   distinct_share, normal_share   distinct texts / reports; share that says No Finding (*_reference: of the references)
-  mean_words                     words per report
+  copied_share                   share of reports that are a training report word for word
+  mean_words, mean_characters    per report
 Grounding:
   soft_f1, soft_f1_nonempty      mean over all examples (if nothing is there: 1 for saying so, else 0); over the others
-  matched_iou, map50             mean IoU of the pairs that soft-F1 matches; see mean_average_precision
+  matched_iou                    mean IoU of the pairs that soft-F1 matches
+  map50                          see average_precisions; map50_coco, map_coco: at COCO's 101 points, IoU 0.5 and 0.5:0.95
   empty_accuracy                 share of the references without boxes that are answered without boxes
-Both: format_valid, truncated: shares of outputs in the required format and cut at grpo.max_new_tokens.
+Both: format_valid, truncated: shares of outputs in the required format and cut at grpo.max_new_tokens; thinking_words.
+Per label: F1 of reports, soft-F1 and AP at IoU 0.5 of grounding, in metrics.json and report.html.
 A metric with nothing to average over is NaN in Python, null in JSON and "-" in the table.
 """
 import argparse
+import base64
+import dataclasses
+import io
 import json
 import math
 import os
+import re
+from collections import Counter
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -29,80 +42,170 @@ from tqdm import tqdm
 
 import data
 import model
-from rewards import (LABELS, MAX_MATCHED, POSITIVE, UNCERTAIN, corpus_bleu, gleu, iou, labeler, match_boxes,
-                     parse_boxes, parse_output, rouge_l, says_nothing_there, soft_f1)
+import rewards
+from rewards import (LABELS, MAX_MATCHED, POSITIVE, UNCERTAIN, gleu, iou, labeler, match_boxes, parse_boxes, parse_output, rouge_l,
+                     says_nothing_there, soft_f1, tokenize)
 
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 COLUMNS = {"14": list(range(14)), "13": list(range(1, 14)), "5": [LABELS.index(label) for label in TOP5]}
-F1_METRICS = {f"ce_f1_{average}{size}": (average, COLUMNS[size]) for average in ("micro", "macro") for size in COLUMNS}
-BOOTSTRAPPED = ("ce_f1_macro13", "ce_f1_micro13", "soft_f1")
+IN_TABLE = """ce_f1_macro14 ce_f1_macro13 ce_f1_macro5 ce_f1_micro14 ce_f1_micro13 ce_f1_micro5 ce_precision_micro13 ce_recall_micro13
+ce_f1_samples14 ce_certain_f1_macro13 abnormal_f1_macro13 unseen_f1_macro13 bleu1 bleu4 cider rouge_l gleu distinct_share
+distinct_share_reference normal_share normal_share_reference copied_share mean_words mean_words_reference soft_f1 soft_f1_nonempty
+matched_iou map50 map50_coco empty_accuracy thinking_words format_valid truncated examples""".split()
+
+
+# ---------------------------------------------------------------------------------------------- predictions
+
+def row(example, text, finished=True, n_tokens=0):
+    """A prediction as it is written to NAME.jsonl."""
+    valid, thinking, answer = parse_output(text, example.task, example.style)
+    return {"id": example.id, "task": example.task, "label": example.label, "patient": example.patient, "text": text, "answer": answer,
+            "thinking": thinking, "valid": bool(valid), "finished": bool(finished), "n_tokens": n_tokens, "reference": example.answer,
+            "boxes": [list(box) for box in example.boxes]}
 
 
 def predict(policy, examples, cfg):
-    """Decodes examples greedily; JSON-able dicts in their order, on every rank, without those that `sample` skips."""
+    """Decodes examples; JSON-able dicts in their order, on every rank, without those that `sample` skips.
+
+    eval.samples=N takes the one of N that the configured rewards pay most: they see the reference, so it is an upper bound."""
     rows, place = {}, {id(example): i for i, example in enumerate(examples)}
     mine = examples[model.rank()::model.world_size()]
     for start in tqdm(range(0, len(mine), cfg.eval.batch_size), desc="predict", disable=model.rank() != 0):
         batch = mine[start:start + cfg.eval.batch_size]
-        for r in policy.sample(batch, group_size=1, max_new_tokens=cfg.grpo.max_new_tokens, temperature=0.0):
-            e, text = r.example, r.texts[0]
-            valid, _, answer = parse_output(text, e.task, e.style)
-            rows[place[id(e)]] = {
-                "id": e.id, "task": e.task, "label": e.label, "patient": e.patient, "text": text, "answer": answer,
-                "valid": bool(valid), "finished": bool(r.finished[0]), "n_tokens": len(r.tokens[0]),
-                "reference": e.answer, "boxes": [list(box) for box in e.boxes]}
+        for r in policy.sample(batch, cfg.eval.samples, cfg.grpo.max_new_tokens, cfg.eval.temperature, (cfg.seed, 99)):
+            best = 0
+            if cfg.eval.samples > 1:
+                paid, _ = rewards.score_completions(r.texts, [r.example] * cfg.eval.samples, cfg.rewards, r.example.style, [t.tolist() for t in r.tokens])
+                best = int(np.argmax(paid))
+            rows[place[id(r.example)]] = row(r.example, r.texts[best], r.finished[best], len(r.tokens[best]))
     merged = {i: row for part in model.gather_objects(rows) for i, row in part.items()}
     return [merged[i] for i in sorted(merged)]
 
 
-def mean(values):
-    return float(np.mean(values)) if len(values) else math.nan
+def read_predictions(path, examples):
+    """Predictions of another program, {"id", "text"} a line, one for each example."""
+    texts = {}
+    try:
+        for n, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), 1):
+            entry = json.loads(line)
+            texts[str(entry["id"])] = str(entry["text"])
+    except (OSError, UnicodeDecodeError) as error:
+        raise data.InputError(f"{path}: cannot read ({getattr(error, 'strerror', 0) or error})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise data.InputError(f"{path}, line {n}: expected an object with id and text ({error!r})") from None
+    missing = [e.id for e in examples if e.id not in texts]
+    if missing:
+        raise data.InputError(f"{path}: no prediction for {len(missing)} of {len(examples)} examples, such as id {missing[0]!r}")
+    return [row(e, texts[e.id]) for e in examples]
 
 
-def output_metrics(predictions):
-    return {"format_valid": mean([p["valid"] for p in predictions]),
-            "truncated": mean([not p["finished"] for p in predictions]), "examples": len(predictions)}
+# ---------------------------------------------------------------------------------------------- metrics
+# Each takes weights w (S, N): S samples of the N predictions, which count so often in each. It gives (S,) values, so that
+# a metric and its bootstrap are one computation: the first row of w is all ones, the others are the resamples.
+
+def average(values, w):
+    """Weighted means (S,) of values (N,), without the NaN among them."""
+    values = np.asarray(values, dtype=float)
+    real = ~np.isnan(values)
+    return w[:, real] @ values[real] / w[:, real].sum(1)
 
 
-def label_counts(predictions, label):
-    """(N, 3, 14) zeros and ones: is what `label` reads a true positive, a false positive, a false negative?"""
-    generated, reference = (np.isin(label([p[key] for p in predictions]), (POSITIVE, UNCERTAIN))
-                            for key in ("answer", "reference"))
+def states(predictions, label):
+    """What `label` reads in the generated and in the reference reports, (N, 14) each."""
+    return [np.asarray(label([p[key] for p in predictions])).reshape(-1, 14) for key in ("answer", "reference")]
+
+
+def label_counts(generated, reference):
+    """(N, 3, 14) zeros and ones: is the label a true positive, a false positive, a false negative? Arguments (N, 14) bool."""
     return np.stack([generated & reference, generated & ~reference, ~generated & reference], axis=1).astype(float)
 
 
-@np.errstate(invalid="ignore")
-def f1_score(counts, average):
-    """F1 of whole-number counts (..., 3, L) in the order of label_counts; an array (...).
-
-    A label without a reference positive has no F1 (a 0 would blame the model for the split): it leaves the macro
-    mean, while its false positives still count in micro. NaN when no label has one.
-    """
-    tp, fp, fn = np.moveaxis(counts.sum(-1, keepdims=True) if average == "micro" else counts, -2, 0)
-    return np.nansum(2 * tp / (2 * tp + fp + fn), -1) / (tp + fn > 0).sum(-1)
+def ratios(tp, fp, fn):
+    """F1, precision and recall; precision 0 where nothing is called, NaN where nothing is there."""
+    there = np.where(tp + fn > 0, 0.0, np.nan)
+    return {"f1": there + 2 * tp / (2 * tp + fp + fn), "precision": there + tp / np.maximum(tp + fp, 1e-9), "recall": there + tp / (tp + fn)}
 
 
-@np.errstate(invalid="ignore")
-def report_metrics(predictions, label):
-    """Metrics over the report predictions as a flat dict of numbers; {} if there are none."""
-    if not (predictions := [p for p in predictions if p["task"] == "report"]):
-        return {}
-    counts = label_counts(predictions, label)
-    generated, reference = counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]
-    metrics = {name: f1_score(counts.sum(0)[:, columns], average) for name, (average, columns) in F1_METRICS.items()}
-    abnormal = counts[reference[:, 1:].any(1)].sum(0)[:, 1:]
-    metrics |= {f"abnormal_f1_{average}13": f1_score(abnormal, average) for average in ("micro", "macro")}
-    for size in ("14", "13"):
-        tp, fp, fn = counts[:, :, COLUMNS[size]].sum((0, 2))
-        metrics |= {f"ce_precision_micro{size}": tp / (tp + fp), f"ce_recall_micro{size}": tp / (tp + fn)}
+def ce_scores(counts, w, columns, how):
+    """{"f1", "precision", "recall"} -> (S,) of counts (N, 3, 14). A label without a reference positive has none of them (a 0
+    would blame the model for the split): it leaves the macro mean, while its false positives still count in micro."""
+    totals = np.tensordot(w, counts[:, :, COLUMNS[columns]], 1)           # (S, 3, L)
+    if how == "micro":
+        return ratios(*totals.sum(2).T)
+    scores = ratios(*np.moveaxis(totals, 1, 0))
+    there = (~np.isnan(scores["f1"])).sum(1)
+    return {name: np.nansum(values, 1) / there for name, values in scores.items()}
+
+
+def bleu_scores(candidates, references, w):
+    """Corpus BLEU-1 .. 4 (Papineni et al. 2002), {n: (S,)}."""
+    pairs = [(tokenize(a), tokenize(b)) for a, b in zip(candidates, references)]
+    grams = [[[Counter(zip(*(t[i:] for i in range(n)))) for t in pair] for n in range(1, 5)] for pair in pairs]
+    matches = w @ np.array([[(a & b).total() for a, b in by_n] for by_n in grams], dtype=float)            # (S, 4)
+    totals = w @ np.array([[a.total() for a, _ in by_n] for by_n in grams], dtype=float)
+    length, wanted = (w @ np.array([len(pair[k]) for pair in pairs], dtype=float) for k in (0, 1))
+    logs = np.log(matches / totals).cumsum(1) / np.arange(1, 5)           # of the geometric means
+    return dict(zip(range(1, 5), np.exp(np.minimum(0, 1 - wanted / np.maximum(length, 1e-9))[:, None] + logs).T))
+
+
+def cider_scores(candidates, references):
+    """(N,) CIDEr-D (Vedantam et al. 2015) with one reference, sigma 6, 1 .. 4-grams; document frequencies of the references."""
+    def grams(text, n):
+        tokens = tokenize(text)
+        return Counter(zip(*(tokens[i:] for i in range(n))))
+    scores = np.zeros(len(candidates))
+    lengths = np.array([[len(tokenize(t)) for t in pair] for pair in zip(candidates, references)], dtype=float).reshape(-1, 2)
+    for n in range(1, 5):
+        frequency = Counter(g for text in references for g in grams(text, n))
+        documents = Counter(g for text in references for g in set(grams(text, n)))
+        rarity = {g: math.log(max(len(references), 1) / documents[g]) for g in frequency}
+        unseen = math.log(max(len(references), 1))
+        for i, pair in enumerate(zip(candidates, references)):
+            a, b = ({g: count * rarity.get(g, unseen) for g, count in grams(text, n).items()} for text in pair)
+            norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+            if norm > 0:
+                scores[i] += sum(min(v, b[g]) * b[g] for g, v in a.items() if g in b) / norm
+    return 10 / 4 * scores * np.exp(-(lengths[:, 0] - lengths[:, 1]) ** 2 / (2 * 6 ** 2))
+
+
+def output_metrics(predictions, w):
+    thinking = [len(p["thinking"].split()) if p["thinking"] else math.nan for p in predictions]
+    return {"format_valid": average([p["valid"] for p in predictions], w), "truncated": average([not p["finished"] for p in predictions], w),
+            **({"thinking_words": average(thinking, w)} if not np.isnan(thinking).all() else {}), "examples": np.full(len(w), len(predictions))}
+
+
+def report_metrics(predictions, w, label, training=()):
+    """Two blocks, {metric: (S,)}: over the reports, and F1 per label. `training`: the texts of the training reports."""
+    generated, reference = (np.isin(found, (POSITIVE, UNCERTAIN)) for found in states(predictions, label))
+    counts, metrics = label_counts(generated, reference), {}
+    for columns in COLUMNS:
+        for how in ("macro", "micro"):
+            metrics |= {f"ce_{name}_{how}{columns}": values for name, values in ce_scores(counts, w, columns, how).items()}
+    tp, fp, fn = counts.sum(2).T
+    per_report = {"f1": 2 * tp / np.maximum(2 * tp + fp + fn, 1), "precision": tp / np.maximum(tp + fp, 1), "recall": tp / np.maximum(tp + fn, 1)}
+    metrics |= {f"ce_{name}_samples14": average(values, w) for name, values in per_report.items()}
+    certain = counts * (states(predictions, label)[1] != UNCERTAIN)[:, None]
     answers, references = ([p[key] for p in predictions] for key in ("answer", "reference"))
-    metrics |= {f"bleu{n}": corpus_bleu(answers, references, n=n) for n in (1, 4)}
-    metrics |= {f.__name__: mean([f(*pair) for pair in zip(answers, references)]) for f in (rouge_l, gleu)}
+    known = set(map(data.plain_words, training))
+    seen = np.array([data.plain_words(text) in known for text in references], dtype=bool)
+    for how in ("macro", "micro"):
+        metrics |= {f"ce_certain_f1_{how}13": ce_scores(certain, w, "13", how)["f1"],
+                    f"abnormal_f1_{how}13": ce_scores(counts, w * reference[:, 1:].any(1), "13", how)["f1"]}
+        if known:
+            metrics[f"unseen_f1_{how}13"] = ce_scores(counts, w * ~seen, "13", how)["f1"]
+    metrics |= {f"bleu{n}": values for n, values in bleu_scores(answers, references, w).items()}
+    metrics |= {"cider": average(cider_scores(answers, references), w)}
+    metrics |= {f.__name__: average([f(*pair) for pair in zip(answers, references)], w) for f in (rouge_l, gleu)}
     for suffix, texts, labels in (("", answers, generated), ("_reference", references, reference)):
-        metrics |= {f"distinct_share{suffix}": len(set(texts)) / len(texts),
-                    f"normal_share{suffix}": mean(labels[:, 0]),
-                    f"mean_words{suffix}": mean([len(text.split()) for text in texts])}
-    return metrics | output_metrics(predictions)
+        distinct = np.full(len(w), np.nan)                                # a resample repeats texts: no interval
+        distinct[0] = len(set(texts)) / len(texts)
+        metrics |= {f"distinct_share{suffix}": distinct, f"normal_share{suffix}": average(labels[:, 0], w),
+                    f"mean_words{suffix}": average([len(text.split()) for text in texts], w),
+                    f"mean_characters{suffix}": average([len(text) for text in texts], w)}
+        if known:
+            metrics[f"copied_share{suffix}"] = average([data.plain_words(text) in known for text in texts], w)
+    per_label = ratios(*np.moveaxis(np.tensordot(w, counts, 1), 1, 0))["f1"]                       # (S, 14)
+    return metrics | output_metrics(predictions, w), dict(zip(LABELS, per_label.T))
 
 
 def soft_f1_scores(predictions):
@@ -111,94 +214,322 @@ def soft_f1_scores(predictions):
                      for p in predictions])
 
 
-def mean_average_precision(predictions, threshold=0.5):
-    """Mean, over the asked labels that have reference boxes, of the average precision at one IoU threshold.
+COCO_POINTS = np.linspace(0, 1, 101)
+
+
+def average_precisions(predictions, w, threshold=0.5):
+    """{label: (average precision with all-point interpolation (S,), at COCO's 101 points (S,))} at one IoU threshold, for the asked
+    labels that have reference boxes.
 
     Boxes carry no score: all first boxes of an answer rank before all second boxes, ties in the order of the examples
     (so it does not compare with the mAP of scored detectors). Each takes the best free reference box of its example
-    if their IoU reaches the threshold, else it is a false positive. All-point interpolation.
+    if their IoU reaches the threshold, else it is a false positive.
     """
-    scores = []
+    result = {}
     for label in sorted({p["label"] for p in predictions if p["boxes"]}):
-        rows, hits = [p for p in predictions if p["label"] == label], []
-        free = [list(p["boxes"]) for p in rows]
-        n_reference = sum(map(len, free))
-        for _, i, box in sorted((rank, i, box) for i, p in enumerate(rows)
-                                for rank, box in enumerate(parse_boxes(p["answer"]))):
+        rows = [i for i, p in enumerate(predictions) if p["label"] == label]
+        free = {i: list(predictions[i]["boxes"]) for i in rows}
+        n_reference = w[:, rows] @ np.array([len(free[i]) for i in rows], dtype=float)             # (S,)
+        hits, owners = [], []
+        for _, i, box in sorted((rank, i, box) for i in rows for rank, box in enumerate(parse_boxes(predictions[i]["answer"]))):
             best = max(free[i], key=lambda reference: iou(box, reference), default=None)
             hits.append(best is not None and iou(box, best) >= threshold)
+            owners.append(i)
             if hits[-1]:
                 free[i].remove(best)
-        precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-        interpolated = np.maximum.accumulate(precision[::-1])[::-1]     # the best precision at this recall or beyond
-        scores.append(interpolated[np.array(hits, bool)].sum() / n_reference)
-    return mean(scores)
-
-
-def grounding_metrics(predictions):
-    """Metrics over the grounding predictions as a flat dict of numbers; {} if there are none."""
-    if not (predictions := [p for p in predictions if p["task"] == "grounding"]):
-        return {}
-    scores, nonempty = soft_f1_scores(predictions), np.array([bool(p["boxes"]) for p in predictions])
-    pairs = [pair for p in predictions for pair in match_boxes(parse_boxes(p["answer"])[:MAX_MATCHED], p["boxes"])]
-    return {"soft_f1": mean(scores), "soft_f1_nonempty": mean(scores[nonempty]),
-            "matched_iou": mean([overlap for _, _, overlap in pairs]), "map50": mean_average_precision(predictions),
-            "empty_accuracy": mean(scores[~nonempty])} | output_metrics(predictions)
-
-
-def bootstrap(predictions_by_model, metrics, n, seed, label):
-    """Percentile bootstrap (n samples) over patients, or over examples where no patient is named.
-
-    Returns {metric: {model: {"interval": [low, high], "difference": [value, low, high]}}}, 95 %; differences are
-    paired (the same samples for all models), to the first model. Leaves out what the split does not define.
-    ValueError: the models saw other examples.
-    """
-    if len({tuple(p["id"] for p in predictions) for predictions in predictions_by_model.values()}) != 1:
-        raise ValueError("paired differences need every model's predictions over the same examples in the same order")
-    first, result = next(iter(predictions_by_model)), {}
-    for metric in metrics if n else ():
-        task = "grounding" if metric == "soft_f1" else "report"
-        rows = {name: [p for p in every if p["task"] == task] for name, every in predictions_by_model.items()}
-        patients, patient = np.unique([p["patient"] or p["id"] for p in rows[first]], return_inverse=True)
-        if not (size := len(patients)):
-            continue
-        draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), n)      # (n, patients)
-        weights = np.vstack([np.ones(size), draws])[:, patient]        # (1 + n, N); row 0 is the metric itself
-        if metric == "soft_f1":
-            values = {name: weights @ soft_f1_scores(p) / weights.sum(1) for name, p in rows.items()}
-        else:
-            average, columns = F1_METRICS[metric]
-            values = {name: f1_score(np.tensordot(weights, label_counts(p, label)[:, :, columns], 1), average)
-                      for name, p in rows.items()}
-        for name, own in values.items() if not np.isnan(values[first][0]) else ():
-            gain = own - values[first]
-            low_high, paired = np.nanpercentile([own[1:], gain[1:]], [2.5, 97.5], axis=1).T.tolist()
-            result.setdefault(metric, {})[name] = {"interval": low_high, "difference": [float(gain[0]), *paired]}
+        weights = w[:, owners]                                            # (S, K): a copy of an example ranks beside it
+        found = np.cumsum(weights * hits, 1)
+        precision = np.nan_to_num(found / np.cumsum(weights, 1))
+        precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]                          # the best at this recall or beyond
+        recall = found / n_reference[:, None]
+        padded = np.pad(precision, ((0, 0), (0, 1)))
+        at_points = [p[np.searchsorted(r, COCO_POINTS)].mean() for p, r in zip(padded, recall)]
+        result[label] = ((precision * weights * hits).sum(1) / n_reference, np.where(n_reference > 0, at_points, np.nan))
     return result
 
 
-def summarise(predictions_by_model, cfg):
-    """{"reports": {model: metrics}, "grounding": {model: metrics}, "bootstrap": what bootstrap returns}."""
-    label = labeler(cfg.rewards)
-    return {"reports": {name: report_metrics(p, label) for name, p in predictions_by_model.items()},
-            "grounding": {name: grounding_metrics(p) for name, p in predictions_by_model.items()},
-            "bootstrap": bootstrap(predictions_by_model, BOOTSTRAPPED, cfg.eval.bootstrap, cfg.seed, label)}
+def grounding_metrics(predictions, w):
+    """Two blocks, {metric: (S,)}: over the grounding questions, and per asked label."""
+    scores, nonempty = soft_f1_scores(predictions), np.array([bool(p["boxes"]) for p in predictions])
+    pairs = [(i, overlap) for i, p in enumerate(predictions) for *_, overlap in match_boxes(parse_boxes(p["answer"])[:MAX_MATCHED], p["boxes"])]
+    owners, overlaps = [i for i, _ in pairs], [overlap for _, overlap in pairs]
+    by_threshold = {t: average_precisions(predictions, w, t) for t in np.linspace(0.5, 0.95, 10).round(2)}
+
+    def mean_over_labels(threshold, which):
+        values = [ap[which] for ap in by_threshold[threshold].values()] or [np.full(len(w), np.nan)]
+        return np.nansum(values, 0) / (~np.isnan(values)).sum(0)
+    metrics = {"soft_f1": average(scores, w), "soft_f1_nonempty": average(np.where(nonempty, scores, np.nan), w),
+               "matched_iou": average(overlaps, w[:, owners]), "map50": mean_over_labels(0.5, 0), "map50_coco": mean_over_labels(0.5, 1),
+               "map_coco": np.mean([mean_over_labels(t, 1) for t in by_threshold], 0),
+               "empty_accuracy": average(np.where(nonempty, np.nan, scores), w)}
+    labels = {}
+    for label in sorted({p["label"] for p in predictions}):
+        labels[f"soft_f1 {label}"] = average(np.where([p["label"] == label for p in predictions], scores, np.nan), w)
+        if label in by_threshold[0.5]:
+            labels[f"ap50 {label}"] = by_threshold[0.5][label][0]
+    return metrics | output_metrics(predictions, w), labels
+
+
+def samples_of(predictions, n, seed):
+    """(1 + n, N): ones, and how often each prediction is drawn when patients (or examples, where no patient is named) are drawn
+    with replacement."""
+    patients, patient = np.unique([p["patient"] or p["id"] for p in predictions], return_inverse=True)
+    size = len(patients)
+    draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), n)                  # (n, patients)
+    return np.vstack([np.ones(size), draws])[:, patient]
+
+
+@np.errstate(invalid="ignore", divide="ignore")
+def measure(predictions, w, label, training=()):
+    """{block: {metric: (S,)}} of all predictions of one model; a task without predictions has no block."""
+    blocks = {}
+    for task, names in (("report", ("reports", "labels")), ("grounding", ("grounding", "grounding labels"))):
+        rows = [i for i, p in enumerate(predictions) if p["task"] == task]
+        if rows:
+            some = [predictions[i] for i in rows], w[:, rows]
+            blocks |= zip(names, report_metrics(*some, label, training) if task == "report" else grounding_metrics(*some))
+    return blocks
+
+
+def interval(values):
+    """[low, high], 95 %, of resamples (n,); NaN without any."""
+    values = values[~np.isnan(values)]
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [math.nan, math.nan]
+
+
+def summarise(predictions_by_model, cfg, training=()):
+    """{block: {metric: {model: {"value", "interval", "difference"}}}}: percentile bootstrap over patients; the difference to the first
+    model, [value, low, high], is paired (the same samples for all models). ValueError: the models saw other examples."""
+    if len({tuple(p["id"] for p in predictions) for predictions in predictions_by_model.values()}) > 1:
+        raise ValueError("paired differences need every model's predictions over the same examples in the same order")
+    first, label = next(iter(predictions_by_model)), labeler(cfg.rewards)
+    w = samples_of(predictions_by_model[first], cfg.eval.bootstrap, cfg.seed) if predictions_by_model[first] else np.ones((1, 0))
+    measured = {name: measure(p, w, label, training) for name, p in predictions_by_model.items()}
+    results = {}
+    for block, metrics in measured[first].items():
+        for metric in metrics:
+            values = {name: m[block].get(metric, np.full(len(w), np.nan)) for name, m in measured.items()}
+            results.setdefault(block, {})[metric] = {name: {
+                "value": float(own[0]), "interval": interval(own[1:]),
+                "difference": [float(own[0] - values[first][0]), *interval((own - values[first])[1:])]} for name, own in values.items()}
+    return results
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+def cell(value, low_high=(math.nan, math.nan), sign=""):
+    text = "-" if math.isnan(value) else f"{value:{sign}.0f}" if value == int(value) and abs(value) > 1 else f"{value:{sign}.3f}"
+    return text if math.isnan(low_high[0]) or low_high[0] == low_high[1] else f"{text} [{low_high[0]:{sign}.3f}, {low_high[1]:{sign}.3f}]"
 
 
 def table(results):
     """What summarise returns as aligned text, one column per model, with 95 % bootstrap intervals [low, high]."""
-    def cell(value, low=math.nan, high=math.nan, sign=""):
-        text = "-" if math.isnan(value) else str(value) if isinstance(value, int) else f"{value:{sign}.3f}"
-        return text if math.isnan(low) else f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]"
-    names, boot = list(results["reports"]), results["bootstrap"]
+    blocks = {block: {m: results[block][m] for m in IN_TABLE if m in results[block]} for block in ("reports", "grounding") if block in results}
+    if not blocks:
+        return "nothing to evaluate"
+    names = list(next(iter(next(iter(blocks.values())).values())))
     rows = [["", *names]]
-    for block in ("reports", "grounding"):
-        rows += [[f"{block}: {key}", *(cell(results[block][m][key], *(boot[key][m]["interval"] if key in boot else ()))
-                                       for m in names)] for key in results[block][names[0]]]
-    rows += [[f"minus {names[0]}: {key}", "", *(cell(*boot[key][m]["difference"], sign="+") for m in names[1:])]
-             for key in boot if len(names) > 1]
+    for block, metrics in blocks.items():
+        rows += [[f"{block}: {metric}", *(cell(by_model[m]["value"], by_model[m]["interval"]) for m in names)] for metric, by_model in metrics.items()]
+    for block, metrics in blocks.items() if len(names) > 1 else ():
+        for metric in ("ce_f1_macro13", "ce_f1_micro13", "ce_recall_micro13", "soft_f1", "map50"):
+            if metric in metrics and not math.isnan(metrics[metric][names[0]]["interval"][0]):
+                changes = [metrics[metric][m]["difference"] for m in names[1:]]
+                rows.append([f"minus {names[0]}: {metric}", "", *(cell(value, low_high, "+") for value, *low_high in changes)])
     return data.aligned(rows)
 
+
+# ---------------------------------------------------------------------------------------------- report.html
+
+COLOURS = ("#2563a8", "#c2571a", "#2e8540", "#7b4fa3", "#8a6d1b", "#a83256")
+STYLE = """
+:root { --ink: #1d2733; --soft: #66727f; --line: #e2e6ea; --wash: #f6f8f9; --good: #2e8540; --bad: #b3312c; --accent: #2563a8 }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1180px; padding: 28px 20px 80px; color: var(--ink); background: #fff;
+       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif }
+h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 44px 0 12px } h3 { font-size: 14px; margin: 0 0 6px }
+p, small { color: var(--soft) } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px }
+th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
+td small { margin-left: 6px } summary { cursor: pointer; color: var(--accent); margin: 10px 0 }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 18px }
+.plot svg { width: 100%; height: auto; display: block; background: var(--wash); border-radius: 4px }
+.case { display: grid; grid-template-columns: 260px 1fr; gap: 20px; padding: 18px 0; border-top: 1px solid var(--line) }
+.case .film { position: relative } .case img { width: 100%; display: block; border-radius: 4px; background: #000 }
+.case .film svg { position: absolute; inset: 0; width: 100%; height: 100% }
+.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 18px; min-width: 0 }
+.texts p { margin: 0; color: var(--ink); overflow-wrap: anywhere; white-space: pre-wrap } .texts u { text-decoration-color: var(--accent); text-underline-offset: 3px }
+.chip { display: inline-block; font-size: 12px; padding: 1px 8px; margin: 6px 6px 0 0; border-radius: 9px; background: var(--wash); color: var(--soft) }
+.chip.tp { background: #e4f2e7; color: var(--good) } .chip.fp { background: #fae6e5; color: var(--bad) } .chip.fn { background: #fff; color: var(--bad); border: 1px dashed var(--bad) }
+.filters button { font: inherit; font-size: 13px; padding: 3px 12px; margin: 0 6px 6px 0; border: 1px solid var(--line); border-radius: 14px; background: #fff; color: var(--ink); cursor: pointer }
+.filters button[aria-pressed=true] { background: var(--ink); color: #fff; border-color: var(--ink) }
+.sample { display: grid; grid-template-columns: 120px 1fr; gap: 14px; padding: 7px 0; border-top: 1px solid var(--line); font-size: 13.5px }
+.sample div { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 0 }
+@media (max-width: 640px) { .case { grid-template-columns: 1fr } .sample { grid-template-columns: 1fr } body { padding: 18px 12px 60px } }
+"""
+SCRIPT = """
+const chosen = { task: "", outcome: "" };
+for (const button of document.querySelectorAll(".filters button")) button.onclick = () => {
+  chosen[button.dataset.kind] = button.dataset.value;
+  for (const b of document.querySelectorAll(".filters button"))
+    b.setAttribute("aria-pressed", chosen[b.dataset.kind] === b.dataset.value);
+  let n = 0;
+  for (const c of document.querySelectorAll(".case")) {
+    c.hidden = (chosen.task && c.dataset.task !== chosen.task) || (chosen.outcome && c.dataset.outcome !== chosen.outcome);
+    c.style.display = c.hidden ? "none" : ""; n += !c.hidden;
+  }
+  document.getElementById("shown").textContent = n + " shown";
+};
+"""
+
+
+def html_table(metrics):
+    """Some metrics of results; intervals small, differences whose interval leaves out 0 bold."""
+    names = list(next(iter(metrics.values())))
+    head = "".join(f"<th>{escape(name)}</th>" for name in names) + "".join(f"<th>{escape(m)} minus {escape(names[0])}</th>" for m in names[1:])
+    rows = []
+    for metric, by_model in metrics.items():
+        cells = []
+        for name in names:
+            value, low_high = by_model[name]["value"], by_model[name]["interval"]
+            shown, _, bounds = cell(value, low_high).partition(" ")
+            cells.append(f"<td>{shown}<small>{bounds}</small></td>")
+        for name in names[1:]:
+            value, *low_high = by_model[name]["difference"]
+            shown, _, bounds = cell(value, low_high, "+").partition(" ")
+            clear = low_high[0] > 0 or low_high[1] < 0
+            cells.append(f"<td{' style=font-weight:600' * clear}>{shown}<small>{bounds}</small></td>")
+        rows.append(f"<tr><th>{escape(metric)}</th>{''.join(cells)}</tr>")
+    return f"<div class=scroll><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def plot(title, lines):
+    """Curves as inline SVG: lines {name: [(step, value)]}."""
+    points = [(x, y) for line in lines.values() for x, y in line]
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+    span_x, span_y = x1 - x0 or 1, y1 - y0 or 1
+
+    def drawn(line, colour, style):
+        places = " ".join(f"{8 + 284 * (x - x0) / span_x:.1f},{112 - 100 * (y - y0) / span_y:.1f}" for x, y in line)
+        return f'<polyline fill="none" stroke="{colour}" {style} points="{places}"/>'
+    width = 1 + max(map(len, lines.values())) // 20                       # of the mean that is drawn over the values
+    smooth = [[(line[i][0], np.mean([y for _, y in line[max(0, i - width):i + width + 1]])) for i in range(len(line))] for line in lines.values()]
+    svg = "".join(drawn(line, c, 'stroke-width="1" opacity=".3"') + drawn(mean, c, 'stroke-width="1.8"') for line, mean, c in zip(lines.values(), smooth, COLOURS))
+    key = " ".join(f'<small style="color:{colour}">{escape(name)}</small>' for name, colour in zip(lines, COLOURS)) if len(lines) > 1 else ""
+    return (f'<div class=plot><h3>{escape(title)}</h3><svg viewBox="0 0 300 120" role="img" aria-label="{escape(title)}">{svg}</svg>'
+            f"<small>{y0:.3g} to {y1:.3g}, steps {x0} to {x1}</small> {key}</div>")
+
+
+def curves(run):
+    """The training curves of one stage's metrics.jsonl."""
+    try:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):                                         # a run without a log, or one that is being written
+        return ""
+    series = {name: [(r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float))] for r in rows for name in r}
+    groups = {"loss": ["loss", "eval_loss"], "reward": ["reward"], "reward parts": [n for n in series if n.startswith("rewards/") and n.endswith("/mean")],
+              "KL to the reference": ["kl"], "entropy": ["entropy"], "tokens per completion": ["completions/mean_length"],
+              "cut at the limit": ["completions/clipped_ratio"], "groups without a signal": ["frac_reward_zero_std"],
+              "clipped tokens": ["clip_ratio/region_mean"], "gradient norm": ["grad_norm"], "sampled against scored": ["sampling/sampling_logp_difference/mean"]}
+    drawn = [plot(title, {n.removeprefix("rewards/").removesuffix("/mean"): series[n] for n in names if series.get(n)})
+             for title, names in groups.items() if any(series.get(n) for n in names)]
+    return f"<h2>Training: {escape(run.name)}</h2><div class=plots>{''.join(drawn)}</div>" if drawn else ""
+
+
+def thumbnail(example, side=300):
+    """The example's first image as a data URL."""
+    image = data.open_images(dataclasses.replace(example, images=example.images[:1]))[0].convert("L")
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=72)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def box_svg(boxes, colour, dashed=False):
+    return "".join(f'<rect x="{x1}" y="{y1}" width="{max(x2 - x1, 0)}" height="{max(y2 - y1, 0)}" fill="none" stroke="{colour}" stroke-width="2" '
+                   f'vector-effect="non-scaling-stroke"{" stroke-dasharray=4" * dashed}/>' for x1, y1, x2, y2 in boxes)
+
+
+def underlined(text):
+    """The text, escaped, with the phrases behind its labels underlined."""
+    phrases = sorted({phrase for _, _, phrase, *_ in rewards.evidence(text) if phrase.strip()}, key=len, reverse=True)
+    if not phrases:
+        return escape(text)
+    pattern = "|".join(r"[\s-]+".join(map(re.escape, re.split(r"[\s-]+", phrase))) for phrase in phrases)
+    parts = re.split(rf"(?i)\b({pattern})", text)                         # plain, phrase, plain, ...
+    return "".join(f"<u>{escape(part)}</u>" if n % 2 else escape(part) for n, part in enumerate(parts))
+
+
+def report_case(example, predictions, label):
+    """(outcome of the last model, its HTML): texts side by side, their labels as chips."""
+    reference, *found = np.isin(label([example.answer, *(p["answer"] for p in predictions.values())]), (POSITIVE, UNCERTAIN))
+    columns, outcome = [f"<div><h3>reference</h3><p>{underlined(example.answer)}</p></div>"], ""
+    for (name, p), own in zip(predictions.items(), found):
+        kinds = [(k, "tp" if own[k] and reference[k] else "fp" if own[k] else "fn") for k in range(14) if own[k] or reference[k]]
+        chips = "".join(f'<span class="chip {kind}">{LABELS[k]}</span>' for k, kind in kinds)
+        there = {kind for k, kind in kinds if k}
+        outcome = "false alarm" if "fp" in there and "fn" not in there else "missed" if "fn" in there else "right"
+        columns.append(f"<div><h3>{escape(name)}</h3><p>{underlined(p['answer'])}</p>{chips}{thought(p)}</div>")
+    return outcome, "", "".join(columns)
+
+
+def grounding_case(example, predictions):
+    """(outcome of the last model, SVG of the boxes, its HTML)."""
+    svg, columns, outcome = box_svg(example.boxes, "#ffffff", dashed=True), [f"<div><h3>reference (dashed)</h3><p>{escape(example.answer)}</p></div>"], ""
+    for (name, p), colour in zip(predictions.items(), COLOURS):
+        boxes, score = parse_boxes(p["answer"]), soft_f1_scores([p])[0]
+        svg += box_svg(boxes, colour)
+        outcome = "right" if score >= 0.5 else "missed" if example.boxes and not boxes else "false alarm" if not example.boxes else "wrong place"
+        columns.append(f'<div><h3 style="color:{colour}">{escape(name)}</h3><p>{escape(p["answer"])}</p><span class=chip>soft-F1 {score:.2f}</span>{thought(p)}</div>')
+    return outcome, f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{svg}</svg>', "".join(columns)
+
+
+def thought(prediction):
+    return f"<details><summary>thinking</summary><p>{escape(prediction['thinking'])}</p></details>" if prediction["thinking"] else ""
+
+
+def groups_html(run, count=3):
+    """The last groups of samples.jsonl: every completion with its reward and advantage."""
+    try:
+        rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()][-count:]
+    except (OSError, ValueError):
+        return ""
+    blocks = []
+    for group in rows:
+        samples = "".join(f"<div class=sample><div><b>{s['reward']:.3f}</b> <small>advantage {s['advantage']:+.3f}</small></div><div>{escape(s['text'])}</div></div>"
+                          for s in sorted(group["samples"], key=lambda s: -s["reward"]))
+        blocks.append(f"<h3>step {group['step']}: {escape(group['question'])}</h3><p>Reference: {escape(group['reference'])}</p>{samples}<br>")
+    return f"<h2>Groups of samples, the best paid first</h2>{''.join(blocks)}" if blocks else ""
+
+
+def page(cfg, results, predictions, examples):
+    """report.html as one self-contained text. predictions {model: [row]} and examples are in the same order."""
+    order = np.random.default_rng(cfg.seed).permutation(len(examples))
+    places = [i for task in ("report", "grounding") for i in [i for i in order if examples[i].task == task][:-(-cfg.eval.cases // 2)]]
+    cases, label, outcomes = [], labeler(cfg.rewards), set()
+    for i in places:
+        e, own = examples[i], {name: rows[i] for name, rows in predictions.items()}
+        outcome, svg, columns = report_case(e, own, label) if e.task == "report" else grounding_case(e, own)
+        outcomes.add(outcome)
+        cases.append(f'<div class=case data-task="{e.task}" data-outcome="{outcome}"><div><div class=film><img src="{thumbnail(e)}" alt="" loading=lazy>{svg}</div>'
+                     f"<small>{escape(e.id)}</small></div><div><p>{escape(e.question)}</p><div class=texts>{columns}</div></div></div>")
+    buttons = ""
+    for kind, values in (("task", ["report", "grounding"]), ("outcome", sorted(outcomes))):
+        buttons += "<div>" + "".join(f'<button data-kind={kind} data-value="{v}" aria-pressed={str(not v).lower()}>{v or f"every {kind}"}</button>' for v in ["", *values]) + "</div>"
+    tables = ""
+    for block, title in (("reports", "Reports"), ("grounding", "Grounding")):
+        if metrics := results.get(block):
+            per_label = results["labels" if block == "reports" else "grounding labels"]
+            tables += (f"<h2>{title}</h2>{html_table({m: metrics[m] for m in IN_TABLE if m in metrics})}<details><summary>every metric</summary>{html_table(metrics)}"
+                       f"</details><details><summary>per label</summary>{html_table(per_label)}</details>")
+    gallery = f"<h2>Cases</h2><div class=filters>{buttons}</div><p id=shown>{len(cases)} shown</p>{''.join(cases)}" if cases else ""
+    runs = "".join(curves(Path(cfg.out, stage)) for stage in ("sft", "cold_start", "more", "grpo"))
+    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{escape(cfg.out)}</title>'
+            f"<style>{STYLE}</style><h1>{escape(cfg.out)}</h1><p>{escape(', '.join(predictions))} on {escape(cfg.eval.split)}; 95 % bootstrap intervals over patients. "
+            f"What each metric means stands at the top of eval.py.</p>{tables}{runs}{gallery}{groups_html(Path(cfg.out, 'grpo'))}<script>{SCRIPT}</script></html>")
+
+
+# ---------------------------------------------------------------------------------------------- the command
 
 def resolve(path):
     """The model folder of a run: its best checkpoint, else its last, else `path` itself (a model folder or hub id)."""
@@ -212,8 +543,8 @@ def column_names(paths):
     return next(names for names in tails if len(names) == len(parts))
 
 
-def evaluate_checkpoints(cfg, paths):
-    """Evaluates {name: checkpoint} on cfg.eval.split, writes OUT/eval/, prints; (table, what summarise returns)."""
+def evaluate_checkpoints(cfg, paths, files={}):
+    """Evaluates {name: checkpoint}, and files of predictions, on cfg.eval.split, writes OUT/eval/, prints; (table, results)."""
     try:
         labeler(cfg.rewards)                # a labeler that cannot be loaded must not cost the decoding
     except ValueError as error:
@@ -221,18 +552,23 @@ def evaluate_checkpoints(cfg, paths):
     loaded = data.load_split(cfg, cfg.eval.split)
     examples = [e for task in ("report", "grounding")
                 for e in [e for e in loaded if e.task == task][:cfg.eval.limit or None]]
-    predictions = {name: predict(model.load_policy(cfg, resolve(path)), examples, cfg) for name, path in paths.items()}
-    results = summarise(predictions, cfg)
+    predictions = {name: read_predictions(path, examples) for name, path in files.items()}
+    predictions |= {name: predict(model.load_policy(cfg, resolve(path)), examples, cfg) for name, path in paths.items()}
+    training = [e.answer for e in data.load_split(cfg, "train") if e.task == "report"]
+    results = summarise(predictions, cfg, training)
     text = table(results)
     if model.rank() == 0:
+        by_id = {e.id: e for e in examples}                               # without those that could not be decoded
+        used = [by_id[p["id"]] for p in next(iter(predictions.values()), [])]
         files = {f"{name}.jsonl": "".join(json.dumps(p) + "\n" for p in predictions[name]) for name in predictions}
         without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
-        for name, content in (files | {"metrics.json": json.dumps(without_nan, indent=1)}).items():
+        files |= {"metrics.json": json.dumps(without_nan, indent=1), "report.html": page(cfg, results, predictions, used)}
+        for name, content in files.items():
             path = Path(cfg.out, "eval", name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_name(path.name + ".tmp").write_text(content)
             os.replace(path.with_name(path.name + ".tmp"), path)
-        print(text)
+        print(f"{text}\n\n{Path(cfg.out, 'eval', 'report.html')}")
     return text, results
 
 
@@ -240,13 +576,17 @@ def main():
     parser = argparse.ArgumentParser(description="Evaluate checkpoints side by side.")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="RUN", help="run folders or model folders")
+    parser.add_argument("--checkpoint", nargs="+", default=[], metavar="RUN", help="run folders or model folders")
+    parser.add_argument("--predictions", nargs="+", default=[], metavar="FILE", help="JSON lines of id and text")
     args = parser.parse_args()
-    overrides = [a for a in args.checkpoint if "=" in a and not os.path.exists(a)]   # the option takes all that follows
-    if not (paths := [a for a in args.checkpoint if a not in overrides]):
-        parser.error("--checkpoint: expected at least one folder")
+    given = [*args.checkpoint, *args.predictions]
+    overrides = [a for a in given if "=" in a and not os.path.exists(a)]  # the options take all that follows
+    config = data.load_config(args.config, args.overrides + overrides)
+    runs, files = (column_names([a for a in some if a not in overrides]) for some in (args.checkpoint, args.predictions))
+    if not (runs or files):
+        parser.error("expected at least one folder after --checkpoint, or a file after --predictions")
     model.setup()
-    evaluate_checkpoints(data.load_config(args.config, args.overrides + overrides), column_names(paths))
+    evaluate_checkpoints(config, runs, {name.removesuffix(".jsonl"): path for name, path in files.items()})
 
 
 if __name__ == "__main__":
