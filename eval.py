@@ -456,7 +456,7 @@ def underlined(text):
     if not phrases:
         return escape(text)
     pattern = "|".join(r"[\s-]+".join(map(re.escape, re.split(r"[\s-]+", phrase))) for phrase in phrases)
-    parts = re.split(rf"(?i)\b({pattern})", text)                         # plain, phrase, plain, ...
+    parts = re.split(rf"(?i)\b((?:{pattern})\w*)", text)                  # plain, phrase, plain, ...
     return "".join(f"<u>{escape(part)}</u>" if n % 2 else escape(part) for n, part in enumerate(parts))
 
 
@@ -522,7 +522,8 @@ def page(cfg, results, predictions, examples):
             per_label = results["labels" if block == "reports" else "grounding labels"]
             tables += (f"<h2>{title}</h2>{html_table({m: metrics[m] for m in IN_TABLE if m in metrics})}<details><summary>every metric</summary>{html_table(metrics)}"
                        f"</details><details><summary>per label</summary>{html_table(per_label)}</details>")
-    gallery = f"<h2>Cases</h2><div class=filters>{buttons}</div><p id=shown>{len(cases)} shown</p>{''.join(cases)}" if cases else ""
+    gallery = (f'<h2>Cases</h2><div class=filters>{buttons}</div><p>Underlined: what the labels are read from. <span class="chip tp">found</span><span class="chip fp">not in the reference</span>'
+               f'<span class="chip fn">missed</span></p><p id=shown>{len(cases)} shown</p>{"".join(cases)}') if cases else ""
     runs = "".join(curves(Path(cfg.out, stage)) for stage in ("sft", "cold_start", "more", "grpo"))
     return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{escape(cfg.out)}</title>'
             f"<style>{STYLE}</style><h1>{escape(cfg.out)}</h1><p>{escape(', '.join(predictions))} on {escape(cfg.eval.split)}; 95 % bootstrap intervals over patients. "
