@@ -48,7 +48,7 @@ def run_main(main):
 
 # ---------------------------------------------------------------------------------------------- configuration
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")   # of the language model
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")   # of a language model
 
 
 @dataclass
@@ -86,8 +86,10 @@ class SFTConfig:
     batch_size: int = 32                # studies per step; all questions about a study are trained together
     micro_batch: int = 32               # studies per forward pass (and process)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon learns more from scratch in as many steps
-    train_vision: bool = True           # false freezes the vision tower
-    lora_rank: int = 0                  # 0 trains the weights themselves; else low-rank adapters of lora_targets, alpha = 2 rank
+    freeze: list[Literal["vision", "projector"]] = field(default_factory=list)  # the vision tower, what maps its features to the
+                                        # language model: parts that this stage leaves as they are
+    lora_rank: int = 0                  # 0 trains the weights themselves; else low-rank adapters of lora_targets, alpha = 2 rank,
+                                        # wherever layers have these names, a vision tower that is not frozen included
     lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     lr: float = 1e-5                    # peak; linear warm-up, then cosine to zero
     warmup: int = 10
@@ -111,7 +113,7 @@ class GRPOConfig:
     max_new_tokens: int = 1024
     temperature: float = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"   # as in sft
-    train_vision: bool = True           # as in sft
+    freeze: list[Literal["vision", "projector"]] = field(default_factory=list)  # as in sft
     lora_rank: int = 0                  # as in sft; the reference policy is then the policy without its adapters
     lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     lr: float = 1e-6                    # constant after the warm-up
@@ -200,7 +202,8 @@ def checked(key, value, kind):
         require(isinstance(value, dict), "names with weights, like {mccs: 1}")
         value = {str(name): checked(f"{key}.{name}", weight, float) for name, weight in value.items()}
     elif typing.get_origin(kind) is list:
-        require(isinstance(value, list) and all(isinstance(v, str) for v in value), "a list, like [report, grounding]")
+        require(isinstance(value, list) and all(isinstance(v, str) for v in value), "a list, like [a, b]")
+        value = [checked(key, v, *typing.get_args(kind)) for v in value]
     elif kind is bool:
         require(isinstance(value, bool), "true or false")
     elif kind is str:

@@ -405,10 +405,11 @@ class LoRALinear(torch.nn.Linear):
         return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else y
 
 
-def add_lora(model, rank, targets, seed):
+def add_lora(model, rank, targets, frozen, seed):
     """Freezes `model` and gives those linear layers whose last name is in `targets` adapters with B = 0, which change nothing
-    yet. Returns {name: layer}."""
-    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    yet; none in the parts `frozen`. Returns {name: layer}."""
+    linear = {name: layer for name, layer in model.named_modules()
+              if isinstance(layer, torch.nn.Linear) and part_of(name) not in frozen}
     names = {name.rpartition(".")[2] for name in linear}
     if not targets or set(targets) - names:
         raise InputError(f"lora_targets={targets}: the linear layers of {type(model).__name__} are {', '.join(sorted(names))}")
@@ -738,7 +739,7 @@ class Policy:
 
     def add_lora(self, section):
         """Trains adapters only. Their initial values come from the seed."""
-        self.adapted = add_lora(self.model, section.lora_rank, section.lora_targets, self.config.seed)
+        self.adapted = add_lora(self.model, section.lora_rank, section.lora_targets, section.freeze, self.config.seed)
 
     @contextmanager
     def without_adapters(self):
@@ -892,19 +893,29 @@ def build_tiny(seed, pixels):
 
 # ---------------------------------------------------------------------------------------------- optimiser and checkpoints
 
+PROJECTORS = ("visual.merger", "visual.deepstack_merger_list", "multi_modal_projector", "connector", "image_newline")
+TOWERS = ("visual", "vision_tower", "vision_model")
+
+
+def part_of(name):
+    """"vision" for the parameters of the vision tower, "projector" for those of what maps its features to the language model."""
+    name = name.removeprefix("model.")
+    return "projector" if name.startswith(PROJECTORS) else "vision" if name.startswith(TOWERS) else None
+
+
 def make_optimizers(policy, section):
-    """[AdamW] on float32 weights, with no decay on vectors (norms, biases). train_vision=false freezes the vision tower
-    (for Qwen-VL with the merger behind it).
+    """[AdamW] on float32 weights, with no decay on vectors (norms, biases). The parts in section.freeze stay as they are.
 
     optimizer=muon: [AdamW, Muon], where the weights of linear layers (the head apart) take Muon's orthogonalised steps
     (Jordan 2024), scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
     """
-    tower = next((getattr(policy.base, n) for n in ("visual", "vision_tower", "vision_model") if hasattr(policy.base, n)), None)
-    if not section.train_vision:
-        if tower is None:
-            raise InputError(f"train_vision=false: {type(policy.model).__name__} has no vision tower of a known name")
-        tower.requires_grad_(False)
-    policy.vision_frozen = tower is not None and not any(p.requires_grad for p in tower.parameters())
+    parts = [(part_of(name), p) for name, p in policy.model.named_parameters()]
+    if unknown := set(section.freeze) - {part for part, _ in parts}:
+        raise InputError(f"freeze={section.freeze}: {type(policy.model).__name__} has no {' or '.join(unknown)} of a known name")
+    for part, p in parts:
+        if part in section.freeze:
+            p.requires_grad_(False)
+    policy.vision_frozen = not any(p.requires_grad for part, p in parts if part) and any(part == "vision" for part, _ in parts)
     linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head[0])}
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]

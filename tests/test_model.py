@@ -341,7 +341,7 @@ def test_a_folder_that_is_no_model(config, tmp_path):
 def test_frozen_vision_tower(config, optimizer):
     frozen = model.load_policy(config)
     before = {n: p.detach().clone() for n, p in frozen.model.named_parameters()}
-    optimizers = model.make_optimizers(frozen, data.SFTConfig(optimizer=optimizer, train_vision=False))
+    optimizers = model.make_optimizers(frozen, data.SFTConfig(optimizer=optimizer, freeze=["vision", "projector"]))
     for p in frozen.parameters():
         p.grad = torch.ones_like(p)
     model.optimizer_step(frozen, optimizers, 0.01, 1.0)
@@ -354,7 +354,7 @@ def test_a_frozen_tower_runs_once_per_prompt(config, mixed):
     policy, whole = model.load_policy(config), model.load_policy(config)
     if "mm_encoder_outputs" not in inspect.signature(policy.base.forward).parameters:
         pytest.skip("this version of transformers runs the tower every time")
-    model.make_optimizers(policy, dataclasses.replace(config.grpo, train_vision=False))
+    model.make_optimizers(policy, dataclasses.replace(config.grpo, freeze=["vision", "projector"]))
     calls = []
     policy.base.visual.register_forward_hook(lambda *_: calls.append("policy"))
     rollouts = policy.sample(mixed, 2, 6, 1.0)
