@@ -58,7 +58,7 @@ class ModelConfig:
     min_pixels: int = 1024              # each image is resized to between min_pixels and max_pixels, in multiples of a
     max_pixels: int = 451584            # merged patch; the RadVLM-GRPO values
     max_prompt_tokens: int = 2048       # a longer prompt is an error: cutting it would cut image tokens
-    shared_prefix: bool = True          # run each prompt once for its G completions (Qwen3-VL, Qwen2.5-VL); false: plain rows
+    shared_prefix: bool = True          # run each prompt once for its G completions (Qwen-VL); false: plain rows
     gradient_checkpointing: bool = False
 
 

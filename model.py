@@ -230,7 +230,7 @@ def draw(logits, uniform):
 
 # ---------------------------------------------------------------------------------------------- attention to shared prompts
 
-SHARING = {"qwen3_vl", "qwen2_5_vl"}    # model types whose attention takes the argument `shared`; SharedDecoder knows their layers
+SHARING = {"qwen3_vl", "qwen2_5_vl", "qwen2_vl"}    # model types whose attention takes the argument `shared`; SharedDecoder knows their layers
 ANY_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)         # a 4-D mask is passed on untouched, and `shared` needs none
 ROWS_TOGETHER = 12                      # from so many completions on, the long and the short ones attend apart
 ROOM = 64                               # tokens by which the keys of the completions grow at a time
