@@ -57,7 +57,7 @@ def run_main(main):
 
 # ---------------------------------------------------------------------------------------------- configuration
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")   # of the language model
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")   # of a language model
 
 
 @dataclass
@@ -67,7 +67,7 @@ class ModelConfig:
     min_pixels: int = 1024              # each image is resized to between min_pixels and max_pixels, in multiples of a
     max_pixels: int = 451584            # merged patch; the RadVLM-GRPO values
     max_prompt_tokens: int = 2048       # a longer prompt is an error: cutting it would cut image tokens
-    shared_prefix: bool = True          # run each prompt once for its G completions (Qwen3-VL, Qwen2.5-VL); false: plain rows
+    shared_prefix: bool = True          # run each prompt once for its G completions (Qwen-VL); false: plain rows
     gradient_checkpointing: bool = False
 
 
@@ -123,8 +123,10 @@ class SFTConfig:
     batch_size: int = 32                # studies per step; all questions about a study are trained together
     micro_batch: int = 32               # studies per forward pass (and process)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon learns more from scratch in as many steps
-    train_vision: bool = True           # false freezes the vision tower
-    lora_rank: int = 0                  # 0 trains the weights themselves; else low-rank adapters of lora_targets, alpha = 2 rank
+    freeze: list[Literal["vision", "projector"]] = field(default_factory=list)  # the vision tower, what maps its features to the
+                                        # language model: parts that this stage leaves as they are
+    lora_rank: int = 0                  # 0 trains the weights themselves; else low-rank adapters of lora_targets, alpha = 2 rank,
+                                        # wherever layers have these names, a vision tower that is not frozen included
     lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     lr: float = 1e-5                    # peak; linear warm-up, then cosine to zero
     warmup: int = 10
@@ -148,7 +150,7 @@ class GRPOConfig:
     max_new_tokens: int = 1024
     temperature: float = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"   # as in sft
-    train_vision: bool = True           # as in sft
+    freeze: list[Literal["vision", "projector"]] = field(default_factory=list)  # as in sft
     lora_rank: int = 0                  # as in sft; the reference policy is then the policy without its adapters
     lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     lr: float = 1e-6                    # constant after the warm-up
@@ -246,7 +248,8 @@ def checked(key, value, kind):
             require(False, f"sources with {', '.join(kinds)} (not {name!r})")
         value = [Source(**{name: checked(f"data.{name}", x, kinds[name]) for name, x in v.items()}) for v in value]
     elif typing.get_origin(kind) is list:
-        require(isinstance(value, list) and all(isinstance(v, str) for v in value), "a list, like [report, grounding]")
+        require(isinstance(value, list) and all(isinstance(v, str) for v in value), "a list, like [a, b]")
+        value = [checked(key, v, *typing.get_args(kind)) for v in value]
     elif kind is bool:
         require(isinstance(value, bool), "true or false")
     elif kind is str:

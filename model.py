@@ -8,7 +8,7 @@ In order of appearance
   Policy                 a vision-language model that can encode, sample, logprobs, save
     .sample              the sampler: one prefill per prompt, all completions decoded together
     .logprobs, .loss     the same tokens scored with gradients, prompts and completions in one stream
-  load_policy, build_tiny     a model folder or hub id, or the built-in tiny Qwen3-VL made from scratch
+  load_policy, image_only, build_tiny     a model folder or hub id, or the built-in tiny Qwen3-VL made from scratch
   make_optimizers, optimizer_step     AdamW, or Muon beside it
   save_checkpoint, resume, open_run, Log     whole-or-nothing checkpoints and what a run folder holds
   start, setup, rank, gather_objects, StopRequest     processes and signals
@@ -21,6 +21,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +37,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -42,12 +45,13 @@ from tqdm import tqdm
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
-                          PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
+from transformers import (AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast,
+                          Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.processing_utils import ProcessorMixin
+from transformers.models.auto.image_processing_auto import AutoImageProcessor         # elsewhere older versions hide it
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
 import data
 from data import Example, InputError
@@ -230,7 +234,7 @@ def draw(logits, uniform):
 
 # ---------------------------------------------------------------------------------------------- attention to shared prompts
 
-SHARING = {"qwen3_vl", "qwen2_5_vl"}    # model types whose attention takes the argument `shared`; SharedDecoder knows their layers
+SHARING = {"qwen3_vl", "qwen2_5_vl", "qwen2_vl"}    # model types whose attention takes the argument `shared`; SharedDecoder knows their layers
 ANY_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)         # a 4-D mask is passed on untouched, and `shared` needs none
 ROWS_TOGETHER = 12                      # from so many completions on, the long and the short ones attend apart
 ROOM = 64                               # tokens by which the keys of the completions grow at a time
@@ -405,10 +409,11 @@ class LoRALinear(torch.nn.Linear):
         return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else y
 
 
-def add_lora(model, rank, targets, seed):
+def add_lora(model, rank, targets, frozen, seed):
     """Freezes `model` and gives those linear layers whose last name is in `targets` adapters with B = 0, which change nothing
-    yet. Returns {name: layer}."""
-    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    yet; none in the parts `frozen`. Returns {name: layer}."""
+    linear = {name: layer for name, layer in model.named_modules()
+              if isinstance(layer, torch.nn.Linear) and part_of(name) not in frozen}
     names = {name.rpartition(".")[2] for name in linear}
     if not targets or set(targets) - names:
         raise InputError(f"lora_targets={targets}: the linear layers of {type(model).__name__} are {', '.join(sorted(names))}")
@@ -450,11 +455,19 @@ def unflatten(flat, mask):
 
 
 def collate(prompts):
-    """Single-prompt inputs -> one batch: token-shaped tensors are left-padded with 0, the others concatenated."""
+    """Single-prompt inputs -> one batch: token-shaped tensors are left-padded with 0; the others, whose first dimension counts
+    images or their parts, are concatenated, with zeros at the end of further dimensions (crops of an image, its height)."""
     length = max(p["input_ids"].shape[1] for p in prompts)
-    keys = [k for k in prompts[0] if k != FEATURES]
-    per_token = [k for k in keys if prompts[0][k].shape == prompts[0]["input_ids"].shape]
-    return {k: torch.cat([F.pad(p[k], (length - p[k].shape[1], 0)) if k in per_token else p[k] for p in prompts]) for k in keys}
+
+    def joined(name):
+        tensors = [p[name] for p in prompts]
+        if tensors[0].shape == prompts[0]["input_ids"].shape:
+            return torch.cat([F.pad(t, (length - t.shape[1], 0)) for t in tensors])
+        out = tensors[0].new_zeros(sum(map(len, tensors)), *map(max, zip(*(t.shape[1:] for t in tensors))))
+        for part, t in zip(out.split([len(t) for t in tensors]), tensors):
+            part[(slice(None), *map(slice, t.shape[1:]))] = t
+        return out
+    return {name: joined(name) for name in prompts[0] if name != FEATURES}
 
 
 class Policy:
@@ -485,11 +498,16 @@ class Policy:
                         setattr(module, name, 0.0)
         stop = model.generation_config.eos_token_id
         stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
-        self.stop_ids = torch.tensor(sorted({*stop, self.tokenizer.eos_token_id}), device=self.device)
-        vision = [getattr(model.config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end")]
-        vision = sorted({i for i in vision if i is not None})
+        added = self.tokenizer.added_tokens_decoder
+        turns = [{"role": role, "content": [{"type": "text", "text": "ANSWER"}]} for role in ("user", "assistant")]
+        after = processor.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        after = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        self.end_id = next((i for i in after if i in added), self.tokenizer.eos_token_id)    # Gemma's turns end with another
+        self.stop_ids = torch.tensor(sorted({*stop, self.end_id, self.tokenizer.eos_token_id}), device=self.device)
         # A sampled image token could not be scored again (no image belongs to it): banned in sampling and scoring alike.
-        self.banned = torch.tensor(vision, device=self.device) if vision else None
+        vision = {i for i, token in added.items() if re.search(r"image|img|vision|video|^<row_\d", token.content, re.IGNORECASE)}
+        vision = sorted(i for i in {*vision, model.config.image_token_id} if i < len(self.head[0]))
+        self.banned = torch.tensor(vision, dtype=torch.long, device=self.device)
 
     @property
     def head(self):
@@ -517,7 +535,9 @@ class Policy:
         """The model inputs for one prompt: a dict of tensors (1, P) plus pixel values. Raises InputError."""
         images = data.open_images(example)
         try:
-            inputs = dict(self.processor(text=[self.chat(example)], images=images, return_tensors="pt"))
+            text, begin = self.chat(example), self.tokenizer.bos_token
+            inputs = dict(self.processor(text=[text], images=[images], return_tensors="pt",          # not a second begin token
+                                         add_special_tokens=not (begin and text.startswith(begin))))
         except ValueError as error:
             sizes = ", ".join(f"{i.width}x{i.height}" for i in images)
             raise InputError(f"{example.id}: the processor refuses its images ({sizes}): {error}") from None
@@ -535,8 +555,15 @@ class Policy:
 
     def question_ids(self, example):
         """(Q,) ids of the prompt after its last image token, without opening the images."""
-        text = self.chat(example).rpartition(self.processor.image_token)[2]
+        text = self.image_end + self.chat(example).rpartition(self.processor.image_token)[2]
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], device=self.device)
+
+    @cached_property
+    def image_end(self):
+        """What the processor writes after the tokens of an image, e.g. Gemma's <end_of_image> and two newlines."""
+        ids = self.processor(text=[self.processor.image_token], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt",
+                             add_special_tokens=False)["input_ids"][0]
+        return self.tokenizer.decode(ids[int((ids == self.model.config.image_token_id).nonzero()[-1]) + 1:])
 
     def encode_all(self, examples):
         """(example, inputs) for each usable example. data.on_error=skip leaves the others out and says so."""
@@ -553,8 +580,8 @@ class Policy:
     def encode_target(self, example):
         """(T,) ids of the supervised answer with its end-of-turn token."""
         ids = self.tokenizer(data.target_text(example), add_special_tokens=False)["input_ids"]
-        ids = torch.tensor(ids + [self.tokenizer.eos_token_id], device=self.device)
-        if self.banned is not None and torch.isin(ids, self.banned).any():
+        ids = torch.tensor(ids + [self.end_id], device=self.device)
+        if torch.isin(ids, self.banned).any():
             raise InputError(f"{example.id}: its answer contains {self.tokenizer.decode(ids[torch.isin(ids, self.banned)][:1])}, which "
                              f"only stands for an image; take it out")
         return ids
@@ -592,7 +619,8 @@ class Policy:
         The tower runs once per prompt: sampling, reference (which starts from the same tower) and update share the result.
         """
         new = [p for p in prompts if FEATURES not in p]
-        if new and not (self.vision_frozen and "mm_encoder_outputs" in inspect.signature(self.base.forward).parameters):
+        if new and not (self.vision_frozen and "image_grid_thw" in new[0]            # Qwen-VL: others lay features out otherwise
+                        and "mm_encoder_outputs" in inspect.signature(self.base.forward).parameters):
             return {}
         if new:
             batch = collate(new)
@@ -739,7 +767,7 @@ class Policy:
 
     def add_lora(self, section):
         """Trains adapters only. Their initial values come from the seed."""
-        self.adapted = add_lora(self.model, section.lora_rank, section.lora_targets, self.config.seed)
+        self.adapted = add_lora(self.model, section.lora_rank, section.lora_targets, section.freeze, self.config.seed)
 
     @contextmanager
     def without_adapters(self):
@@ -785,27 +813,24 @@ class Policy:
             (folder / "adapter" / "adapter_config.json").write_text(json.dumps({
                 "peft_type": "LORA", "r": rank, "lora_alpha": LoRALinear.scale * rank, "target_modules": sorted(self.adapted),
                 "base_model_name_or_path": self.path, "bias": "none", "inference_mode": True}))
-        if isinstance(self.processor, ImageOnlyProcessor):                # the layout of Qwen's own model folders
-            self.tokenizer.save_pretrained(folder)
-            self.processor.image_processor.save_pretrained(folder)
-            patch = {k: getattr(self.processor.image_processor, k) for k in ("patch_size", "temporal_patch_size", "merge_size")}
-            video = {"video_processor_type": "Qwen3VLVideoProcessor", **patch}
-            Path(folder, "video_preprocessor_config.json").write_text(json.dumps(video))
-        else:
-            self.processor.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        video = "video_processor"
+        if video in inspect.signature(type(self.processor)).parameters and not hasattr(self.processor, video):
+            images = self.processor.image_processor                       # with torchvision, transformers looks for that half
+            patch = {k: getattr(images, k) for k in ("patch_size", "temporal_patch_size", "merge_size") if hasattr(images, k)}
+            Path(folder, "video_preprocessor_config.json").write_text(json.dumps(patch))
 
 
 # ---------------------------------------------------------------------------------------------- loading
 
-class ImageOnlyProcessor(Qwen3VLProcessor):
-    """The Qwen-VL processor without its video half, which cannot be built without torchvision."""
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-        for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
-            token, short = f"<|{name}|>", name.removesuffix("_pad")
-            setattr(self, f"{short}_token", token)
-            setattr(self, f"{short}_token_id", tokenizer.convert_tokens_to_ids(token))
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+def image_only(family):
+    """The processor class `family` without its video half, which cannot be built without torchvision."""
+    class ImageOnly(family):
+        @classmethod
+        def get_attributes(cls):
+            return [name for name in super().get_attributes() if name != "video_processor"]
+    ImageOnly.__name__ = family.__name__                                  # which is what a saved folder says
+    return ImageOnly
 
 
 def load_policy(config, path=None):
@@ -819,19 +844,20 @@ def load_policy(config, path=None):
     transformers.utils.logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-        try:
-            processor = AutoProcessor.from_pretrained(path, **pixels)
-            if not hasattr(processor, "image_processor"):
-                raise ImportError("no image processor")
-        except ImportError as error:                                      # no torchvision, which only videos need
-            if "qwen" not in model.config.model_type:
-                raise InputError(f"model {path!r}: {' '.join(str(error).split())}") from None
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            processor = ImageOnlyProcessor(AutoImageProcessor.from_pretrained(path, **pixels), tokenizer,
-                                           tokenizer.chat_template)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        images = AutoImageProcessor.from_pretrained(path, **pixels)
+        if is_torchvision_available():
+            processor = AutoProcessor.from_pretrained(path)
+            processor.image_processor = images
+        else:
+            family = image_only(PROCESSOR_MAPPING[type(model.config)])
+            settings, _ = family.get_processor_dict(path)
+            processor = family.from_args_and_dict([images, AutoTokenizer.from_pretrained(path)], settings)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"model {path!r} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
-    if not (processor.chat_template or processor.tokenizer.chat_template):
+    if "max_pixels" not in images.valid_kwargs.__annotations__:
+        say(f"model.min_pixels, model.max_pixels: no effect, the image sizes of {model.config.model_type} are its own")
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if not processor.chat_template:
         raise InputError(f"model {path!r} has no chat template: take an instruction-tuned one")
     return Policy(model, processor, config, path)
 
@@ -888,24 +914,34 @@ def build_tiny(seed, pixels):
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["im_end"], ids["endoftext"]
     images = Qwen2VLImageProcessorPil(patch_size=14, temporal_patch_size=2, merge_size=2, image_mean=[0.4] * 3,
                                       image_std=[0.2] * 3, **pixels)
-    return model, ImageOnlyProcessor(images, tokenizer, tokenizer.chat_template)
+    return model, image_only(Qwen3VLProcessor)(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
 # ---------------------------------------------------------------------------------------------- optimiser and checkpoints
 
+PROJECTORS = ("visual.merger", "visual.deepstack_merger_list", "multi_modal_projector", "connector", "image_newline")
+TOWERS = ("visual", "vision_tower", "vision_model")
+
+
+def part_of(name):
+    """"vision" for the parameters of the vision tower, "projector" for those of what maps its features to the language model."""
+    name = name.removeprefix("model.")
+    return "projector" if name.startswith(PROJECTORS) else "vision" if name.startswith(TOWERS) else None
+
+
 def make_optimizers(policy, section):
-    """[AdamW] on float32 weights, with no decay on vectors (norms, biases). train_vision=false freezes the vision tower
-    (for Qwen-VL with the merger behind it).
+    """[AdamW] on float32 weights, with no decay on vectors (norms, biases). The parts in section.freeze stay as they are.
 
     optimizer=muon: [AdamW, Muon], where the weights of linear layers (the head apart) take Muon's orthogonalised steps
     (Jordan 2024), scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
     """
-    tower = next((getattr(policy.base, n) for n in ("visual", "vision_tower", "vision_model") if hasattr(policy.base, n)), None)
-    if not section.train_vision:
-        if tower is None:
-            raise InputError(f"train_vision=false: {type(policy.model).__name__} has no vision tower of a known name")
-        tower.requires_grad_(False)
-    policy.vision_frozen = tower is not None and not any(p.requires_grad for p in tower.parameters())
+    parts = [(part_of(name), p) for name, p in policy.model.named_parameters()]
+    if unknown := set(section.freeze) - {part for part, _ in parts}:
+        raise InputError(f"freeze={section.freeze}: {type(policy.model).__name__} has no {' or '.join(unknown)} of a known name")
+    for part, p in parts:
+        if part in section.freeze:
+            p.requires_grad_(False)
+    policy.vision_frozen = not any(p.requires_grad for part, p in parts if part) and any(part == "vision" for part, _ in parts)
     linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head[0])}
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]

@@ -32,7 +32,7 @@ class Ours:
             f"model.path={folder}", f"model.min_pixels={side * side}", f"model.max_pixels={side * side}", f"model.shared_prefix={shared}",
             "data.train_size=64", f"grpo.prompts={prompts}", f"grpo.group_size={G}", f"grpo.micro_batch={prompts}",
             f"grpo.sample_batch={prompts}", f"grpo.max_new_tokens={NEW}", "grpo.temperature=1", f"grpo.epochs={updates}",
-            "grpo.lr=1e-6", "grpo.adv_norm=group", "grpo.kl_coef=0.04", "grpo.train_vision=true"])
+            "grpo.lr=1e-6", "grpo.adv_norm=group", "grpo.kl_coef=0.04", "grpo.freeze=[]"])
         self.policy, self.reference = model.load_policy(self.config), model.load_policy(self.config)
         self.optimizers = model.make_optimizers(self.policy, self.config.grpo)
         self.policy.stop_ids = self.policy.stop_ids[:0]                   # every completion has its full length

@@ -31,7 +31,8 @@ def test_overrides_and_types(tmp_path):
     ("rewards.mccs_margin=1", "rewards.mccs_margin"), ("rewards.report.mccs=high", "rewards.report.mccs"),
     ("data.tasks=[reports]", "data.tasks"), ("grpo.mini_batch=999", "grpo.mini_batch"), ("grpo.steps", "expected key=value"),
     ("grpo.kl_coef=-1", "at least 0"), ("grpo=3", "grpo"),
-    ("data.report_share=1.5", "at most 1")])
+    ("data.report_share=1.5", "at most 1"), ("grpo.freeze=[tower]", "grpo.freeze: expected one of vision, projector, got 'tower'"),
+    ("sft.freeze=vision", "sft.freeze: expected a list"), ("sft.train_vision=false", "unknown key 'sft.train_vision'")])
 def test_bad_overrides_name_the_key(override, message):
     with pytest.raises(InputError) as error:
         load_config(ROOT / "config.yaml", [override])

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration)
+from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration,
+                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 
 import data
 import model
@@ -155,7 +155,7 @@ def test_sampled_equals_rescored_equals_plain(policy, mixed, temperature):
 
 
 def variant(policy, config, family):
-    """Another random model behind the same processor: Qwen3-VL with shared key heads, Qwen2.5-VL, or gradient checkpointing."""
+    """Another random model behind the same processor: Qwen3-VL with shared key heads, Qwen2.5-VL, Qwen2-VL, or gradient checkpointing."""
     if family == "checkpointing":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, gradient_checkpointing=True))
         return model.Policy(copy.deepcopy(policy.model), policy.processor, config)
@@ -170,6 +170,12 @@ def variant(policy, config, family):
             text_config={**text, "head_dim": 8, "rope_parameters": rope},
             vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32,
                            "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}, **ids, tie_word_embeddings=False))
+    elif family == "qwen2_vl":
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        net = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+            text_config={**text, "rope_parameters": rope},
+            vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
+            **ids, tie_word_embeddings=False))
     else:
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
         net = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
@@ -182,7 +188,7 @@ def variant(policy, config, family):
     return model.Policy(net, policy.processor, config)
 
 
-@pytest.mark.parametrize("family, group_size", [("tiny", 1), ("tiny", 8), ("qwen3_vl", 2), ("qwen2_5_vl", 5), ("checkpointing", 3)])
+@pytest.mark.parametrize("family, group_size", [("tiny", 1), ("tiny", 8), ("qwen3_vl", 2), ("qwen2_5_vl", 5), ("qwen2_vl", 4), ("checkpointing", 3)])
 def test_shared_prefix_equals_plain_rows(policy, config, mixed, family, group_size):
     """Log-probabilities and every parameter's gradient; prompts of one and of several lengths, completions of one token and
     of many; and the samples."""
@@ -341,7 +347,7 @@ def test_a_folder_that_is_no_model(config, tmp_path):
 def test_frozen_vision_tower(config, optimizer):
     frozen = model.load_policy(config)
     before = {n: p.detach().clone() for n, p in frozen.model.named_parameters()}
-    optimizers = model.make_optimizers(frozen, data.SFTConfig(optimizer=optimizer, train_vision=False))
+    optimizers = model.make_optimizers(frozen, data.SFTConfig(optimizer=optimizer, freeze=["vision", "projector"]))
     for p in frozen.parameters():
         p.grad = torch.ones_like(p)
     model.optimizer_step(frozen, optimizers, 0.01, 1.0)
@@ -354,7 +360,7 @@ def test_a_frozen_tower_runs_once_per_prompt(config, mixed):
     policy, whole = model.load_policy(config), model.load_policy(config)
     if "mm_encoder_outputs" not in inspect.signature(policy.base.forward).parameters:
         pytest.skip("this version of transformers runs the tower every time")
-    model.make_optimizers(policy, dataclasses.replace(config.grpo, train_vision=False))
+    model.make_optimizers(policy, dataclasses.replace(config.grpo, freeze=["vision", "projector"]))
     calls = []
     policy.base.visual.register_forward_hook(lambda *_: calls.append("policy"))
     rollouts = policy.sample(mixed, 2, 6, 1.0)
