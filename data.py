@@ -1645,7 +1645,7 @@ def main():
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    policy = model.load_policy(config)
+    policy = model.load_policy(config, weights=False)
     text, sheet = describe(config, lambda e: (policy.encode(e)["input_ids"].shape[1], len(policy.encode_target(e))), rewards.labeler(config.rewards))
     path = Path(config.out, "data.png")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ In order of appearance
   load_policy, image_only, build_tiny     a model folder or hub id, or the built-in tiny Qwen3-VL made from scratch
   make_optimizers, optimizer_step     AdamW, or Muon beside it
   save_checkpoint, resume, open_run, Log     whole-or-nothing checkpoints and what a run folder holds
+  memory_plan, plan      what a run needs: python model.py plan config.yaml
   start, setup, rank, gather_objects, StopRequest     processes and signals
 """
 from __future__ import annotations
@@ -45,7 +46,7 @@ from tqdm import tqdm
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast,
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast,
                           Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -476,7 +477,9 @@ class Policy:
     def __init__(self, model, processor, config, path=""):
         self.config, self.path = config, path
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        self.model, self.processor, self.tokenizer = model.float().eval().to(self.device), processor, processor.tokenizer
+        self.model, self.processor, self.tokenizer = model.float().eval(), processor, processor.tokenizer
+        if not self.head[0].is_meta:
+            self.model.to(self.device)
         self.base = model.model                                           # without the language-model head
         sliding = "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
         rotation = (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
@@ -833,8 +836,9 @@ def image_only(family):
     return ImageOnly
 
 
-def load_policy(config, path=None):
-    """The policy in `path` (default: model.path): "tiny", a local model folder or a hub id. Raises InputError."""
+def load_policy(config, path=None, weights=True):
+    """The policy in `path` (default: model.path): "tiny", a local model folder or a hub id. Without weights it can encode
+    prompts and tell its size, at no cost. Raises InputError."""
     path = str(path or config.model.path)
     pixels = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
     if path == "tiny":
@@ -843,7 +847,11 @@ def load_policy(config, path=None):
         raise InputError(f"model {path!r}: no such folder, and not a hub id like Qwen/Qwen3-VL-2B-Instruct")
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        if weights:
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        else:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
         images = AutoImageProcessor.from_pretrained(path, **pixels)
         if is_torchvision_available():
             processor = AutoProcessor.from_pretrained(path)
@@ -1106,7 +1114,78 @@ class Log:
             self.files["samples"].write(json.dumps({"step": step, **row}) + "\n")
 
 
+# ---------------------------------------------------------------------------------------------- what a run needs
+
+def memory_plan(model, config, section):
+    """Bytes that a process needs, by part, for a stage (config.sft or config.grpo). `model` is ready to be trained (frozen
+    weights, adapters) and may be on the meta device.
+
+    The activations are those of a plain Qwen: what the backward of one layer keeps for a token, times layers and tokens;
+    with gradient checkpointing its input only, and all of one layer.
+    """
+    text = model.config.get_text_config()
+    hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    heads, shared_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or hidden // heads
+    a, k, b = heads * size, shared_heads * size, 2 if config.model.precision == "bfloat16" else 4
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (True, False))
+    images = max(2 if source.source in ("iu_xray", "mimic_cxr") and source.views == "all" else 1 for source in data.sources(config, "train"))
+    vision = getattr(model.config, "vision_config", None)
+    patch = getattr(vision, "patch_size", 14)
+    patches = images * config.model.max_pixels // patch ** 2
+    prompt = min(config.model.max_prompt_tokens, patches // getattr(vision, "spatial_merge_size", 2) ** 2 + 64)
+    grpo = section is config.grpo
+    rows, length = (section.group_size, section.max_new_tokens) if grpo else (1, 256)            # an answer
+    tokens = section.micro_batch * (prompt + rows * length if config.model.shared_prefix else rows * (prompt + length))
+    per_token = 24 * hidden + 12 * (a + k) + b * 4 * (a + k + wide)       # norms in float32; projections, attention, MLP
+    activations = tokens * per_token * layers
+    if config.model.gradient_checkpointing:
+        activations = tokens * (4 * hidden * layers + per_token)
+    if vision is not None and not {"vision", "projector"} <= set(section.freeze) and not section.lora_rank:
+        depth, width = getattr(vision, "depth", None) or vision.num_hidden_layers, vision.hidden_size
+        per_patch = 4 * (12 * width + 4 * (getattr(vision, "intermediate_size", None) or 4 * width))
+        kept = 4 * width * depth + per_patch if config.model.gradient_checkpointing else per_patch * depth
+        activations += section.micro_batch * patches * kept
+    parts = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": 8 * trained, "activations": activations,
+             "logits": 4 * max(3 * BUFFER, CHUNK * text.vocab_size)}
+    if b == 2:
+        parts["half-precision weights"] = 2 * trained
+    if grpo:
+        parts["keys and values"] = section.sample_batch * (prompt + rows * length) * 2 * k * layers * b
+        if section.kl_coef and not section.lora_rank:
+            parts["reference"] = 4 * total
+    return parts
+
+
+def memory_text(parts):
+    """One line: the sum in GB and its parts, the largest first."""
+    parts = sorted(parts.items(), key=lambda part: -part[1])
+    return f"about {sum(n for _, n in parts) / 1e9:.1f} GB per process: " + ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts)
+
+
+def plan(config):
+    """python model.py plan CONFIG: memory of both stages, without loading the weights."""
+    lines = []
+    for name, section in (("SFT", config.sft), ("GRPO", config.grpo)):
+        policy = load_policy(config, weights=False)
+        if section.lora_rank:
+            policy.add_lora(section)
+        make_optimizers(policy, section)
+        size, trained = (sum(p.numel() for p in some) / 1e6 for some in (policy.model.parameters(), policy.parameters()))
+        lines.append(f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy.model, config, section))}")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------- processes and signals
+
+def main():
+    parser = argparse.ArgumentParser(description="Says what a run would need, without its weights.")
+    parser.add_argument("command", choices=["plan"])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    print(plan(data.load_config(args.config, args.overrides)))
+
 
 def start(usage):
     """Reads the command line `CONFIG [key=value ...]`, joins the other processes, prints the resolved configuration.
@@ -1185,3 +1264,7 @@ class StopRequest:
         """From here on signals end the process as usual."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    data.run_main(main)

@@ -17,6 +17,7 @@ from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, 
 
 import data
 import model
+from conftest import ROOT, SMALL
 from model import fused_logprobs, fused_loss
 
 
@@ -456,3 +457,40 @@ def test_processor_sees_any_image_mode(policy, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     example = data.Example("a", "report", (str(tmp_path / "a.png"),), "Report.", "x")
     assert policy.encode(example)["pixel_values"].isfinite().all()
+
+
+@pytest.mark.parametrize("frozen", ["[vision, projector]", "[]"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_memory_plan_is_what_a_step_keeps(config, examples, frozen, precision):
+    """Activations against what autograd saves, gradients and optimizer state byte for byte."""
+    shape = {"grpo.micro_batch": 2, "grpo.group_size": 8, "grpo.max_new_tokens": 80, "grpo.freeze": frozen, "model.precision": precision}
+    config = data.load_config(ROOT / "config.yaml", [*SMALL, *(f"{key}={value}" for key, value in shape.items())])
+    policy = model.load_policy(config)
+    optimizers = model.make_optimizers(policy, config.grpo)
+    plan = model.memory_plan(policy.model, config, config.grpo)
+    generator, kept = torch.Generator().manual_seed(0), {}
+    own = {p.data_ptr() for p in policy.model.parameters()}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        kept.update({} if storage.data_ptr() in own else {storage.data_ptr(): (storage.nbytes(), t)})
+        return t
+    completions = [[torch.randint(10, 500, (80,), generator=generator) for _ in range(8)] for _ in range(2)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = policy.loss([policy.encode(e) for e in examples[:2]], completions, lambda logp, _: -logp.mean())[0]
+    loss.backward()
+    assert 0.8 < sum(n for n, _ in kept.values()) / plan["activations"] < 1.05
+    assert plan["gradients"] == sum(p.grad.nbytes for p in policy.parameters()) and plan["weights"] == sum(p.nbytes for p in policy.model.parameters())
+    model.optimizer_step(policy, optimizers, 1e-4, 1.0)
+    state = [t for state in optimizers[0].state_dict()["state"].values() for t in state.values() if t.ndim]
+    assert plan["optimizer"] == sum(t.nbytes for t in state)
+
+
+def test_the_plan_of_a_model_needs_no_weights(config, policy, tmp_path):
+    policy.save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(tmp_path)))
+    text = model.plan(config)
+    assert text.startswith("SFT: 2.4 of 2.4 M parameters trained; about ") and "GRPO: 0.7 of 2.4" in text and "keys and values" in text
+    bare, example = model.load_policy(config, weights=False), data.load_split(config, "val")[0]
+    assert torch.equal(bare.encode(example)["input_ids"], policy.encode(example)["input_ids"])
