@@ -2,6 +2,7 @@
 
   python eval.py config.yaml --checkpoint RUN [RUN ...] [key=value ...]
   python eval.py config.yaml --predictions FILE.jsonl [FILE.jsonl ...]      # {"id", "text"} a line, from any other program
+  python eval.py --reproduce configs/ablations/grid.yaml                    # the papers' claims in miniature: RESULTS.md
 
 Decodes greedily (eval.temperature, eval.samples: see `predict`); writes OUT/eval/: NAME.jsonl (predictions), metrics.json and
 report.html (tables, training curves, cases). NAME is RUN's path tail.
@@ -33,6 +34,9 @@ import json
 import math
 import os
 import re
+import resource
+import subprocess
+import sys
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -573,13 +577,87 @@ def evaluate_checkpoints(cfg, paths, files={}):
     return text, results
 
 
+# ---------------------------------------------------------------------------------------------- the papers' claims in miniature
+
+SHOWN = (("reports", "ce_f1_macro13"), ("reports", "ce_f1_micro13"), ("reports", "ce_recall_micro13"), ("reports", "bleu4"),
+         ("reports", "mean_words"), ("grounding", "soft_f1"), ("grounding", "map50"))
+
+
+def grid_run(grid, name, seed):
+    """(folder of a row's evaluation, its checkpoint, the commands that make both). A row is a stage with settings; GRPO, more SFT
+    and the cold start begin at the row `start`, and the latter two lie beside it."""
+    rows = {name: {"stage": "grpo", "start": "SFT", **(row or {})} for claim in grid["claims"] for name, row in claim["rows"].items()}
+
+    def places(name):
+        stage, folder = rows[name]["stage"], Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
+        return folder, (places(rows[name]["start"])[0] if stage in ("more", "cold_start") else folder) / stage
+    row, (folder, result) = rows[name], places(name)
+    settings = [grid["config"], f"seed={seed}", *grid["set"], *row.get("set", [])]
+    if row["stage"] == "grpo":
+        return folder, result, [["train_grpo.py", *settings, f"out={folder}", f"grpo.init={places(row['start'])[1]}/best"]]
+    return folder, result, [["train_sft.py", *settings, f"out={result.parent}", f"sft.stage={row['stage']}"],
+                            ["eval.py", *settings, f"out={folder}", "--checkpoint", str(result)]]
+
+
+def reproduce(path):
+    """Runs the grid of `path`, row by row and seed by seed, and writes its RESULTS.md after each. Runs that are done are kept, an
+    interrupted one goes on from its last checkpoint."""
+    grid = data.read_yaml(path)
+    runs = dict.fromkeys((name, seed) for claim in grid["claims"] for seed in claim["seeds"] for name in claim["rows"])
+    for name, seed in tqdm(runs, "grid"):
+        folder, _, commands = grid_run(grid, name, seed)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for command in commands if not (folder / "cost.json").exists() else ():
+            tqdm.write("python " + " ".join(command))
+            script = Path(__file__).with_name(command[0])
+            code = subprocess.run([sys.executable, script, *command[1:]], stdout=subprocess.DEVNULL).returncode
+            if code or command is commands[-1] and not (folder / "eval" / "metrics.json").exists():
+                raise data.InputError(f"{path}: {name!r}, seed {seed}: `python {' '.join(command)}` did not end; started again, the grid goes on from there")
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            if command is commands[-1]:
+                minutes = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
+                (folder / "cost.json").write_text(json.dumps({"cpu_minutes": minutes}))
+        Path(grid["results"]).write_text(grid_text(grid, path))
+
+
+def grid_text(grid, path):
+    """RESULTS.md: a table for each claim, with mean, lowest and highest over the seeds that are done."""
+    text, minutes = [], {}
+    for claim in grid["claims"]:
+        lines = [["", "seeds", *(metric for _, metric in SHOWN), "minus its start: ce_f1_macro13"]]
+        for name in claim["rows"]:
+            done = []
+            for seed in claim["seeds"]:
+                folder, _, _ = grid_run(grid, name, seed)
+                if (folder / "cost.json").exists():
+                    done.append(json.loads((folder / "eval" / "metrics.json").read_text()))
+                    minutes[folder] = json.loads((folder / "cost.json").read_text())["cpu_minutes"]
+
+            def cell(values, sign=""):
+                values = [v for v in values if v is not None]
+                return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]" if values else "-"
+            last = [{metric: [*results.get(block, {}).get(metric, {"": {"value": None}}).values()] for block, metric in SHOWN} for results in done]
+            gains = [found["ce_f1_macro13"][-1]["difference"][0] for found in last if len(found["ce_f1_macro13"]) > 1]
+            lines.append([name, str(len(done)), *(cell([found[metric][-1]["value"] for found in last]) for _, metric in SHOWN), cell(gains, "+")])
+        table = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+        text.append("\n\n".join(filter(None, [f"## {claim['title']}", " ".join(claim["paper"].split()), table, " ".join(claim.get("reading", "").split())])))
+    head = (f"# The papers' claims in miniature\n\n`python eval.py --reproduce {path}`: phantoms and the built-in 2.4 M-parameter model. Mean [lowest, highest] over "
+            f"the seeds that are done. {len(minutes)} runs, {sum(minutes.values()) / 60:.1f} CPU-hours, the longest {max(minutes.values(), default=0):.0f} CPU-minutes.")
+    return "\n\n".join([head, *text]) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description="Evaluate checkpoints side by side.")
-    parser.add_argument("config")
+    parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--reproduce", metavar="GRID", help="train and evaluate a grid of runs")
     parser.add_argument("--checkpoint", nargs="+", default=[], metavar="RUN", help="run folders or model folders")
     parser.add_argument("--predictions", nargs="+", default=[], metavar="FILE", help="JSON lines of id and text")
     args = parser.parse_args()
+    if args.reproduce:
+        return reproduce(args.reproduce)
+    if not args.config:
+        parser.error("expected a configuration file")
     given = [*args.checkpoint, *args.predictions]
     overrides = [a for a in given if "=" in a and not os.path.exists(a)]  # the options take all that follows
     config = data.load_config(args.config, args.overrides + overrides)
