@@ -1028,7 +1028,7 @@ def read_source(config, source, split, skip):
     if source.source == "phantom":
         found = read_phantoms(config, split)
     else:
-        if not Path(source.path).is_dir():
+        if not source.path or not Path(source.path).is_dir():
             raise InputError(f"data.path={source.path!r}: no such folder; set it to the {source.source} dataset")
         found = READERS[source.source](source, split, skip)
     found = tqdm(itertools.islice(found, source.limit or None), f"{source.source} {split}", unit="", delay=5, leave=False, disable=os.environ.get("RANK", "0") != "0")
