@@ -218,8 +218,8 @@ class Config:
 
 
 MAY_BE_ZERO = {"seed", "sft.warmup", "grpo.warmup", "sft.lora_rank", "grpo.lora_rank", "grpo.mini_batch", "rewards.bertscore_layer",
-               "rewards.overlong_start", "eval.limit", "data.limit", "eval.bootstrap", "eval.cases", "log.samples"}
-ABOVE_ZERO = {"data.weight", "sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip"}
+               "rewards.overlong_start", "eval.limit", *(f"data.{split}[].limit" for split in ("train", "val", "test")), "eval.bootstrap", "eval.cases", "log.samples"}
+ABOVE_ZERO = {*(f"data.{split}[].weight" for split in ("train", "val", "test")), "sft.lr", "grpo.lr", "grpo.temperature", "sft.grad_clip", "grpo.grad_clip"}
 AT_MOST_ONE = {"data.report_share", "sft.plain_share", "grpo.clip_low", "rewards.mccs_margin"}
 
 
@@ -246,7 +246,7 @@ def checked(key, value, kind):
         kinds = typing.get_type_hints(Source)
         for name in (name for v in value for name in v if name not in kinds):
             require(False, f"sources with {', '.join(kinds)} (not {name!r})")
-        value = [Source(**{name: checked(f"data.{name}", x, kinds[name]) for name, x in v.items()}) for v in value]
+        value = [Source(**{name: checked(f"{key}[].{name}", x, kinds[name]) for name, x in v.items()}) for v in value]
     elif typing.get_origin(kind) is list:
         require(isinstance(value, list) and all(isinstance(v, str) for v in value), "a list, like [a, b]")
         value = [checked(key, v, *typing.get_args(kind)) for v in value]
@@ -506,6 +506,12 @@ def first_file(root, name, folders):
     return next((p for p in paths if p.is_file()), paths[0])
 
 
+def patient_of(path, root):
+    """The patient of an image by the names of MIMIC-CXR's folders or NIH's files; else the image counts as one."""
+    mimic, nih_ = re.search(r"(?:^|/)p(\d{8})/", str(path)), re.search(r"(?:^|/)(\d{8})_\d{3}\.png$", str(path))
+    return f"mimic/{mimic[1]}" if mimic else f"nih/{nih_[1]}" if nih_ else f"{root}/{path}"
+
+
 def r2gen(root, split, views, skip, patient):
     """annotation.json and images/ as R2Gen distributes them; the first image is the frontal view. patient(row) -> its id."""
     path = root / "annotation.json"
@@ -528,7 +534,8 @@ def r2gen(root, split, views, skip, patient):
 def read_iu_xray(source, split, skip):
     """IU X-Ray as R2Gen distributes it (annotation.json, images/), as Kaggle does (two CSV files, images_normalized/), or as
     OpenI does (ecgen-radiology/*.xml, NLMCXR_png/). The latter two have no split (see `assigned`) and keep the original
-    sections: the report is the findings, else the impression."""
+    sections: the report is the findings, else the impression. OpenI does not say which view an image is: the first by name
+    counts as frontal, which is wrong for one study in ten."""
     root = Path(source.path)
     if (root / "annotation.json").is_file():
         yield from r2gen(root, split, source.views, skip, lambda row: "iu/" + str(row["id"]).split("_")[0].removeprefix("CXR"))
@@ -542,9 +549,9 @@ def read_iu_xray(source, split, skip):
         for row in read_csv(path, ["uid", "findings", "impression"], skip):
             studies[row["uid"]] = (row["findings"].strip() or row["impression"], sorted(views.get(row["uid"], [])),
                                    f"{path}, uid {row['uid']}")
-    else:                                                                 # its first picture is the frontal view, mostly
+    else:
         locate(root, "annotation.json", "indiana_reports.csv", "ecgen-radiology/*.xml")
-        for path in (root / "ecgen-radiology").glob("*.xml"):
+        for path in sorted((root / "ecgen-radiology").glob("*.xml")):
             try:
                 tree = ElementTree.parse(path)
             except (ElementTree.ParseError, OSError) as error:
@@ -595,7 +602,8 @@ def read_mimic_cxr(source, split, skip):
     labels = {}
     if "classification" in source.tasks:
         for row in read_csv(locate(root, "mimic-cxr-2*-chexpert.csv"), ["study_id", *LABELS], skip):   # by name: the order differs
-            labels[row["study_id"]] = [label for label in LABELS[1:] if row[label].strip() in ("1", "1.0")]
+            found = [label for label in LABELS if row[label].strip() in ("1", "1.0")]
+            labels[row["study_id"]] = [label for label in found if label != "No Finding"] if found else None     # nothing certain: no answer
     studies = {}
     for row in read_csv(table, ["dicom_id", "study_id", "subject_id", "split"], skip):
         if row["split"] == {"val": "validate"}.get(split, split):
@@ -640,7 +648,7 @@ def fuse_boxes(readers, threshold=0.55):
 
 def read_vindr_cxr(source, split, skip):
     """VinDr-CXR from PhysioNet (annotations/annotations_{train,test}.csv) or Kaggle (train.csv), with the images as train/ID.png
-    or .jpg. Boxes are pixels of the original, whose size is in Kaggle's train_meta.csv if the images were resized. Several
+    or .jpg. Boxes are pixels of the original, whose size is in train_meta.csv and test_meta.csv if the images were resized. Several
     readers' boxes of one finding are fused. PhysioNet's validation images, and Kaggle's splits, are chosen by `assigned`."""
     root = Path(source.path)
     official = bool([*root.glob("annotations/annotations_train.csv"), *root.glob("annotations_train.csv")])
@@ -648,8 +656,8 @@ def read_vindr_cxr(source, split, skip):
     path = locate(root, *([f"annotations/annotations_{part}.csv", f"annotations_{part}.csv"] if official else
                           ["annotations/annotations_train.csv", "train.csv"]))
     sizes, images = {}, {}                                                # image -> finding -> reader -> boxes
-    if (root / "train_meta.csv").is_file():
-        sizes = {row["image_id"]: (row["dim1"], row["dim0"]) for row in read_csv(root / "train_meta.csv", ["image_id", "dim0", "dim1"], skip)}
+    if (meta := root / f"{part}_meta.csv").is_file():
+        sizes = {row["image_id"]: (float(row["dim1"]), float(row["dim0"])) for row in read_csv(meta, ["image_id", "dim0", "dim1"], skip)}
     for row in read_csv(path, ["image_id", "class_name", "x_min", "y_min", "x_max", "y_max"], skip):
         findings = images.setdefault(row["image_id"], {})
         if row["class_name"].lower() != "no finding":
@@ -668,8 +676,11 @@ def read_vindr_cxr(source, split, skip):
             if not file.is_file():
                 skip(f"{where}: {file} does not exist (DICOM files have to be converted to PNG first)")
                 continue
-            size = sizes.get(image) or image_size(file)
-            boxes = {("abnormality", name): fractions(fuse_boxes(readers.values()), *size) for name, readers in findings.items()}
+            width, height = sizes.get(image) or image_size(file)
+            if any(b[2] > 1.01 * width or b[3] > 1.01 * height for readers in findings.values() for boxes in readers.values() for b in boxes):
+                raise InputError(f"{where}: a box lies outside {file}, {width:.0f} x {height:.0f} pixels: were the images resized? Then {meta} must "
+                                 f"give the original sizes, in the columns image_id, dim0 (height), dim1 (width)")
+            boxes = {("abnormality", name): fractions(fuse_boxes(readers.values()), width, height) for name, readers in findings.items()}
             yield Study(image, f"vindr/{image}", [file], where, findings=sorted(findings), boxes=boxes, complete=True)
 
 
@@ -704,17 +715,19 @@ def read_ms_cxr(source, split, skip):
 
 def read_padchest_gr(source, split, skip):
     """PadChest-GR (grounded_reports_*.json): a report of its English sentences, and the boxes of the abnormal ones. The split is
-    that of master_table.csv; without the file, `assigned` patients."""
+    that of master_table.csv; without the file, `assigned` studies, as only the table knows the patients."""
     root = Path(source.path)
-    path, official = locate(root, "grounded_reports*.json"), {}
+    path, official, patients = locate(root, "grounded_reports*.json"), {}, {}
     if (root / "master_table.csv").is_file():                             # a row per label
-        official = {row["ImageID"]: row["split"].replace("validation", "val") for row in read_csv(root / "master_table.csv", ["ImageID", "split"], skip)}
+        for row in read_csv(root / "master_table.csv", ["ImageID", "split"], skip):
+            official[row["ImageID"]] = row["split"].replace("validation", "val")
+            patients[row["ImageID"]] = row.get("PatientID")
     rows = []
     for n, row in enumerate(read_json(path)):
         try:
             findings = [(str(f["sentence_en"]), bool(f["abnormal"]), [tuple(map(float, b)) for b in f.get("boxes") or ()]) for f in row["findings"]]
             image = str(row["ImageID"])
-            rows.append((image, "padchest/" + str(row.get("PatientID", image.split("_")[0])), findings, f"{path}, [{n}]"))
+            rows.append((image, f"padchest/{patients.get(image) or image.split('_')[0]}", findings, f"{path}, [{n}]"))
         except (KeyError, TypeError, ValueError) as error:
             skip(f"{path}, [{n}]: expected an object with ImageID and findings ({error!r})")
     splits = official or assigned(patient for _, patient, *_ in rows)
@@ -724,7 +737,7 @@ def read_padchest_gr(source, split, skip):
             boxes = {}
             for sentence, abnormal, found in findings:
                 if abnormal and found:
-                    boxes.setdefault(("phrase", sentence.rstrip(". ")), []).extend(found)
+                    boxes.setdefault(("phrase", sentence.rstrip(". ")), []).extend(fractions(found, 1, 1))
             report = " ".join(s.rstrip(". ") + "." for s, *_ in findings if s.strip())
             yield Study(image, patient, [file], where, report, boxes=boxes,
                         complete=all(found for _, abnormal, found in findings if abnormal))
@@ -769,7 +782,7 @@ def read_nih(source, split, skip):
             skip(f"{path}, line {n}: expected four numbers")
             continue
         boxes.setdefault(image, {}).setdefault(("abnormality", NIH_NAMES.get(name, name)), []).extend(fractions([(x, y, x + w, y + h)], 1024, 1024))
-    for table in root.glob("Data_Entry*.csv"):
+    for table in root.glob("Data_Entry*.csv") if "classification" in source.tasks else ():
         for row in read_csv(table, ["Image Index", "Finding Labels"], skip):
             labels[row["Image Index"]] = [NIH_NAMES.get(n, n) for n in row["Finding Labels"].split("|") if n != "No Finding"]
     images = sorted({*labels, *boxes})
@@ -790,13 +803,14 @@ def read_coco(source, split, skip):
     files = {*root.glob("*.json"), *root.glob("annotations/*.json")}
     path = next(iter(files)) if len(files) == 1 else locate(root, *(f"{a}{b}" for b in (f"{split}.json", f"instances_{split}*.json", f"*_{split}.json")
                                                                    for a in ("", "annotations/")))
-    tree, studies = read_json(path), {}
+    tree, studies, part = read_json(path), {}, path.stem.removeprefix("instances_")
+    folders = ("", "images", part, f"images/{part}", split, f"images/{split}")
     try:
         names = {c["id"]: str(c["name"]) for c in tree["categories"]}
         for row in tree["images"]:
             file = next((f for name in (row["file_name"], Path(row["file_name"]).name)
-                         if (f := first_file(images, name, ("", "images", split))).is_file()), images / row["file_name"])
-            studies[row["id"]] = Study(str(row["file_name"]), f"coco/{row['file_name']}", [file], f"{path}, image {row['id']}", complete=True)
+                         if (f := first_file(images, name, folders)).is_file()), images / row["file_name"])
+            studies[row["id"]] = Study(str(row["file_name"]), patient_of(row["file_name"], root), [file], f"{path}, image {row['id']}", complete=True)
         sizes = {row["id"]: (row["width"], row["height"]) for row in tree["images"]}
         for row in tree["annotations"]:
             x, y, w, h = map(float, row["bbox"])
@@ -806,9 +820,9 @@ def read_coco(source, split, skip):
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path}: not in COCO's format, images with id, file_name, width, height and annotations with image_id, "
                          f"category_id, bbox ({error!r})") from None
-    splits = assigned(studies) if len(files) == 1 else dict.fromkeys(studies, split)
-    for i, study in studies.items():
-        if splits[i] == split:
+    splits = assigned(study.patient for study in studies.values()) if len(files) == 1 else {}
+    for study in studies.values():
+        if splits.get(study.patient, split) == split:
             study.findings = sorted({name for _, name in study.boxes})
             yield study
 
@@ -817,7 +831,7 @@ BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"([01](?:\.\d+)?|\.\d+)"] * 4) + r
 
 
 def read_llava(source, split, skip):
-    """Conversations in LLaVA's format, as RadVLM's tools write them: SPLIT.json, or one *.json that is split by `assigned` images.
+    """Conversations in LLaVA's format, as RadVLM's tools write them: SPLIT.json, or one *.json that is split by `assigned` patients.
     Texts are kept as they are; each turn is an example, with the turns before it as its history. A turn whose answer has
     boxes is grounding, one that asks for a report or findings is a report, the others are for SFT alone."""
     root, images = Path(source.path), source.image_root()
@@ -826,29 +840,30 @@ def read_llava(source, split, skip):
     rows = read_json(path)
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a list of conversations")
-    def pictures(row):
-        return [row["image"]] if isinstance(row["image"], str) else [str(i) for i in row["image"]]
-    splits = assigned(str(pictures(row)) for row in rows if isinstance(row, dict) and "image" in row) if len(files) == 1 else {}
+    conversations = []
     for n, row in enumerate(rows):
         try:
             turns = [(str(t["from"]), str(t["value"])) for t in row["conversations"]]
-            names, kinds = pictures(row), [kind for kind, _ in turns]
+            names, kinds = [row["image"]] if isinstance(row["image"], str) else [str(i) for i in row["image"]], [kind for kind, _ in turns]
             if kinds != ["human", "gpt"] * (len(kinds) // 2) or not turns:
                 raise ValueError("turns of human and gpt in turn")
-        except (KeyError, TypeError, ValueError) as error:
+            conversations.append((n, row.get("id", n), names, patient_of(names[0], root), [text for _, text in turns]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             skip(f"{path}, [{n}]: expected an object with image and conversations of human and gpt ({error!r})")
+    splits = assigned(patient for *_, patient, _ in conversations) if len(files) == 1 else {}
+    for n, name, names, patient, turns in conversations:
+        if splits.get(patient, split) != split:
             continue
-        if splits.get(str(names), split) != split:
-            continue
-        history, files_ = (), tuple(str(first_file(images, name, ("", "images"))) for name in names)
-        if problem := image_problem(files_, images):
+        history, pictures = (), tuple(str(first_file(images, i, ("", "images"))) for i in names)
+        if problem := image_problem(pictures, images):
             skip(f"{path}, [{n}]: {problem}")
             continue
-        for k, ((_, question), (_, answer)) in enumerate(zip(turns[::2], turns[1::2])):
+        for k, (question, answer) in enumerate(zip(turns[::2], turns[1::2])):
             question = question.replace("<image>", "").strip()
             boxes = tuple(tuple(map(float, b)) for b in BOX.findall(answer))
-            task = "grounding" if boxes else "report" if re.search(r"report|findings", question, re.I) else "classification"
-            yield Example(f"{row.get('id', n)}-{k}", task, files_, question, answer, boxes=boxes, history=history, patient=f"{root}/{names[0]}",
+            asks = re.match(r"(?i)(?!is|are|does|do|can|could)\b.*\b(report|findings)\b", question)        # a yes or no is no report
+            task = "grounding" if boxes else "report" if asks else "classification"
+            yield Example(f"{name}-{k}", task, pictures, question, answer, boxes=boxes, history=history, patient=patient,
                           label=question if boxes else "", kind="phrase" if boxes else "")
             history += ((question, answer),)
 
@@ -869,7 +884,7 @@ def read_jsonl(source, split, skip):
         where = f"{path}, line {n}"
         try:
             row = json.loads(line)
-            study = Study(str(row["id"]), str(row.get("patient", row["id"])), [source.image_root() / image for image in row["images"]], where,
+            study = Study(str(row["id"]), f"{root}/{row['patient']}" if row.get("patient") else "", [source.image_root() / image for image in row["images"]], where,
                           thinking=str(row.get("thinking", "")))
             if "report" in row:
                 study.report = row["report"] if isinstance(row["report"], str) else ""
@@ -986,22 +1001,28 @@ def study_examples(study, source, split, seed, skip):
         return Example(study.id + suffix, TASK_OF[kind], tuple(map(str, study.images)), wording(QUESTIONS[kind]).format(phrase), answer,
                        patient=study.patient, kind=kind if TASK_OF[kind] == "grounding" else "", **more)
     regions = {(kind, name): boxes for (kind, name), boxes in study.boxes.items() if asked(kind)}
+    if anatomy := [key for key in regions if key[0] == "anatomy"]:        # every image has dozens: one of them, as in RadVLM
+        chosen = anatomy[int(rng.random() * len(anatomy))]
+        regions = {key: boxes for key, boxes in regions.items() if key == chosen or key[0] != "anatomy"}
     detection = study.complete and asked("detection")
-    wanted = [study.report is not None and asked("report"), study.findings is not None and asked("classification"), regions, detection]
-    if not any(wanted):
+    reports, lists = study.report is not None and asked("report"), study.findings is not None and asked("classification")
+    if not (reports or lists or regions or detection):
         return
-    bad = [b for boxes in study.boxes.values() for b in boxes if len(b) != 4 or not (0 <= b[0] < b[2] <= 1 and 0 <= b[1] < b[3] <= 1)]
-    report = " ".join((study.report or "").split())
-    problem = (image_problem(study.images, source.image_root())
-               or wanted[0] and not report and "the report is empty"
-               or bad and f"box {list(bad[0])} is not x1 < x2, y1 < y2 inside the image (fractions from 0 to 1)")
-    if problem:
+    if problem := image_problem(study.images, source.image_root()):
         skip(f"{study.where}: {problem}")
         return
-    if wanted[0]:
+    report = " ".join((study.report or "").split())
+    if reports and not report:
+        skip(f"{study.where}: the report is empty")
+    elif reports:
         yield example("report", "", report, thinking=study.thinking)
-    if wanted[1]:
+    if lists:
         yield example("classification", "-list", (", ".join(name.lower() for name in study.findings) or "none") + ".")
+    bad = [b for boxes in (study.boxes if detection else regions).values() for b in boxes
+           if len(b) != 4 or not (0 <= b[0] < b[2] <= 1 and 0 <= b[1] < b[3] <= 1)]
+    if bad:
+        skip(f"{study.where}: box {list(bad[0])} is not x1 < x2, y1 < y2 inside the image (fractions from 0 to 1)")
+        return
     for (kind, name), boxes in regions.items():
         phrase = name if kind == "phrase" else name.lower()
         text = (wording(ANSWERS) if boxes else "{}").format(boxes_text(boxes))
@@ -1020,7 +1041,7 @@ def sources(config, split):
     if not entries:
         return [Source(d.source, d.path, d.images, d.tasks, d.views)]
     return [dataclasses.replace(e, path=os.path.join(d.path, e.path or e.source), tasks=e.tasks or d.tasks, views=e.views or d.views,
-                                images=os.path.join(d.path, e.images) if e.images else "") for e in entries]
+                                images=os.path.join(d.path, e.images or d.images) if e.images or d.images else "") for e in entries]
 
 
 def read_source(config, source, split, skip):
@@ -1033,16 +1054,27 @@ def read_source(config, source, split, skip):
         found = READERS[source.source](source, split, skip)
     found = tqdm(itertools.islice(found, source.limit or None), f"{source.source} {split}", unit="", delay=5, leave=False, disable=os.environ.get("RANK", "0") != "0")
     found = (e for f in found for e in ([f] if isinstance(f, Example) else study_examples(f, source, split, config.seed, skip)))
-    return [e for e in found if e.task in source.tasks or e.kind in source.tasks]
+    examples = {}
+    for e in found:
+        if e.id in examples:
+            skip(f"{source.path}, {split}: a second example has the id {e.id!r}")
+        elif e.task in source.tasks or e.kind in source.tasks:
+            examples[e.id] = e
+    return [*examples.values()]
 
 
-def read_split(config, split, problems):
-    """[(source, its examples)]. With data.on_error=skip, what cannot be used is added to `problems`; else it raises InputError."""
-    def skip(message):
-        if config.data.on_error == "stop":
-            raise InputError(f"{message} (data.on_error=skip leaves such examples out)")
-        problems.append(message)
-    return [(source, read_source(config, source, split, skip)) for source in sources(config, split)]
+def read_split(config, split):
+    """[(source, its examples, what could not be used)]. data.on_error=stop raises InputError for the first of the latter."""
+    parts = []
+    for source in sources(config, split):
+        problems = []
+
+        def skip(message):
+            if config.data.on_error == "stop":
+                raise InputError(f"{message} (data.on_error=skip leaves such examples out)")
+            problems.append(message)
+        parts.append((source, read_source(config, source, split, skip), problems))
+    return parts
 
 
 def plain_words(text):
@@ -1050,28 +1082,24 @@ def plain_words(text):
 
 
 def without_leaks(config, parts):
-    """Training parts without the patients of the held-out splits, and, with data.dedup, without reports that repeat a held-out
-    one word for word. Returns (parts, what to say about it). Phantoms of different splits are different by construction."""
-    held = [e for split in sorted({"val", config.eval.split} - {"train"}) for source, part in read_split(config, split, [])
-            for e in part if source.source != "phantom"] if any(source.source != "phantom" for source, _ in parts) else []
-    patients, reports = {e.patient for e in held}, {plain_words(e.answer) for e in held if e.task == "report"}
-    n_leaks = n_copies = n_reports = 0
-    result = []
-    for source, part in parts:
-        kept = []
-        for e in part if source.source != "phantom" else ():
-            leaks, copies = e.patient in patients, e.task == "report" and plain_words(e.answer) in reports
-            n_leaks, n_copies, n_reports = n_leaks + leaks, n_copies + (copies and not leaks), n_reports + (e.task == "report" and not leaks)
-            if not (leaks or copies and config.data.dedup):
-                kept.append(e)
-        result.append((source, part if source.source == "phantom" else kept))
-    if n_leaks and not any(part for _, part in result):
+    """Training parts without the patients of val and test, and, with data.dedup, without reports that repeat one of theirs word for
+    word. Returns (parts, what to say about it). Phantoms of different splits are different by construction."""
+    if all(source.source == "phantom" for source, *_ in parts):
+        return parts, ""
+    held = [e for split in ("val", "test") for source, part, _ in read_split(config, split) if source.source != "phantom" for e in part]
+    patients, reports = {e.patient for e in held} - {""}, {plain_words(e.answer) for e in held if e.task == "report"}
+    leaks = {e for _, part, _ in parts for e in part if e.patient in patients}
+    texts = [e for _, part, _ in parts for e in part if e.task == "report" and e not in leaks]
+    copies = {e for e in texts if plain_words(e.answer) in reports}
+    out = leaks | copies if config.data.dedup else leaks
+    kept = [(source, [e for e in part if e not in out], problems) for source, part, problems in parts]
+    if leaks and not any(part for _, part, _ in kept):
         return parts, "all patients are held out, too: kept, but what is measured on the held-out splits means nothing"
-    said = [f"left out {n_leaks} examples of patients that are held out, too"] * bool(n_leaks)
-    if n_copies:
-        said.append(f"{n_copies} of {n_reports} reports ({n_copies / n_reports:.0%}) repeat a held-out report word for word, and "
+    said = [f"left out {len(leaks)} examples of patients that are held out, too"] * bool(leaks)
+    if copies:
+        said.append(f"{len(copies)} of {len(texts)} reports ({len(copies) / len(texts):.0%}) repeat a held-out report word for word, and "
                     + ("are left out" if config.data.dedup else "stay (data.dedup=true leaves them out)"))
-    return result, "; ".join(said)
+    return kept, "; ".join(said)
 
 
 def repeated(examples, weight, seed):
@@ -1089,18 +1117,24 @@ def load_split(config, split):
     With data.on_error=skip, examples that cannot be used are left out, counted and reported; otherwise the first one
     raises InputError.
     """
-    problems, said = [], ""
-    parts = read_split(config, split, problems)
+    parts, said = read_split(config, split), []
+    said += [f"{source.source}: skipped {len(problems)} examples, the first: {problems[0]}" for source, _, problems in parts if problems]
     if split == "train":
-        parts, said = without_leaks(config, parts)
-        parts = [(source, repeated(part, source.weight, config.seed)) for source, part in parts]
+        parts, leaks = without_leaks(config, parts)
+        said += [leaks] * bool(leaks)
+    examples = []
+    for n, (source, part, _) in enumerate(parts):
+        if not part and split == "train":
+            raise InputError(f"data.path={source.path!r}: no usable example of {source.source} in split {split!r}" + "".join(f"; {text}" for text in said))
+        part = with_traces(config, split, part, said)
+        if split == "train":
+            part = repeated(part, source.weight, config.seed)
+        names = [os.path.basename(os.path.normpath(source.path)) or source.source for source, *_ in parts]
+        name = names[n] if names.count(names[n]) == 1 else f"{names[n]}.{n}"                       # ids are unique in a mixture, too
+        examples += [dataclasses.replace(e, id=f"{name}/{e.id}" if len(parts) > 1 else e.id, style=style_of(config)) for e in part]
     if os.environ.get("RANK", "0") == "0":
-        if problems:
-            print(f"{split}: skipped {len(problems)} examples, the first: {problems[0]}", file=sys.stderr)
-        if said:
-            print(f"{split}: {said}", file=sys.stderr)
-    examples = with_traces(config, [dataclasses.replace(e, id=f"{source.source}/{e.id}" if len(parts) > 1 else e.id, style=style_of(config))
-                                    for source, part in parts for e in part])
+        for text in said:
+            print(f"{split}: {text}", file=sys.stderr)
     if not examples:
         raise InputError(f"data.path={config.data.path!r}: no usable example in split {split!r}")
     return examples
@@ -1132,11 +1166,11 @@ def looking_for(label, boxes):
     return f"Looking for {label}. {where}"
 
 
-def with_traces(config, examples):
-    """Examples with thinking: from data.traces where it is given, else their own, else made from report and boxes."""
+def with_traces(config, split, examples, said):
+    """Examples with thinking: in training from data.traces where it is given, else their own, else made from report and boxes."""
     if not config.data.thinking:
         return examples
-    if not config.data.traces:
+    if not config.data.traces or split != "train":
         made = {"report": lambda e: systematic_reading(e.answer), "grounding": lambda e: looking_for(e.label, e.boxes)}
         return [e if e.thinking or e.task not in made else dataclasses.replace(e, thinking=made[e.task](e)) for e in examples]
     path, traces = Path(config.data.traces), {}
@@ -1148,7 +1182,8 @@ def with_traces(config, examples):
         raise InputError(f"data.traces={path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}, line {n}: expected an object with id and thinking ({error!r})") from None
-    return [dataclasses.replace(e, thinking=traces.get(e.id.partition("#")[0], "")) for e in examples]
+    said.append(f"{sum(e.id in traces for e in examples)} of {len(examples)} examples have a trace in {path}")
+    return [dataclasses.replace(e, thinking=traces.get(e.id, "")) for e in examples]
 
 
 # ---------------------------------------------------------------------------------------------- data order
@@ -1584,7 +1619,10 @@ def contact_sheet(examples, columns=4, side=360, foot=96):
     sheet, font = Image.new("RGB", (columns * side, rows * (side + foot)), "white"), ImageFont.load_default(11)
     for n, e in enumerate(examples):
         x, y = n % columns * side, n // columns * (side + foot)
-        image = open_images(dataclasses.replace(e, images=e.images[:1]))[0]
+        try:
+            image = open_images(dataclasses.replace(e, images=e.images[:1]))[0]
+        except InputError:                                                # the description says so
+            image = Image.new("RGB", (side, side))
         image = ImageOps.contain(image, (side - 8, side - 8))             # enlarged or reduced: boxes are fractions
         pen = ImageDraw.Draw(image)
         for box in e.boxes:
@@ -1603,23 +1641,26 @@ def describe(config, encode, label):
     rng, said, chosen = np.random.default_rng(config.seed), [], []
     counts = [["source", "split", "task", "examples", "studies", "patients", "words", "image width", "image height"]]
     labels, lengths = {}, [["tokens, min / median / max", "of", "prompt", "answer"]]
-    for split in ("train", "val", "test"):
-        problems, leaks = [], ""
+
+    def tried(function, *args):
         try:
-            parts = read_split(config, split, problems)
-            if split == "train":
-                parts, leaks = without_leaks(config, parts)
+            return function(*args)
         except InputError as error:
-            said.append(f"{split}: {error}")
-            continue
-        everything = [e for _, part in parts for e in part]
-        said += [f"{split}: {leaks}"] * bool(leaks) + [f"{split}: skipped {len(problems)}, such as"] * bool(problems)
-        said += [f"  {problem}" for problem in problems[:3]]
-        for source, part in parts:
+            said.append(f"unreadable: {error}")
+    for split in ("train", "val", "test"):
+        parts = tried(read_split, config, split) or []
+        if split == "train":
+            parts, leaks = tried(without_leaks, config, parts) or (parts, "")
+            said += [f"{split}: {leaks}"] * bool(leaks)
+        for source, _, problems in parts:
+            said += [f"{split}, {source.source}: skipped {len(problems)}, such as"] * bool(problems) + [f"  {problem}" for problem in problems[:3]]
+        everything = [e for _, part, _ in parts for e in part]
+        for source, part, _ in parts:
             for kind in sorted({e.kind or e.task for e in part}):
                 some = [e for e in part if (e.kind or e.task) == kind]
                 few = [some[i] for i in sorted(rng.permutation(len(some))[:50])]
-                sizes = np.array([image_size(i) if isinstance(i, (str, Path)) else i.size for e in few for i in e.images])
+                sizes = [tried(image_size, i) if isinstance(i, (str, Path)) else i.size for e in few for i in e.images]
+                sizes = np.array([size for size in sizes if size]).reshape(-1, 2)
                 counts.append([source.source, split, kind, str(len(some)), str(len({e.images for e in some})), str(len({e.patient for e in some})),
                                spread([len(e.answer.split()) for e in some]), spread(sizes[:, 0]), spread(sizes[:, 1])])
                 chosen += sorted(few, key=lambda e: not e.boxes)[:4] if split == "train" else few[:1]
@@ -1627,14 +1668,14 @@ def describe(config, encode, label):
         if reports:
             reports = [reports[i] for i in rng.permutation(len(reports))[:2000]]
             labels[f"{split}, {len(reports)} reports"] = np.isin(label(reports), (1, 3)).mean(0)
-        few = [everything[i] for i in rng.permutation(len(everything))[:32]]
-        if few:
-            prompts, answers = zip(*map(encode, few))
+        few = [tried(encode, everything[i]) for i in rng.permutation(len(everything))[:32]]
+        if few := [pair for pair in few if pair]:
+            prompts, answers = zip(*few)
             lengths.append([split, str(len(few)), spread(prompts), spread(answers)])
     prevalence = [["positive or uncertain", *labels]] + [[name, *(f"{share[i]:.1%}" for share in labels.values())] for i, name in enumerate(LABELS)]
     limits = f"limits: model.max_prompt_tokens={config.model.max_prompt_tokens}, grpo.max_new_tokens={config.grpo.max_new_tokens}"
     return "\n\n".join([aligned(counts), *[aligned(prevalence)] * bool(labels), f"{aligned(lengths)}\n{limits}",
-                        "\n".join(said) or "nothing was skipped"]), contact_sheet(chosen)
+                        "\n".join(dict.fromkeys(said)) or "nothing was skipped"]), contact_sheet(chosen)
 
 
 def main():

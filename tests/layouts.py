@@ -171,7 +171,7 @@ def padchest_gr(root, with_table=True):
     write(root / "grounded_reports_20240819.json", json.dumps(rows))
     if with_table:
         splits = ["train"] * 4 + ["validation"] * 2 + ["test"] * 2
-        table(root / "master_table.csv", "StudyID,ImageID,PatientID,split", [[f"s{n}", f"{n}_x.png", n, split] for n, split in enumerate(splits) for _ in "ab"])
+        table(root / "master_table.csv", "StudyID,ImageID,PatientID,split", [[f"s{n}", f"{n}_x.png", f"p{n}", split] for n, split in enumerate(splits) for _ in "ab"])
     for n in range(8):
         picture(root / "PadChest_GR" / f"{n}_x.png", "I;16", (50, 60))
     return root

@@ -199,7 +199,7 @@ GOOD = {"id": 1, "images": ["a.png"], "report": "Clear lungs.", "patient": "p", 
 def test_jsonl(tmp_path):
     boxes = {"id": 2, "images": ["a.png"], "phrase": "the nodule", "boxes": [[0.1, 0.2, 0.3, 0.4]]}
     report, grounding = data.load_split(own(tmp_path, GOOD, boxes), "train")
-    assert (report.task, report.patient, report.thinking) == ("report", "p", "Heart: normal.")
+    assert (report.task, report.patient, report.thinking) == ("report", f"{tmp_path}/p", "Heart: normal.")
     assert grounding.answer == "[0.10, 0.20, 0.30, 0.40]" and grounding.label == "the nodule"
 
 

@@ -105,6 +105,9 @@ def test_vindr_cxr_from_physionet(tmp_path):
 def test_vindr_cxr_from_kaggle_with_reduced_images(tmp_path):
     parts = splits(of("vindr_cxr", layouts.vindr_kaggle(tmp_path), "data.tasks=[abnormality]"))
     assert [len(p) for p in parts.values()] == [7, 1, 2] and all(near(e.boxes, [(.4, .4, .9, .9)]) for p in parts.values() for e in p)
+    (tmp_path / "train_meta.csv").unlink()                                # then the boxes cannot be right: never just skipped
+    with pytest.raises(InputError, match="were the images resized.*train_meta.csv"):
+        load_split(of("vindr_cxr", tmp_path, "data.tasks=[abnormality]", "data.on_error=skip"), "train")
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
@@ -137,15 +140,29 @@ def test_padchest_gr(tmp_path, with_table):
     assert everyone["0_x.png"].answer == "No relevant findings." and everyone["3_x.png"].answer == "Right pleural effusion. Normal heart size."
     assert near(everyone["3_x.png-Right pleural effusion"].boxes, [(.1, .5, .4, .9), (.2, .1, .3, .2)])
     assert data.open_images(everyone["3_x.png"])[0].getextrema() == ((0, 255),) * 3                    # 16 bit
+    assert everyone["3_x.png"].patient == ("padchest/p3" if with_table else "padchest/3")              # the image's name begins with its study
+
+
+def test_a_problem_with_one_question_leaves_the_others(tmp_path):
+    root = layouts.padchest_gr(tmp_path)
+    path = root / "grounded_reports_20240819.json"
+    path.write_text(path.read_text().replace("0.5", "1.5", 1))             # a box of study 1
+    assert "1_x.png" in [e.id for e in load_split(of("padchest_gr", root, "data.tasks=[report]"), "train")]
+    train = load_split(of("padchest_gr", root, "data.on_error=skip"), "train")
+    assert [e.kind or e.task for e in train if e.id.startswith("1_x")] == ["report"]
+    root = layouts.mimic_cxr(tmp_path / "mimic")
+    (root / "files/p10/p10000764/s57375967.txt").write_text("FINAL REPORT\n")
+    assert [e.id for e in load_split(of("mimic_cxr", root, "data.on_error=skip"), "train") if "57375967" in e.id] == ["57375967-list"]
 
 
 def test_chest_imagenome(tmp_path):
     layouts.mimic_cxr(tmp_path / "mimic_cxr")
     config = of("chest_imagenome", layouts.chest_imagenome(tmp_path / "chest_imagenome"))
-    assert counts(config) == {"train": {"anatomy": 4}, "val": {"anatomy": 2}, "test": {"anatomy": 4}}          # d1, d5 | d7 | d8, d9
-    lung, heart = load_split(config, "val")
-    assert near(lung.boxes, [(.1, .1, .5, .75)]) and near(heart.boxes, [(.25, .5, .75, 1)]) and heart.label == "cardiac silhouette"
-    assert heart.question == "Where is the cardiac silhouette? Give its box." and heart.patient == "mimic/10000898"
+    assert counts(config) == {"train": {"anatomy": 2}, "val": {"anatomy": 1}, "test": {"anatomy": 2}}          # d1, d5 | d7 | d8, d9
+    regions = {"right lung": [(.1, .1, .5, .75)], "cardiac silhouette": [(.25, .5, .75, 1)]}
+    seen = [e for seed in range(4) for e in load_split(of("chest_imagenome", tmp_path / "chest_imagenome", f"seed={seed}"), "val")]
+    assert {e.label for e in seen} == {*regions} and all(near(e.boxes, regions[e.label]) for e in seen)       # one region of each image
+    assert all(e.question == f"Where is the {e.label}? Give its box." and e.patient == "mimic/10000898" for e in seen)
 
 
 @pytest.mark.parametrize("lists", [True, False])
@@ -184,6 +201,47 @@ def test_llava_conversations_go_round(tmp_path, policy):
     assert places == sorted(places) and text.count("<|image_pad|>") == 1 and text.endswith("<|im_start|>assistant\n")
 
 
+def test_one_file_is_split_by_the_patients_in_its_paths(tmp_path):
+    """Three studies of each of 12 patients of MIMIC-CXR in one LLaVA file, and two images of each of 10 NIH patients in one COCO file."""
+    rows = [{"id": f"{p}_{k}", "image": f"files/p10/p100000{p}/s5000000{k}/x.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nIs a report needed?"}, {"from": "gpt", "value": "Yes."}]} for p in range(10, 22) for k in range(3)]
+    for row in rows:
+        layouts.picture(tmp_path / "llava" / row["image"])
+    layouts.write(tmp_path / "llava" / "all.json", json.dumps(rows + [{"id": "none", "image": None, "conversations": rows[0]["conversations"]}]))
+    parts = splits(of("llava", tmp_path / "llava", "data.on_error=skip"))
+    patients = [{e.patient for e in p} for p in parts.values()]
+    assert [len(p) for p in patients] == [9, 1, 2] and len(set.union(*patients)) == 12 and [len(p) for p in parts.values()] == [27, 3, 6]
+    assert patients[0] <= {f"mimic/100000{p}" for p in range(10, 22)} and {e.task for e in parts["train"]} == {"classification"}
+    names = [f"{patient:08d}_{k:03d}.png" for patient in range(10) for k in range(2)]
+    for name in names:
+        layouts.picture(tmp_path / "coco" / name)
+    layouts.write(tmp_path / "coco" / "boxes.json", json.dumps({"categories": [{"id": 1, "name": "x"}], "annotations": [
+        {"image_id": n, "category_id": 1, "bbox": [1, 1, 9, 9]} for n in range(20)], "images": [
+        {"id": n, "file_name": name, "width": 40, "height": 32} for n, name in enumerate(names)]}))
+    parts = splits(of("coco", tmp_path / "coco", "data.tasks=[abnormality]"))
+    assert [len({e.patient for e in p}) for p in parts.values()] == [7, 1, 2] and [len(p) for p in parts.values()] == [14, 2, 4]
+
+
+def test_coco_images_in_folders_of_their_own(tmp_path):
+    root = layouts.coco(tmp_path)
+    for split, first in (("train", 0), ("val", 3), ("test", 6)):
+        (root / f"{split}2017").mkdir()
+        for n in range(first, first + 3):
+            (root / "images" / f"c{n}.png").rename(root / f"{split}2017" / f"c{n}.png")
+    assert {e.images[0].split("/")[-2] for e in load_split(of("coco", root), "val")} == {"val2017"}
+
+
+def test_a_study_without_certain_labels_is_not_called_normal(tmp_path):
+    root = layouts.mimic_cxr(tmp_path, end="")
+    path = root / "mimic-cxr-2.0.0-chexpert.csv"
+    rows = path.read_text().splitlines()
+    rows[1] = rows[1].replace("1.0", "-1.0").replace("--", "-")             # study 50414267
+    rows[2] = ",".join(rows[2].split(",")[:2] + [""] * 8 + ["1.0"] + [""] * 5)        # 50414268: No Finding
+    path.write_text("\n".join(rows) + "\n")
+    found = {e.id: e.answer for e in load_split(of("mimic_cxr", root, "data.tasks=[classification]"), "train")}
+    assert found == {"50414268-list": "none.", "57375967-list": "cardiomegaly, pleural effusion."}
+
+
 # ---------------------------------------------------------------- what is wrong with the files
 
 @pytest.mark.parametrize("source, build, lost, message", [
@@ -204,7 +262,7 @@ def test_a_missing_file_is_named(tmp_path, source, build, lost, message):
 
 
 @pytest.mark.parametrize("source, build, file, old, new, message", [
-    ("vindr_cxr", layouts.vindr_physionet, "annotations/annotations_train.csv", "80,40,180,90", "80,40,380,90", "inside the image"),
+    ("vindr_cxr", layouts.vindr_physionet, "annotations/annotations_train.csv", "80,40,180,90", "180,40,80,90", "inside the image"),
     ("vindr_cxr", layouts.vindr_physionet, "annotations/annotations_train.csv", "80,40,180,90", ",,,", "without a box"),
     ("vindr_cxr", layouts.vindr_physionet, "annotations/annotations_train.csv", "x_max", "xmax", "no column 'x_max'"),
     ("padchest_gr", layouts.padchest_gr, "grounded_reports_20240819.json", '"findings"', '"finding"', "ImageID and findings"),
@@ -222,6 +280,27 @@ def test_bad_contents_are_named_or_skipped(tmp_path, capsys, source, build, file
     assert "\n" not in str(error.value) and file.rpartition("/")[2] in str(error.value)
     if "format" not in message and "column" not in message:
         assert load_split(of(source, root, "data.on_error=skip"), "train") and "skipped" in capsys.readouterr().err
+
+
+def test_ids_are_unique(tmp_path):
+    row = {"id": 1, "images": ["a.png"], "report": "Clear."}
+    for split in SPLITS:
+        layouts.write(tmp_path / "a" / f"{split}.jsonl", "".join(json.dumps(r) + "\n" for r in (row, {**row, "report": "Edema."})))
+        layouts.write(tmp_path / "b" / "a" / f"{split}.jsonl", json.dumps({**row, "patient": None}) + "\n")
+    for folder in ("a", "b/a"):
+        layouts.picture(tmp_path / folder / "a.png")
+    with pytest.raises(InputError, match="a second example has the id '1'"):
+        load_split(of("jsonl", tmp_path / "a"), "train")
+    mixture = "data.train=[{source: jsonl, path: a}, {source: jsonl, path: b/a}]"
+    examples = load_split(load_config(ROOT / "config.yaml", [f"data.path={tmp_path}", mixture, "data.on_error=skip"]), "train")
+    assert [e.id for e in examples] == ["a.0/1", "a.1/1"] and {e.patient for e in examples} == {""}         # no patient: no leak
+
+
+def test_a_source_that_gives_nothing_is_an_error(tmp_path):
+    root = layouts.everything(tmp_path)
+    (root / "chest_imagenome" / "silver_dataset" / "scene_graph").rename(root / "lost")
+    with pytest.raises(InputError, match="no usable example of chest_imagenome in split 'train'"):
+        load_split(load_config(ROOT / "config.yaml", [f"data.path={root}", "data.train=[{source: mimic_cxr}, {source: chest_imagenome}]"]), "train")
 
 
 # ---------------------------------------------------------------- mixtures and splits
@@ -254,7 +333,7 @@ def test_patients_are_never_shared_between_splits(tmp_path, capsys):
     config = load_config(ROOT / "config.yaml", [f"data.path={root}", "data.train=[{source: chest_imagenome}]", "data.test=[{source: ms_cxr}]"])
     config.data.val = config.data.test
     assert {e.patient for e in load_split(config, "train")} == {"mimic/10000032", "mimic/10000764"}
-    assert "left out 2 examples of patients that are held out" in capsys.readouterr().err
+    assert "left out 1 examples of patients that are held out" in capsys.readouterr().err
 
 
 def test_reports_that_repeat_held_out_ones_are_counted_or_left_out(tmp_path, capsys):
@@ -276,8 +355,8 @@ def test_wordings_are_seeded_and_held_out_ones_fixed(tmp_path):
 
 
 @pytest.mark.parametrize("override, message", [
-    ("data.train=[{source: mimic}]", "data.source: expected one of"), ("data.train=[iu_xray]", "a list of sources"), ("data.train=[{weigth: 1}]", "weigth"),
-    ("data.train=[{weight: 0}]", "more than 0"), ("data.train=[{tasks: [reports]}]", "data.tasks")])
+    ("data.train=[{source: mimic}]", r"data.train\[\].source: expected one of"), ("data.train=[iu_xray]", "a list of sources"), ("data.train=[{weigth: 1}]", "weigth"),
+    ("data.val=[{weight: 0}]", r"data.val\[\].weight: expected more than 0"), ("data.train=[{tasks: [reports]}]", "data.tasks")])
 def test_bad_sources_name_the_key(override, message):
     with pytest.raises(InputError, match=message):
         load_config(ROOT / "config.yaml", [override])
@@ -294,13 +373,15 @@ def test_systematic_reading_sorts_the_sentences():
     assert data.looking_for("nodule", [(.1, .1, .2, .2), (.6, .1, .8, .2)]).endswith("both sides.")
 
 
-def test_traces_come_from_the_file_or_the_references(tmp_path):
+def test_traces_come_from_the_file_or_the_references(tmp_path, capsys):
     root = layouts.r2gen(tmp_path)
     made = load_split(of("iu_xray", root, "data.thinking=true"), "train")
     assert made[1].thinking == data.systematic_reading(made[1].answer)
     path = layouts.write(tmp_path / "traces.jsonl", '{"id": "CXR1", "thinking": "First the heart."}\n')
     given = load_split(of("iu_xray", root, "data.thinking=true", f"data.traces={path}"), "train")
-    assert [e.thinking for e in given] == ["", "First the heart."]
+    assert [e.thinking for e in given] == ["", "First the heart."] and "1 of 2 examples have a trace in" in capsys.readouterr().err
+    held = load_split(of("iu_xray", root, "data.thinking=true", f"data.traces={path}"), "val")
+    assert held[0].thinking == data.systematic_reading(held[0].answer)     # the file is for training
     for text, message in (("{}", "line 1"), ("", "line 1")):
         with pytest.raises(InputError, match=f"traces.jsonl.*{message}"):
             load_split(of("iu_xray", root, "data.thinking=true", f"data.traces={layouts.write(path, text)}"), "train")
@@ -311,11 +392,13 @@ def test_traces_come_from_the_file_or_the_references(tmp_path):
 def test_the_description_counts_and_shows(tmp_path):
     root = layouts.everything(tmp_path)
     (root / "iu_xray" / "images_normalized" / "5_Frontal.dcm.png").unlink()
+    (root / "iu_xray" / "images_normalized" / "6_Frontal.dcm.png").write_bytes(b"no image")
     config = load_config(ROOT / "config.yaml", [f"data.path={root}", MIXTURE])
     text, sheet = data.describe(config, lambda e: (7, 5), rewards.labeler(config.rewards))
     rows = {tuple(line.replace(" ", "").split("|")[:3]): line.replace(" ", "").split("|")[3:] for line in text.splitlines() if " | " in line}
     assert rows["mimic_cxr", "train", "report"][:3] == ["3", "3", "2"] and rows["ms_cxr", "val", "phrase"][:3] == ["1", "1", "1"]
     assert rows["vindr_cxr", "test", "detection"][4:] == ["200/200/200", "100/100/100"] and "5_Frontal.dcm.png does not exist" in text
+    assert "unreadable: " in text and "6_Frontal.dcm.png" in text
     assert rows["val", "7", "7/7/7"] == ["5/5/5"] and rows["iu_xray", "train", "report"][:2] == ["6", "6"]
     assert sheet.width == 4 * 360
 
@@ -346,3 +429,5 @@ def test_dataclass_of_sources_has_no_default_that_hides_the_section(tmp_path):
     a, b = data.sources(config, "val")
     assert (a.path, a.views, a.tasks) == (f"{tmp_path}/a", "frontal", config.data.tasks) and b.path == f"{tmp_path}/nih"
     assert str(b.image_root()) == f"{tmp_path}/pictures" and dataclasses.asdict(config)["data"]["train"][0]["path"] == "a"
+    config.data.images = "films"                                          # what an entry leaves out, the section gives
+    assert [str(e.image_root()) for e in data.sources(config, "train")] == [f"{tmp_path}/films", f"{tmp_path}/pictures"]
