@@ -23,7 +23,8 @@ Grounding:
   map50                          see average_precisions; map50_coco, map_coco: at COCO's 101 points, IoU 0.5 and 0.5:0.95
   empty_accuracy                 share of the references without boxes that are answered without boxes
 Both: format_valid, truncated: shares of outputs in the required format and cut at grpo.max_new_tokens; thinking_words.
-Per label: F1 of reports, soft-F1 and AP at IoU 0.5 of grounding, in metrics.json and report.html.
+Per label: F1 of reports, soft-F1 and AP at IoU 0.5 of grounding, in metrics.json and report.html. Where several kinds of grounding are
+asked (anatomy, abnormality, phrase, detection), each has its own block, too.
 A metric with nothing to average over is NaN in Python, null in JSON and "-" in the table.
 """
 import argparse
@@ -42,6 +43,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -63,7 +65,7 @@ matched_iou map50 map50_coco empty_accuracy thinking_words format_valid truncate
 def row(example, text, finished=True, n_tokens=0):
     """A prediction as it is written to NAME.jsonl."""
     valid, thinking, answer = parse_output(text, example.task, example.style)
-    return {"id": example.id, "task": example.task, "label": example.label, "patient": example.patient, "text": text, "answer": answer,
+    return {"id": example.id, "task": example.task, "kind": example.kind, "label": example.label, "patient": example.patient, "text": text, "answer": answer,
             "thinking": thinking, "valid": bool(valid), "finished": bool(finished), "n_tokens": n_tokens, "reference": example.answer,
             "boxes": [list(box) for box in example.boxes]}
 
@@ -148,7 +150,7 @@ def bleu_scores(candidates, references, w):
     matches = w @ np.array([[(a & b).total() for a, b in by_n] for by_n in grams], dtype=float)            # (S, 4)
     totals = w @ np.array([[a.total() for a, _ in by_n] for by_n in grams], dtype=float)
     length, wanted = (w @ np.array([len(pair[k]) for pair in pairs], dtype=float) for k in (0, 1))
-    logs = np.log(matches / totals).cumsum(1) / np.arange(1, 5)           # of the geometric means
+    logs = np.log(matches / np.maximum(totals, 1)).cumsum(1) / np.arange(1, 5)           # of the geometric means
     return dict(zip(range(1, 5), np.exp(np.minimum(0, 1 - wanted / np.maximum(length, 1e-9))[:, None] + logs).T))
 
 
@@ -180,7 +182,8 @@ def output_metrics(predictions, w):
 
 def report_metrics(predictions, w, label, training=()):
     """Two blocks, {metric: (S,)}: over the reports, and F1 per label. `training`: the texts of the training reports."""
-    generated, reference = (np.isin(found, (POSITIVE, UNCERTAIN)) for found in states(predictions, label))
+    read = states(predictions, label)
+    generated, reference = (np.isin(found, (POSITIVE, UNCERTAIN)) for found in read)
     counts, metrics = label_counts(generated, reference), {}
     for columns in COLUMNS:
         for how in ("macro", "micro"):
@@ -188,7 +191,7 @@ def report_metrics(predictions, w, label, training=()):
     tp, fp, fn = counts.sum(2).T
     per_report = {"f1": 2 * tp / np.maximum(2 * tp + fp + fn, 1), "precision": tp / np.maximum(tp + fp, 1), "recall": tp / np.maximum(tp + fn, 1)}
     metrics |= {f"ce_{name}_samples14": average(values, w) for name, values in per_report.items()}
-    certain = counts * (states(predictions, label)[1] != UNCERTAIN)[:, None]
+    certain = counts * (read[1] != UNCERTAIN)[:, None]
     answers, references = ([p[key] for p in predictions] for key in ("answer", "reference"))
     known = set(map(data.plain_words, training))
     seen = np.array([data.plain_words(text) in known for text in references], dtype=bool)
@@ -221,17 +224,22 @@ def soft_f1_scores(predictions):
 COCO_POINTS = np.linspace(0, 1, 101)
 
 
+def class_of(prediction):
+    """What was asked for; free phrases are one class, and so are detections of everything."""
+    return prediction["kind"] if prediction["kind"] in ("phrase", "detection") else prediction["label"]
+
+
 def average_precisions(predictions, w, threshold=0.5):
-    """{label: (average precision with all-point interpolation (S,), at COCO's 101 points (S,))} at one IoU threshold, for the asked
-    labels that have reference boxes.
+    """{class: (average precision with all-point interpolation (S,), at COCO's 101 points (S,))} at one IoU threshold, for the classes that
+    have reference boxes.
 
     Boxes carry no score: all first boxes of an answer rank before all second boxes, ties in the order of the examples
     (so it does not compare with the mAP of scored detectors). Each takes the best free reference box of its example
     if their IoU reaches the threshold, else it is a false positive.
     """
-    result = {}
-    for label in sorted({p["label"] for p in predictions if p["boxes"]}):
-        rows = [i for i, p in enumerate(predictions) if p["label"] == label]
+    result, classes = {}, [class_of(p) for p in predictions]
+    for label in sorted({c for c, p in zip(classes, predictions) if p["boxes"]}):
+        rows = [i for i, c in enumerate(classes) if c == label]
         free = {i: list(predictions[i]["boxes"]) for i in rows}
         n_reference = w[:, rows] @ np.array([len(free[i]) for i in rows], dtype=float)             # (S,)
         hits, owners = [], []
@@ -266,9 +274,9 @@ def grounding_metrics(predictions, w):
                "matched_iou": average(overlaps, w[:, owners]), "map50": mean_over_labels(0.5, 0), "map50_coco": mean_over_labels(0.5, 1),
                "map_coco": np.mean([mean_over_labels(t, 1) for t in by_threshold], 0),
                "empty_accuracy": average(np.where(nonempty, np.nan, scores), w)}
-    labels = {}
-    for label in sorted({p["label"] for p in predictions}):
-        labels[f"soft_f1 {label}"] = average(np.where([p["label"] == label for p in predictions], scores, np.nan), w)
+    labels, classes = {}, [class_of(p) for p in predictions]
+    for label in sorted(set(classes)):
+        labels[f"soft_f1 {label}"] = average(np.where([c == label for c in classes], scores, np.nan), w)
         if label in by_threshold[0.5]:
             labels[f"ap50 {label}"] = by_threshold[0.5][label][0]
     return metrics | output_metrics(predictions, w), labels
@@ -292,6 +300,10 @@ def measure(predictions, w, label, training=()):
         if rows:
             some = [predictions[i] for i in rows], w[:, rows]
             blocks |= zip(names, report_metrics(*some, label, training) if task == "report" else grounding_metrics(*some))
+    kinds = sorted({p["kind"] for p in predictions if p["task"] == "grounding"})
+    for kind in kinds if len(kinds) > 1 else ():                          # the papers report them apart
+        rows = [i for i, p in enumerate(predictions) if p["kind"] == kind]
+        blocks[f"grounding of {kind}"] = grounding_metrics([predictions[i] for i in rows], w[:, rows])[0]
     return blocks
 
 
@@ -328,7 +340,7 @@ def cell(value, low_high=(math.nan, math.nan), sign=""):
 
 def table(results):
     """What summarise returns as aligned text, one column per model, with 95 % bootstrap intervals [low, high]."""
-    blocks = {block: {m: results[block][m] for m in IN_TABLE if m in results[block]} for block in ("reports", "grounding") if block in results}
+    blocks = {block: {m: results[block][m] for m in IN_TABLE if m in results[block]} for block in results if "labels" not in block}
     if not blocks:
         return "nothing to evaluate"
     names = list(next(iter(next(iter(blocks.values())).values())))
@@ -442,7 +454,10 @@ def curves(run):
 
 def thumbnail(example, side=300):
     """The example's first image as a data URL."""
-    image = data.open_images(dataclasses.replace(example, images=example.images[:1]))[0].convert("L")
+    try:
+        image = data.open_images(dataclasses.replace(example, images=example.images[:1]))[0].convert("L")
+    except data.InputError:                                               # predictions of another program may not need it
+        image = Image.new("L", (side, side))
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=72)
@@ -521,12 +536,13 @@ def page(cfg, results, predictions, examples):
     for kind, values in (("task", ["report", "grounding"]), ("outcome", sorted(outcomes))):
         buttons += "<div>" + "".join(f'<button data-kind={kind} data-value="{v}" aria-pressed={str(not v).lower()}>{v or f"every {kind}"}</button>' for v in ["", *values]) + "</div>"
     tables = ""
-    for block, title in (("reports", "Reports"), ("grounding", "Grounding")):
-        if metrics := results.get(block):
-            per_label = results["labels" if block == "reports" else "grounding labels"]
-            tables += (f"<h2>{title}</h2>{html_table({m: metrics[m] for m in IN_TABLE if m in metrics})}<details><summary>every metric</summary>{html_table(metrics)}"
-                       f"</details><details><summary>per label</summary>{html_table(per_label)}</details>")
-    gallery = (f'<h2>Cases</h2><div class=filters>{buttons}</div><p>Underlined: what the labels are read from. <span class="chip tp">found</span><span class="chip fp">not in the reference</span>'
+    for block, metrics in results.items():
+        if "labels" not in block:
+            tables += (f"<h2>{block.capitalize()}</h2>{html_table({m: metrics[m] for m in IN_TABLE if m in metrics})}<details><summary>every metric</summary>"
+                       f"{html_table(metrics)}</details>")
+            if per_label := results.get({"reports": "labels", "grounding": "grounding labels"}.get(block)):
+                tables += f"<details><summary>per label</summary>{html_table(per_label)}</details>"
+    gallery = (f'<h2>Cases</h2><div class=filters>{buttons}</div><p>Underlined: the phrases that the built-in extractor reads. <span class="chip tp">found</span><span class="chip fp">not in the reference</span>'
                f'<span class="chip fn">missed</span></p><p id=shown>{len(cases)} shown</p>{"".join(cases)}') if cases else ""
     runs = "".join(curves(Path(cfg.out, stage)) for stage in ("sft", "cold_start", "more", "grpo"))
     return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{escape(cfg.out)}</title>'
@@ -548,32 +564,57 @@ def column_names(paths):
     return next(names for names in tails if len(names) == len(parts))
 
 
+def write(path, content):
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".tmp").write_text(content)
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def chosen_examples(cfg):
+    """The examples of cfg.eval.split to evaluate: all, or eval.limit of each task, drawn by the seed."""
+    loaded, result = data.load_split(cfg, cfg.eval.split), []
+    for task in ("report", "grounding"):
+        some = [e for e in loaded if e.task == task]
+        drawn = np.random.default_rng(cfg.seed).permutation(len(some))[:cfg.eval.limit or None]
+        result += [some[i] for i in sorted(drawn)]
+    return result
+
+
+def training_reports(cfg):
+    """The texts that training has seen; none where there is no training split (only their metrics are missing then)."""
+    try:
+        return [e.answer for e in data.load_split(cfg, "train") if e.task == "report"]
+    except data.InputError as error:
+        model.say(f"no comparison with training reports: {error}")
+        return []
+
+
 def evaluate_checkpoints(cfg, paths, files={}):
-    """Evaluates {name: checkpoint}, and files of predictions, on cfg.eval.split, writes OUT/eval/, prints; (table, results)."""
+    """Evaluates {name: checkpoint}, and {name: file of predictions}, on cfg.eval.split, writes OUT/eval/, prints; (table, results).
+    All have to do with the examples that every one of them has predicted."""
     try:
         labeler(cfg.rewards)                # a labeler that cannot be loaded must not cost the decoding
     except ValueError as error:
         raise data.InputError(str(error)) from None
-    loaded = data.load_split(cfg, cfg.eval.split)
-    examples = [e for task in ("report", "grounding")
-                for e in [e for e in loaded if e.task == task][:cfg.eval.limit or None]]
-    predictions = {name: read_predictions(path, examples) for name, path in files.items()}
-    predictions |= {name: predict(model.load_policy(cfg, resolve(path)), examples, cfg) for name, path in paths.items()}
-    training = [e.answer for e in data.load_split(cfg, "train") if e.task == "report"]
+    examples, predictions, folder = chosen_examples(cfg), {}, Path(cfg.out, "eval")
+    training = training_reports(cfg) if any(e.task == "report" for e in examples) else []
+    for name, path in {**files, **paths}.items():
+        predictions[name] = read_predictions(path, examples) if name in files else predict(model.load_policy(cfg, resolve(path)), examples, cfg)
+        if model.rank() == 0 and name not in files:
+            write(folder / f"{name}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions[name]))
+    if model.rank() != 0:
+        return "", {}
+    common = set.intersection(*({p["id"] for p in some} for some in predictions.values()))
+    if left := len(examples) - len(common):
+        model.say(f"{left} of {len(examples)} examples have no prediction by every model and are left out")
+    predictions = {name: [p for p in some if p["id"] in common] for name, some in predictions.items()}
     results = summarise(predictions, cfg, training)
     text = table(results)
-    if model.rank() == 0:
-        by_id = {e.id: e for e in examples}                               # without those that could not be decoded
-        used = [by_id[p["id"]] for p in next(iter(predictions.values()), [])]
-        files = {f"{name}.jsonl": "".join(json.dumps(p) + "\n" for p in predictions[name]) for name in predictions}
-        without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
-        files |= {"metrics.json": json.dumps(without_nan, indent=1), "report.html": page(cfg, results, predictions, used)}
-        for name, content in files.items():
-            path = Path(cfg.out, "eval", name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(path.name + ".tmp").write_text(content)
-            os.replace(path.with_name(path.name + ".tmp"), path)
-        print(f"{text}\n\n{Path(cfg.out, 'eval', 'report.html')}")
+    without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    write(folder / "metrics.json", json.dumps(without_nan, indent=1))
+    write(folder / "report.html", page(cfg, results, predictions, [e for e in examples if e.id in common]))
+    print(f"{text}\n\n{folder / 'report.html'}")
     return text, results
 
 
@@ -661,11 +702,12 @@ def main():
     given = [*args.checkpoint, *args.predictions]
     overrides = [a for a in given if "=" in a and not os.path.exists(a)]  # the options take all that follows
     config = data.load_config(args.config, args.overrides + overrides)
-    runs, files = (column_names([a for a in some if a not in overrides]) for some in (args.checkpoint, args.predictions))
-    if not (runs or files):
+    names = column_names([a.removesuffix(".jsonl") for a in given if a not in overrides])
+    if not names:
         parser.error("expected at least one folder after --checkpoint, or a file after --predictions")
+    files = {name: path + ".jsonl" for name, path in names.items() if path + ".jsonl" in args.predictions}
     model.setup()
-    evaluate_checkpoints(config, runs, {name.removesuffix(".jsonl"): path for name, path in files.items()})
+    evaluate_checkpoints(config, {name: path for name, path in names.items() if name not in files}, files)
 
 
 if __name__ == "__main__":

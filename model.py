@@ -862,6 +862,8 @@ def load_policy(config, path=None, weights=True):
             processor = family.from_args_and_dict([images, AutoTokenizer.from_pretrained(path)], settings)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"model {path!r} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
+    if not hasattr(model.config, "image_token_id"):
+        raise InputError(f"model {path!r}: {model.config.model_type} has no image_token_id, and is none of the families that work here")
     if "max_pixels" not in images.valid_kwargs.__annotations__:
         say(f"model.min_pixels, model.max_pixels: no effect, the image sizes of {model.config.model_type} are its own")
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
@@ -1116,13 +1118,14 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------- what a run needs
 
-def memory_plan(model, config, section):
-    """Bytes that a process needs, by part, for a stage (config.sft or config.grpo). `model` is ready to be trained (frozen
-    weights, adapters) and may be on the meta device.
+def memory_plan(policy, config, section):
+    """Bytes that a process needs, by part, for a stage (config.sft or config.grpo). The policy is ready to be trained (frozen
+    weights, adapters) and needs no weights.
 
     The activations are those of a plain Qwen: what the backward of one layer keeps for a token, times layers and tokens;
-    with gradient checkpointing its input only, and all of one layer.
+    with gradient checkpointing its input only, and all of one layer. SFT counts 256 tokens of questions and answers a study.
     """
+    model = policy.model
     text = model.config.get_text_config()
     hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     heads, shared_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -1136,12 +1139,12 @@ def memory_plan(model, config, section):
     prompt = min(config.model.max_prompt_tokens, patches // getattr(vision, "spatial_merge_size", 2) ** 2 + 64)
     grpo = section is config.grpo
     rows, length = (section.group_size, section.max_new_tokens) if grpo else (1, 256)            # an answer
-    tokens = section.micro_batch * (prompt + rows * length if config.model.shared_prefix else rows * (prompt + length))
+    tokens = section.micro_batch * (prompt + rows * length if policy.shared else rows * (prompt + length))
     per_token = 24 * hidden + 12 * (a + k) + b * 4 * (a + k + wide)       # norms in float32; projections, attention, MLP
     activations = tokens * per_token * layers
     if config.model.gradient_checkpointing:
         activations = tokens * (4 * hidden * layers + per_token)
-    if vision is not None and not {"vision", "projector"} <= set(section.freeze) and not section.lora_rank:
+    if vision is not None and not policy.vision_frozen:
         depth, width = getattr(vision, "depth", None) or vision.num_hidden_layers, vision.hidden_size
         per_patch = 4 * (12 * width + 4 * (getattr(vision, "intermediate_size", None) or 4 * width))
         kept = 4 * width * depth + per_patch if config.model.gradient_checkpointing else per_patch * depth
@@ -1172,7 +1175,7 @@ def plan(config):
             policy.add_lora(section)
         make_optimizers(policy, section)
         size, trained = (sum(p.numel() for p in some) / 1e6 for some in (policy.model.parameters(), policy.parameters()))
-        lines.append(f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy.model, config, section))}")
+        lines.append(f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy, config, section))}")
     return "\n".join(lines)
 
 

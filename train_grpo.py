@@ -299,7 +299,7 @@ def train(config, stop):
     reference = model.load_policy(config, start) if grpo.kl_coef and not grpo.lora_rank else policy
     log = model.Log(run, state["step"], config)
     model.say(f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
-              f"from {start or config.model.path}; {model.memory_text(model.memory_plan(policy.model, config, grpo))}")
+              f"from {start or config.model.path}; {model.memory_text(model.memory_plan(policy, config, grpo))}")
     bar = tqdm(range(state["step"], grpo.steps), run.name, initial=state["step"], total=grpo.steps, disable=model.rank() != 0)
     for step in bar:
         laps = [("start", time.perf_counter())]

@@ -113,7 +113,7 @@ def train(config, stop):
     log = model.Log(run, state["step"], config)
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     model.say(f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
-              f"steps {state['step']} to {sft.steps}; {model.memory_text(model.memory_plan(policy.model, config, config.sft))}")
+              f"steps {state['step']} to {sft.steps}; {model.memory_text(model.memory_plan(policy, config, config.sft))}")
     bar = tqdm(range(state["step"], sft.steps), run.name, initial=state["step"], total=sft.steps, disable=model.rank() != 0)
     for step in bar:
         began = time.perf_counter()

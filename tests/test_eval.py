@@ -28,13 +28,13 @@ SENTENCES = ["Heart size is normal.", "Moderate cardiomegaly.", "Possible pneumo
 
 
 def report(i, answer, reference, patient=None, **other):
-    return {"id": f"r{i}", "task": "report", "label": "", "patient": f"p{i}" if patient is None else patient,
+    return {"id": f"r{i}", "task": "report", "kind": "", "label": "", "patient": f"p{i}" if patient is None else patient,
             "text": answer, "answer": answer, "thinking": "", "valid": bool(answer), "finished": True, "n_tokens": 3,
             "reference": reference, "boxes": []} | other
 
 
 def grounding(i, answer, boxes, label="Edema", **other):
-    return report(i, answer, "", task="grounding", id=f"g{i}", boxes=boxes, label=label, **other)
+    return report(i, answer, "", **{"task": "grounding", "kind": "abnormality", "id": f"g{i}", "boxes": boxes, "label": label} | other)
 
 
 def text_of(boxes):
@@ -142,6 +142,22 @@ def test_reports_that_training_has_are_told_apart():
     m = of_reports(rows, ["clear  lungs", "moderate cardiomegaly"])
     assert (m["copied_share"], m["copied_share_reference"], m["unseen_f1_micro13"]) == (.5, .5, 1) and m["ce_f1_micro13"] < 1
     assert "copied_share" not in of_reports(rows)
+
+
+def test_a_collapsed_model_has_bleu_zero():
+    m = of_reports([report(0, "", "Clear lungs."), report(1, "Clear lungs", "Clear lungs are seen.")])
+    assert m["bleu1"] > 0 and m["bleu3"] == m["bleu4"] == 0 and of_reports([report(0, "", "Clear.")])["bleu1"] == 0
+
+
+def test_kinds_of_grounding_are_told_apart(tmp_path):
+    """Each kind has a block of its own; phrases are one class of the average precision, whatever they say."""
+    a = [.1, .1, .4, .4]
+    rows = [grounding(0, text_of([a]), [a]), grounding(1, "Not seen.", [a], kind="phrase", label="one thing"),
+            grounding(2, text_of([a]), [a], kind="phrase", label="another")]
+    results = evaluation.summarise({"m": rows}, config(tmp_path))
+    value = {block: results[block]["map50"]["m"]["value"] for block in results if "labels" not in block}
+    assert value == {"grounding": .75, "grounding of abnormality": 1, "grounding of phrase": .5}
+    assert list(results["grounding labels"]) == ["soft_f1 Edema", "ap50 Edema", "soft_f1 phrase", "ap50 phrase"]
 
 
 def test_report_numbers_by_hand():
@@ -370,6 +386,25 @@ def test_resolve_prefers_best_then_last(tmp_path):
     assert evaluation.resolve(tmp_path) == str(tmp_path / "best")
 
 
+def test_what_one_model_lacks_no_model_is_measured_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(data, "load_split", lambda cfg, split: examples(6))
+    monkeypatch.setattr(model, "load_policy", lambda cfg, path: Policy(skip="3" if path == "a" else ""))
+    _, results = evaluation.evaluate_checkpoints(config(tmp_path), {"a": "a", "b": "b"})
+    assert results["reports"]["examples"]["b"]["value"] == 2 and "1 of 6 examples" in capsys.readouterr().out
+    assert len((tmp_path / "eval" / "b.jsonl").read_text().splitlines()) == 6
+
+
+def test_no_training_split_costs_its_metrics_only(monkeypatch, tmp_path, capsys):
+    def load_split(cfg, split):
+        if split == "train":
+            raise data.InputError("train.jsonl: cannot read")
+        return examples(4)
+    monkeypatch.setattr(data, "load_split", load_split)
+    monkeypatch.setattr(model, "load_policy", lambda cfg, path: Policy())
+    _, results = evaluation.evaluate_checkpoints(config(tmp_path), {"a": "a"})
+    assert "copied_share" not in results["reports"] and "train.jsonl" in capsys.readouterr().out
+
+
 def test_column_names_are_the_shortest_distinct_tails():
     assert evaluation.column_names(["out/sft", "out/grpo/", "out/./sft"]) == {"sft": "out/./sft", "grpo": "out/grpo/"}
     assert list(evaluation.column_names(["x/sft", "y/sft"])) == ["x/sft", "y/sft"]
@@ -384,9 +419,10 @@ def test_evaluate_checkpoints_writes_predictions_metrics_and_page(monkeypatch, t
     table, results = evaluation.evaluate_checkpoints(config(tmp_path, limit=3), {"x/sft": "x/sft", "grpo": "grpo"}, {"other": other})
     assert capsys.readouterr().out.startswith(table)
     rows = [json.loads(line) for line in (tmp_path / "eval/x/sft.jsonl").read_text().splitlines()]
-    assert [p["id"] for p in rows] == ["1", "3", "5", "0", "2", "4"]     # the first three of each task
+    reports, groundings = ([p["id"] for p in rows if p["task"] == task] for task in ("report", "grounding"))
+    assert len(reports) == len(groundings) == 3 and reports == sorted(reports) and groundings == sorted(groundings)      # drawn, in order
     stored = json.loads((tmp_path / "eval/metrics.json").read_text(), parse_constant=pytest.fail)
-    assert stored["reports"]["examples"]["grpo"]["value"] == 3 and list(stored["reports"]["bleu4"]) == ["other", "x/sft", "grpo"]
+    assert (reports, groundings) != (["1", "3", "5"], ["0", "2", "4"]) and stored["reports"]["examples"]["grpo"]["value"] == 3 and list(stored["reports"]["bleu4"]) == ["other", "x/sft", "grpo"]
     assert math.isnan(results["grounding"]["matched_iou"]["grpo"]["value"])
     assert stored["grounding"]["matched_iou"]["grpo"]["value"] is None
     assert (tmp_path / "eval/report.html").read_text().count("class=case") == 4
@@ -432,10 +468,13 @@ def test_the_page_stands_alone_and_shows_generated_text_as_text(tmp_path):
     assert len(pages[0]) < 10e6 and "http" not in pages[0]
 
 
-def test_command_line_separates_folders_from_overrides(monkeypatch):
+def test_command_line_separates_folders_from_overrides(monkeypatch, tmp_path):
     calls = []
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setattr(data, "load_config", lambda path, overrides: (path, overrides))
     monkeypatch.setattr(evaluation, "evaluate_checkpoints", lambda cfg, paths, files: calls.append((cfg, list(paths), files)))
-    monkeypatch.setattr("sys.argv", ["eval.py", "c.yaml", "seed=1", "--predictions", "p.jsonl", "--checkpoint", "x/a", "x/b", "eval.limit=2"])
+    monkeypatch.setattr("sys.argv", ["eval.py", "c.yaml", "seed=1", "--predictions", "p.jsonl", "x/eval/a.jsonl", "--checkpoint", "x/a", "x/b",
+                                      "eval.limit=2"])
     evaluation.main()
-    assert calls == [(("c.yaml", ["seed=1", "eval.limit=2"]), ["a", "b"], {"p": "p.jsonl"})]
+    assert calls == [(("c.yaml", ["seed=1", "eval.limit=2"]), ["x/a", "x/b"], {"cwd/p": "p.jsonl", "eval/a": "x/eval/a.jsonl"})]

@@ -467,7 +467,7 @@ def test_the_memory_plan_is_what_a_step_keeps(config, examples, frozen, precisio
     config = data.load_config(ROOT / "config.yaml", [*SMALL, *(f"{key}={value}" for key, value in shape.items())])
     policy = model.load_policy(config)
     optimizers = model.make_optimizers(policy, config.grpo)
-    plan = model.memory_plan(policy.model, config, config.grpo)
+    plan = model.memory_plan(policy, config, config.grpo)
     generator, kept = torch.Generator().manual_seed(0), {}
     own = {p.data_ptr() for p in policy.model.parameters()}
 
