@@ -69,6 +69,7 @@ class ModelConfig:
     max_prompt_tokens: int = 2048       # a longer prompt is an error: cutting it would cut image tokens
     shared_prefix: bool = True          # run each prompt once for its G completions (Qwen-VL); false: plain rows
     gradient_checkpointing: bool = False
+    max_bad_steps: int = 5              # optimiser steps in a row without finite gradients (they change nothing) until a run stops
 
 
 Dataset = Literal["phantom", "iu_xray", "mimic_cxr", "vindr_cxr", "ms_cxr", "padchest_gr", "chest_imagenome", "nih", "coco", "llava", "jsonl"]
@@ -166,6 +167,7 @@ class GRPOConfig:
     loss_agg: Literal["token", "sequence", "constant"] = "token"  # mean over tokens, of sequence means, over max_new_tokens
     kl_coef: float = 0.01               # 0 also skips the reference model
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    stop_if: dict[str, float] = field(default_factory=dict)     # saves and stops when a logged value is above its limit: {kl: 0.5}
     save_every: int = 25
 
 
@@ -239,7 +241,7 @@ def checked(key, value, kind):
     if typing.get_origin(kind) is Literal:
         require(value in typing.get_args(kind), "one of " + ", ".join(typing.get_args(kind)))
     elif typing.get_origin(kind) is dict:
-        require(isinstance(value, dict), "names with weights, like {mccs: 1}")
+        require(isinstance(value, dict), "names with numbers, like {mccs: 1}")
         value = {str(name): checked(f"{key}.{name}", weight, float) for name, weight in value.items()}
     elif kind == list[Source]:
         require(isinstance(value, list) and all(isinstance(v, dict) for v in value), "a list of sources, like [{source: iu_xray, weight: 2}]")
@@ -262,7 +264,7 @@ def checked(key, value, kind):
             number = math.nan
         require(math.isfinite(number) and (kind is float or number == int(number)),
                 "a number" if kind is float else "a whole number")
-        if not key.startswith(("rewards.report.", "rewards.grounding.")):           # a weight may be negative
+        if not key.startswith(("rewards.report.", "rewards.grounding.", "grpo.stop_if.")):           # a weight may be negative
             require(number >= (kind is int and key not in MAY_BE_ZERO), f"at least {int(kind is int)}")
         require(number > 0 or key not in ABOVE_ZERO, "more than 0")
         require(number <= 1 or key not in AT_MOST_ONE, "at most 1")

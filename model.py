@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -977,6 +978,16 @@ def optimizer_step(policy, optimizers, lr, grad_clip):
     return float(norm)
 
 
+def bad_steps(before, norms, config, where):
+    """How many of the latest optimiser steps in a row had no finite gradient; InputError at model.max_bad_steps."""
+    for norm in norms:
+        before = 0 if math.isfinite(norm) else before + 1
+        if before >= config.model.max_bad_steps:
+            raise InputError(f"{where}: {before} optimiser steps in a row had no finite gradient and changed nothing; go on from the last "
+                             f"checkpoint with a lower lr, or with model.precision=float32")
+    return before
+
+
 def sync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -1049,8 +1060,8 @@ def open_run(run, config, sections):
     text = data.config_text(config)
     free = {"sft.more_steps"} if run.name != "more" else set()            # in `more` it sets the learning rates
     free |= {"grpo.steps", "grpo.save_every", "grpo.micro_batch", "grpo.sample_batch", "sft.micro_batch", "sft.save_every",
-            "data.val_size", "data.test_size", "data.on_error",
-            "model.shared_prefix", "model.gradient_checkpointing"}
+            "data.val_size", "data.test_size", "data.on_error", "grpo.stop_if",
+            "model.shared_prefix", "model.gradient_checkpointing", "model.max_bad_steps"}
     path = run / "config.yaml"
     if path.exists() and (run / "last").exists():
         before, now = data.load_config(path), config

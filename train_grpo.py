@@ -259,6 +259,16 @@ def step_metrics(everyone, sums, norms, grpo):
 
 # ---------------------------------------------------------------------------------------------- the loop
 
+def preflight(policy, examples, grpo):
+    """The largest update that a step may need, once, without effect: running out of memory shows in the first minute."""
+    prompts = [prompt for _, prompt in policy.encode_all(examples[:grpo.micro_batch])]
+    ids = torch.full((grpo.max_new_tokens,), int(policy.stop_ids[0]), device=policy.device)
+    if prompts:
+        policy.loss(prompts, [[ids] * grpo.group_size] * len(prompts), lambda logp, _: logp.sum(), grpo.temperature)[0].backward()
+    for p in policy.parameters():
+        p.grad = None
+
+
 def starting_point(config, stop):
     """The folder that GRPO starts from (None: model.path itself). The sft checkpoint is trained if it is missing."""
     init = config.grpo.init
@@ -300,6 +310,12 @@ def train(config, stop):
     log = model.Log(run, state["step"], config)
     model.say(f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
               f"from {start or config.model.path}; {model.memory_text(model.memory_plan(policy, config, grpo))}")
+    try:
+        preflight(policy, examples, grpo)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the largest batch that a step may need does not fit: lower grpo.micro_batch={grpo.micro_batch} or grpo.max_new_tokens="
+                         f"{grpo.max_new_tokens}, or set model.gradient_checkpointing=true ({str(error).splitlines()[0]})") from None
+    bad = 0
     bar = tqdm(range(state["step"], grpo.steps), run.name, initial=state["step"], total=grpo.steps, disable=model.rank() != 0)
     for step in bar:
         laps = [("start", time.perf_counter())]
@@ -330,6 +346,7 @@ def train(config, stop):
         lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))
         results = [update(policy, optimizers, mini, lr, grpo) for _ in range(grpo.epochs) for mini in minis]
         lap("update")
+        bad = model.bad_steps(bad, [norm for _, norm in results], config, f"{run}, step {step + 1}")
         everyone = model.gather_objects((rollout_metrics(rollouts), [s for s, _ in results]))
         values = step_metrics([m for m, _ in everyone], [s for _, sums in everyone for s in sums], [n for _, n in results], grpo)
         seconds = laps[-1][1] - laps[0][1]
@@ -342,8 +359,14 @@ def train(config, stop):
                 for g, (text, reward, a) in enumerate(zip(r.texts, r.rewards, r.advantages))]})
         bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0):.4f}")
         stopping, done = bool(stop), step + 1
-        if stopping or done % grpo.save_every == 0 or done == grpo.steps:
+        if unknown := set(grpo.stop_if) - set(values):
+            raise InputError(f"grpo.stop_if: no value {min(unknown)!r} is logged; there are {', '.join(values)}")
+        alarms = [f"{name} is {values[name]:.4g}, above {limit:g}" for name, limit in grpo.stop_if.items() if values[name] > limit]
+        if stopping or alarms or done % grpo.save_every == 0 or done == grpo.steps:
             model.save_checkpoint(run, done, policy, optimizers)
+        if alarms:
+            bar.close()
+            raise InputError(f"{run}, step {done}: grpo.stop_if: {'; '.join(alarms)}. The checkpoint is saved; look at samples.jsonl, then go on with another limit")
         if stopping and done < grpo.steps:
             bar.close()
             model.say(f"{run}: stopped after step {done}; the same command continues from here")

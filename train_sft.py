@@ -114,6 +114,7 @@ def train(config, stop):
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     model.say(f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
               f"steps {state['step']} to {sft.steps}; {model.memory_text(model.memory_plan(policy, config, config.sft))}")
+    bad = 0
     bar = tqdm(range(state["step"], sft.steps), run.name, initial=state["step"], total=sft.steps, disable=model.rank() != 0)
     for step in bar:
         began = time.perf_counter()
@@ -130,6 +131,7 @@ def train(config, stop):
             loss_sum += float(loss.detach())
         rate = learning_rate(step, sft.steps, sft.warmup, sft.lr)
         norm = model.optimizer_step(policy, optimizers, rate, sft.grad_clip)
+        bad = model.bad_steps(bad, [norm], config, f"{run}, step {step + 1}")
         done = step + 1
         values = {"loss": sum(model.gather_objects(loss_sum)), "grad_norm": norm, "learning_rate": rate,
                   "num_tokens": n_tokens, "step_time": time.perf_counter() - began}

@@ -9,6 +9,7 @@ import torch
 import data
 import model
 import train_grpo
+from conftest import ROOT
 from train_grpo import grpo_loss, group_advantages, kl_terms, policy_loss, token_weights
 
 
@@ -217,3 +218,20 @@ def test_parts_are_normalised_one_by_one(config, norm):
     expected = report["mccs"] * mccs + report["label_f1"] * f1
     assert torch.allclose(torch.stack([rollouts[0].advantages, rollouts[2].advantages]), expected)
     assert torch.allclose(rollouts[1].advantages, grounding["soft_f1"] * group_advantages(parts[1]["soft_f1"][None], norm)[0])
+
+
+def test_steps_without_finite_gradients_are_counted_in_a_row(config):
+    limited = data.load_config(ROOT / "config.yaml", ["model.max_bad_steps=3"])
+    assert model.bad_steps(0, [1.0, math.nan, math.inf], limited, "here") == 2 and model.bad_steps(2, [1.0, math.nan], limited, "here") == 1
+    with pytest.raises(data.InputError, match="here: 3 optimiser steps"):
+        model.bad_steps(2, [math.nan], limited, "here")
+
+
+def test_preflight_runs_the_largest_update_and_leaves_nothing(policy, examples, config, monkeypatch):
+    seen, loss = [], policy.loss
+    monkeypatch.setattr(policy, "loss", lambda prompts, completions, *more: seen.append((len(prompts), [len(t) for g in completions for t in g])) or loss(prompts, completions, *more))
+    before = [p.detach().clone() for p in policy.parameters()]
+    train_grpo.preflight(policy, examples, config.grpo)
+    g = config.grpo
+    assert seen == [(g.micro_batch, [g.max_new_tokens] * g.micro_batch * g.group_size)] and all(p.grad is None for p in policy.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
