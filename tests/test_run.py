@@ -10,6 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
+import eval as evaluation
+import train_grpo
+import train_sft
 from conftest import ROOT
 from layouts import r2gen
 
@@ -155,16 +159,28 @@ def test_iu_xray(tmp_path):
     assert code == 0 and "ce_f1_macro13" in text, err
 
 
-def test_user_errors_are_one_line(tmp_path):
-    cases = [("train_grpo.py", "grpo.kl_coeff=1", "grpo.kl_coef"), ("train_sft.py", "data.source=iu_xray", "data.path"),
-             ("train_grpo.py", "rewards.report.mcs=1", "'mccs'"), ("train_grpo.py", "grpo.init=/absent", "/absent"),
-             ("train_grpo.py", "rewards.labeler=chexbert", "rewards.chexbert"), ("eval.py", "--checkpoint=/absent", "/absent"),
-             ("train_sft.py", "sft.stage=cold_start", "data.thinking"), ("train_sft.py", "model.path=/absent/model", "/absent/model")]
-    started = [start(script, f"out={tmp_path / str(i)}", *SHORT, override) for i, (script, override, _) in enumerate(cases)]
-    for process, (_, _, message) in zip(started, cases):
-        _, err = process.communicate(timeout=300)
-        lines = [line for line in err.splitlines() if line.strip()]
-        assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
+def one_line(err, message):
+    lines = [line for line in err.splitlines() if line.strip()]
+    return len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_a_user_error_is_one_line_and_exit_status_1(tmp_path):
+    code, _, err = run("train_grpo.py", f"out={tmp_path}", *SHORT, "grpo.kl_coeff=1")
+    assert code == 1 and one_line(err, "grpo.kl_coef"), err
+
+
+@pytest.mark.parametrize("script, override, message", [
+    (train_sft, "data.source=iu_xray", "data.path"), (train_grpo, "rewards.report.mcs=1", "'mccs'"), (train_grpo, "grpo.init=/absent", "/absent"),
+    (train_grpo, "rewards.labeler=chexbert", "rewards.chexbert"), (evaluation, "--checkpoint=/absent", "/absent"),
+    (train_sft, "sft.stage=cold_start", "data.thinking"), (train_sft, "model.path=/absent/model", "/absent/model")])
+def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, script, override, message):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sys, "argv", [script.__name__, str(ROOT / "config.yaml"), f"out={tmp_path}", *SHORT, override])
+    with pytest.raises(SystemExit) as end:
+        data.run_main(script.main)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    assert end.value.code == 1 and one_line(capsys.readouterr().err, message)
 
 
 def test_a_bad_image_stops_or_is_skipped(tmp_path):
