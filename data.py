@@ -265,7 +265,8 @@ def checked(key, value, kind):
         require(math.isfinite(number) and (kind is float or number == int(number)),
                 "a number" if kind is float else "a whole number")
         if not key.startswith(("rewards.report.", "rewards.grounding.", "grpo.stop_if.")):           # a weight may be negative
-            require(number >= (kind is int and key not in MAY_BE_ZERO), f"at least {int(kind is int)}")
+            least = int(kind is int and key not in MAY_BE_ZERO)
+            require(number >= least, f"at least {least}")
         require(number > 0 or key not in ABOVE_ZERO, "more than 0")
         require(number <= 1 or key not in AT_MOST_ONE, "at most 1")
         require(number < 1 or key != "rewards.mccs_margin", "less than 1")
@@ -333,6 +334,8 @@ def load_config(path, overrides=()):
             raise InputError(f"data.tasks: expected some of {', '.join(TASK_OF)}, got {tasks}")
     if config.model.min_pixels > config.model.max_pixels:
         raise InputError("model.min_pixels is larger than model.max_pixels")
+    if config.grpo.group_size < 2:
+        raise InputError("grpo.group_size=1: a completion is compared with the others of its group; it takes two")
     if config.eval.samples > 1 and not config.eval.temperature:
         raise InputError(f"eval.samples={config.eval.samples} needs eval.temperature above 0: greedy samples are all the same")
     if config.grpo.mini_batch > config.grpo.prompts:
@@ -886,14 +889,22 @@ def read_jsonl(source, split, skip):
         where = f"{path}, line {n}"
         try:
             row = json.loads(line)
+            if not isinstance(row["images"], list):
+                raise ValueError("images: expected a list of paths")
             study = Study(str(row["id"]), f"{root}/{row['patient']}" if row.get("patient") else "", [source.image_root() / image for image in row["images"]], where,
                           thinking=str(row.get("thinking", "")))
+            if ("report" in row) == ("phrase" in row):
+                raise ValueError("report and phrase are two examples, with an id each" if "report" in row else f"neither report nor phrase in {', '.join(row)}")
             if "report" in row:
                 study.report = row["report"] if isinstance(row["report"], str) else ""
             else:
                 study.boxes = {("phrase", str(row["phrase"])): [tuple(float(v) for v in box) for box in row["boxes"]]}
+        except json.JSONDecodeError as error:
+            skip(f"{where}: not valid JSON ({error})")
+            continue
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            skip(f"{where}: expected an object with id, images and report, or phrase and boxes ({error!r})")
+            skip(f"{where}: expected an object with id, images and report, or phrase and boxes [[x1, y1, x2, y2], ..] "
+                 f"({error if isinstance(error, ValueError) else repr(error)})")
             continue
         for example in study_examples(study, source, split, 0, skip):
             answer = boxes_text(example.boxes) if example.kind else example.answer
@@ -1097,7 +1108,8 @@ def without_leaks(config, parts):
     kept = [(source, [e for e in part if e not in out], problems) for source, part, problems in parts]
     if leaks and not any(part for _, part, _ in kept):
         return parts, "all patients are held out, too: kept, but what is measured on the held-out splits means nothing"
-    said = [f"left out {len(leaks)} examples of patients that are held out, too"] * bool(leaks)
+    said = [f"left out {len(leaks)} examples of {len({e.patient for e in leaks})} patients that are held out, too, such as {min(e.patient for e in leaks)}"
+            ] if leaks else []
     if copies:
         said.append(f"{len(copies)} of {len(texts)} reports ({len(copies) / len(texts):.0%}) repeat a held-out report word for word, and "
                     + ("are left out" if config.data.dedup else "stay (data.dedup=true leaves them out)"))
@@ -1639,7 +1651,7 @@ def describe(config, encode, label):
     """What a run with this configuration would read, as text, and a contact sheet.
 
     encode(example) -> (number of prompt tokens, of answer tokens); label(reports) -> states (N, 14), as rewards.labeler."""
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_error="skip"))
+    stopping, config = config.data.on_error == "stop", dataclasses.replace(config, data=dataclasses.replace(config.data, on_error="skip"))
     rng, said, chosen = np.random.default_rng(config.seed), [], []
     counts = [["source", "split", "task", "examples", "studies", "patients", "words", "image width", "image height"]]
     labels, lengths = {}, [["tokens, min / median / max", "of", "prompt", "answer"]]
@@ -1648,14 +1660,15 @@ def describe(config, encode, label):
         try:
             return function(*args)
         except InputError as error:
-            said.append(f"unreadable: {error}")
+            said.append(f"cannot be read: {error}")
     for split in ("train", "val", "test"):
         parts = tried(read_split, config, split) or []
         if split == "train":
             parts, leaks = tried(without_leaks, config, parts) or (parts, "")
             said += [f"{split}: {leaks}"] * bool(leaks)
         for source, _, problems in parts:
-            said += [f"{split}, {source.source}: skipped {len(problems)}, such as"] * bool(problems) + [f"  {problem}" for problem in problems[:3]]
+            stops = "would stop a run (data.on_error=skip leaves such examples out)" if stopping else "left out"
+            said += [f"{split}, {source.source}: {stops}: {len(problems)}, such as"] * bool(problems) + [f"  {problem}" for problem in problems[:3]]
         everything = [e for _, part, _ in parts for e in part]
         for source, part, _ in parts:
             for kind in sorted({e.kind or e.task for e in part}):
@@ -1677,7 +1690,7 @@ def describe(config, encode, label):
     prevalence = [["positive or uncertain", *labels]] + [[name, *(f"{share[i]:.1%}" for share in labels.values())] for i, name in enumerate(LABELS)]
     limits = f"limits: model.max_prompt_tokens={config.model.max_prompt_tokens}, grpo.max_new_tokens={config.grpo.max_new_tokens}"
     return "\n\n".join([aligned(counts), *[aligned(prevalence)] * bool(labels), f"{aligned(lengths)}\n{limits}",
-                        "\n".join(dict.fromkeys(said)) or "nothing was skipped"]), contact_sheet(chosen)
+                        "\n".join(dict.fromkeys(said)) or "nothing was skipped"]), contact_sheet(chosen) if chosen else None
 
 
 def main():
@@ -1690,10 +1703,13 @@ def main():
     config = load_config(args.config, args.overrides)
     policy = model.load_policy(config, weights=False)
     text, sheet = describe(config, lambda e: (policy.encode(e)["input_ids"].shape[1], len(policy.encode_target(e))), rewards.labeler(config.rewards))
+    print(text)
+    if sheet is None:
+        raise InputError(f"data.path={config.data.path!r}: there is no usable example")
     path = Path(config.out, "data.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-    print(f"{text}\n\nexamples: {path}")
+    print(f"\nexamples: {path}")
 
 
 if __name__ == "__main__":

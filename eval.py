@@ -70,13 +70,13 @@ def row(example, text, finished=True, n_tokens=0):
             "boxes": [list(box) for box in example.boxes]}
 
 
-def predict(policy, examples, cfg):
+def predict(policy, examples, cfg, name=""):
     """Decodes examples; JSON-able dicts in their order, on every rank, without those that `sample` skips.
 
     eval.samples=N takes the one of N that the configured rewards pay most: they see the reference, so it is an upper bound."""
     rows, place = {}, {id(example): i for i, example in enumerate(examples)}
     mine = examples[model.rank()::model.world_size()]
-    for start in tqdm(range(0, len(mine), cfg.eval.batch_size), desc="predict", disable=model.rank() != 0):
+    for start in tqdm(range(0, len(mine), cfg.eval.batch_size), desc=f"predict {name}", disable=model.rank() != 0):
         batch = mine[start:start + cfg.eval.batch_size]
         for r in policy.sample(batch, cfg.eval.samples, cfg.grpo.max_new_tokens, cfg.eval.temperature, (cfg.seed, 99)):
             best = 0
@@ -433,7 +433,7 @@ def plot(title, lines):
     svg = "".join(drawn(line, c, 'stroke-width="1" opacity=".3"') + drawn(mean, c, 'stroke-width="1.8"') for line, mean, c in zip(lines.values(), smooth, COLOURS))
     key = " ".join(f'<small style="color:{colour}">{escape(name)}</small>' for name, colour in zip(lines, COLOURS)) if len(lines) > 1 else ""
     return (f'<div class=plot><h3>{escape(title)}</h3><svg viewBox="0 0 300 120" role="img" aria-label="{escape(title)}">{svg}</svg>'
-            f"<small>{y0:.3g} to {y1:.3g}, steps {x0} to {x1}</small> {key}</div>")
+            f"<small>{f'{y0:.3g} to {y1:.3g}' if y1 > y0 else f'constant, {y0:.3g}'}, steps {x0} to {x1}</small> {key}</div>")
 
 
 def curves(run):
@@ -488,7 +488,7 @@ def report_case(example, predictions, label):
         chips = "".join(f'<span class="chip {kind}">{LABELS[k]}</span>' for k, kind in kinds)
         there = {kind for k, kind in kinds if k}
         outcome = "false alarm" if "fp" in there and "fn" not in there else "missed" if "fn" in there else "right"
-        columns.append(f"<div><h3>{escape(name)}</h3><p>{underlined(p['answer'])}</p>{chips}{thought(p)}</div>")
+        columns.append(f"<div><h3>{escape(name)}</h3><p>{underlined(p['answer']) or '(empty)'}</p>{chips}{thought(p)}</div>")
     return outcome, "", "".join(columns)
 
 
@@ -600,7 +600,7 @@ def evaluate_checkpoints(cfg, paths, files={}):
     examples, predictions, folder = chosen_examples(cfg), {}, Path(cfg.out, "eval")
     training = training_reports(cfg) if any(e.task == "report" for e in examples) else []
     for name, path in {**files, **paths}.items():
-        predictions[name] = read_predictions(path, examples) if name in files else predict(model.load_policy(cfg, resolve(path)), examples, cfg)
+        predictions[name] = read_predictions(path, examples) if name in files else predict(model.load_policy(cfg, resolve(path)), examples, cfg, name)
         if model.rank() == 0 and name not in files:
             write(folder / f"{name}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions[name]))
     if model.rank() != 0:
@@ -702,6 +702,8 @@ def main():
     given = [*args.checkpoint, *args.predictions]
     overrides = [a for a in given if "=" in a and not os.path.exists(a)]  # the options take all that follows
     config = data.load_config(args.config, args.overrides + overrides)
+    for path in (a for a in args.predictions if a not in overrides and not (a.endswith(".jsonl") and os.path.isfile(a))):
+        raise data.InputError(f"--predictions {path}: expected a file NAME.jsonl")
     names = column_names([a.removesuffix(".jsonl") for a in given if a not in overrides])
     if not names:
         parser.error("expected at least one folder after --checkpoint, or a file after --predictions")

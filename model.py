@@ -809,6 +809,7 @@ class Policy:
     def save(self, folder):
         """Writes model (adapters merged), tokenizer and image processor in Hugging Face format; adapters once more, for the
         model that they were added to, in the folder `adapter` and in PEFT's format."""
+        transformers.utils.logging.disable_progress_bar()
         self.model.save_pretrained(folder, state_dict=self.merged())
         if self.adapted:
             rank = len(next(iter(self.adapted.values())).lora_A)
@@ -1207,7 +1208,7 @@ def start(usage):
     Returns (config, stop request)."""
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_args()
     config = data.load_config(args.config, args.overrides)
     setup()

@@ -23,6 +23,8 @@ import math
 import os
 import re
 import runpy
+import sys
+import traceback
 from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -553,6 +555,7 @@ def external_reward(name):
     """The function that "path/to/file.py:function" names. Raises ValueError."""
     path, _, function = name.rpartition(":")
     try:
+        sys.path.append(os.path.dirname(os.path.abspath(path)))               # it may import files beside it
         return runpy.run_path(path)[function]
     except FileNotFoundError:
         raise ValueError(f"rewards: {name}: no file {path}") from None
@@ -582,7 +585,9 @@ def call_external(name, batch, cfg):
             raise ValueError(f"{values[failed][0]} for completion {batch.completions[failed.argmax()]!r}")
     except Exception as error:
         if cfg.on_error == "stop":
-            raise ValueError(f"reward {name}: {error!r} (rewards.on_error=zero counts such rewards as 0)") from None
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            line = f", line {last.lineno}" if last.filename == name.rpartition(":")[0] else ", which returns a number per completion and ends its arguments with **columns"
+            raise ValueError(f"reward {name}{line}: {error!r} (rewards.on_error=zero counts such rewards as 0)") from None
         values, failed = np.zeros(len(batch.examples)), np.ones(len(batch.examples), bool)
     return np.where(failed, 0.0, values), failed.astype(float)
 

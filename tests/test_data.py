@@ -31,7 +31,7 @@ def test_overrides_and_types(tmp_path):
     ("rewards.mccs_margin=1", "rewards.mccs_margin"), ("rewards.report.mccs=high", "rewards.report.mccs"),
     ("data.tasks=[reports]", "data.tasks"), ("grpo.mini_batch=999", "grpo.mini_batch"), ("grpo.steps", "expected key=value"),
     ("grpo.kl_coef=-1", "at least 0"), ("grpo=3", "grpo"),
-    ("data.report_share=1.5", "at most 1"), ("grpo.freeze=[tower]", "grpo.freeze: expected one of vision, projector, got 'tower'"),
+    ("data.report_share=1.5", "at most 1"), ("grpo.lora_rank=-1", "at least 0"), ("grpo.group_size=1", "it takes two"), ("grpo.freeze=[tower]", "grpo.freeze: expected one of vision, projector, got 'tower'"),
     ("sft.freeze=vision", "sft.freeze: expected a list"), ("sft.train_vision=false", "unknown key 'sft.train_vision'")])
 def test_bad_overrides_name_the_key(override, message):
     with pytest.raises(InputError) as error:
@@ -205,7 +205,8 @@ def test_jsonl(tmp_path):
 
 @pytest.mark.parametrize("row, message", [
     ("{", "line 2"), ("[]", "line 2"), ({"id": 2}, "images"), ({**GOOD, "report": ""}, "report is empty"),
-    ({**GOOD, "images": ["b.png"]}, "b.png"), ({"id": 3, "images": ["a.png"], "phrase": "x", "boxes": [[0.1, 0.2, 1.3, 0.4]]}, "inside the image"),
+    ({**GOOD, "images": ["b.png"]}, "b.png"), ({**GOOD, "images": "a.png"}, "images: expected a list"), ({"id": 2, "images": ["a.png"]}, "neither report nor phrase"),
+    ({**GOOD, "phrase": "x", "boxes": []}, "two examples, with an id each"), ({"id": 3, "images": ["a.png"], "phrase": "x", "boxes": [[0.1, 0.2, 1.3, 0.4]]}, "inside the image"),
     ({"id": 3, "images": ["a.png"], "phrase": "x", "boxes": [[0.5, 0.2, 0.3, 0.4]]}, "x1 < x2"),
     ({"id": 3, "images": ["a.png"], "phrase": "x", "boxes": "all"}, "line 2"), ("[" * 100_000, "line 2")])
 def test_a_bad_jsonl_row(tmp_path, row, message, capsys):

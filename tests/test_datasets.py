@@ -2,6 +2,7 @@
 import collections
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -333,7 +334,7 @@ def test_patients_are_never_shared_between_splits(tmp_path, capsys):
     config = load_config(ROOT / "config.yaml", [f"data.path={root}", "data.train=[{source: chest_imagenome}]", "data.test=[{source: ms_cxr}]"])
     config.data.val = config.data.test
     assert {e.patient for e in load_split(config, "train")} == {"mimic/10000032", "mimic/10000764"}
-    assert "left out 1 examples of patients that are held out" in capsys.readouterr().err
+    assert "left out 1 examples of 1 patients that are held out, too, such as mimic/10000898" in capsys.readouterr().err
 
 
 def test_reports_that_repeat_held_out_ones_are_counted_or_left_out(tmp_path, capsys):
@@ -398,7 +399,7 @@ def test_the_description_counts_and_shows(tmp_path):
     rows = {tuple(line.replace(" ", "").split("|")[:3]): line.replace(" ", "").split("|")[3:] for line in text.splitlines() if " | " in line}
     assert rows["mimic_cxr", "train", "report"][:3] == ["3", "3", "2"] and rows["ms_cxr", "val", "phrase"][:3] == ["1", "1", "1"]
     assert rows["vindr_cxr", "test", "detection"][4:] == ["200/200/200", "100/100/100"] and "5_Frontal.dcm.png does not exist" in text
-    assert "unreadable: " in text and "6_Frontal.dcm.png" in text
+    assert "cannot be read: " in text and "would stop a run" in text and "6_Frontal.dcm.png" in text
     assert rows["val", "7", "7/7/7"] == ["5/5/5"] and rows["iu_xray", "train", "report"][:2] == ["6", "6"]
     assert sheet.width == 4 * 360
 
@@ -431,3 +432,10 @@ def test_dataclass_of_sources_has_no_default_that_hides_the_section(tmp_path):
     assert str(b.image_root()) == f"{tmp_path}/pictures" and dataclasses.asdict(config)["data"]["train"][0]["path"] == "a"
     config.data.images = "films"                                          # what an entry leaves out, the section gives
     assert [str(e.image_root()) for e in data.sources(config, "train")] == [f"{tmp_path}/films", f"{tmp_path}/pictures"]
+
+
+def test_a_description_of_nothing_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data.py", str(ROOT / "config.yaml"), "data.source=jsonl", "data.path=/absent", f"out={tmp_path}"])
+    with pytest.raises(InputError, match="no usable example"):
+        data.main()
+    assert "no such folder; set it to the jsonl dataset" in capsys.readouterr().out and not (tmp_path / "data.png").exists()

@@ -470,11 +470,16 @@ def test_the_page_stands_alone_and_shows_generated_text_as_text(tmp_path):
 
 def test_command_line_separates_folders_from_overrides(monkeypatch, tmp_path):
     calls = []
-    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd" / "x" / "eval").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cwd")
+    for name in ("p.jsonl", "x/eval/a.jsonl"):
+        Path(name).touch()
     monkeypatch.setattr(data, "load_config", lambda path, overrides: (path, overrides))
     monkeypatch.setattr(evaluation, "evaluate_checkpoints", lambda cfg, paths, files: calls.append((cfg, list(paths), files)))
     monkeypatch.setattr("sys.argv", ["eval.py", "c.yaml", "seed=1", "--predictions", "p.jsonl", "x/eval/a.jsonl", "--checkpoint", "x/a", "x/b",
                                       "eval.limit=2"])
     evaluation.main()
     assert calls == [(("c.yaml", ["seed=1", "eval.limit=2"]), ["x/a", "x/b"], {"cwd/p": "p.jsonl", "eval/a": "x/eval/a.jsonl"})]
+    monkeypatch.setattr("sys.argv", ["eval.py", "c.yaml", "--predictions", "absent.jsonl"])
+    with pytest.raises(data.InputError, match="absent.jsonl: expected a file"):
+        evaluation.main()

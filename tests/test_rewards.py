@@ -4,6 +4,7 @@ import math
 import random
 import re
 import string
+import sys
 import time
 from types import SimpleNamespace
 
@@ -456,3 +457,19 @@ def test_check_rewards():
                          (config({"".join(string.digits): 1}, {}), "did you mean")):
         with pytest.raises(ValueError, match=message):
             rewards.check_rewards(cfg)
+
+
+def test_a_reward_file_may_import_its_neighbours_and_errors_name_the_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "neighbour_of_mine.py").write_text("VALUE = 0.5\n")
+    (tmp_path / "mine.py").write_text("import neighbour_of_mine\n\ndef f(answer, **columns):\n    return [neighbour_of_mine.VALUE for _ in answer]\n\n"
+                                      "def g(answer, **columns):\n    return [1 / 0]\n\ndef h(answer, **columns):\n    return 1.0\n")
+    examples = [data.Example("a", "report", (), "q", "Clear.")]
+
+    def pay(name):
+        return rewards.score_completions(["Clear."], examples, data.RewardsConfig(report={f"{tmp_path}/mine.py:{name}": 1}), "plain")[0][0]
+    assert pay("f") == 0.5
+    with pytest.raises(ValueError, match=r"mine.py:g, line 7: ZeroDivisionError"):
+        pay("g")
+    with pytest.raises(ValueError, match=r"mine.py:h, which returns a number per completion and ends its arguments with \*\*columns"):
+        pay("h")
