@@ -1024,9 +1024,13 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
             point(run / name, final)
         sync(run)
         keep = {(run / name).resolve().name for name in ("best", "last")}
-        for old in run.glob("step_*"):
+        for old in [*run.glob("step_*")]:
             if old.name not in keep:
-                shutil.rmtree(old)
+                gone = old.with_suffix(".tmp")                            # removed by halves, it must not look like a checkpoint
+                if old != gone:
+                    shutil.rmtree(gone, ignore_errors=True)
+                    os.rename(old, gone)
+                shutil.rmtree(gone, ignore_errors=True)
     gather_objects(None)
 
 

@@ -425,6 +425,24 @@ def test_checkpoints_appear_whole_or_not_at_all(policy, config, tmp_path, monkey
     assert state == {"step": 4, "best": 1.0}
 
 
+def test_a_checkpoint_that_is_removed_by_halves_does_not_look_like_one(policy, config, tmp_path, monkeypatch):
+    """A kill during the removal of an old step: its folder is no step any more, and the next save clears it away."""
+    optimizers, remove = model.make_optimizers(policy, config.grpo), model.shutil.rmtree
+    model.save_checkpoint(tmp_path, 1, policy, optimizers)
+
+    def killed(path, **options):
+        if path.exists():
+            (path / "training_state.pt").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+    monkeypatch.setattr(model.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_checkpoint(tmp_path, 2, policy, optimizers)
+    monkeypatch.setattr(model.shutil, "rmtree", remove)
+    assert [p.name for p in tmp_path.glob("step_??????")] == ["step_000002"] and model.last_step(tmp_path) == 2
+    model.save_checkpoint(tmp_path, 3, policy, optimizers)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_000003"]
+
+
 def test_changed_settings_are_refused(config, tmp_path):
     run = tmp_path / "grpo"
     model.open_run(run, config, ["grpo"])
