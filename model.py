@@ -259,46 +259,42 @@ class PackedAttention:
     length make a block, rows of similar length are padded to the longest, each beside a copy of its prompt's keys."""
 
     def __init__(self, prompt_lengths, row_lengths, owner):
-        """(B,) and (R,) token counts; owner (R,): the prompt of each row."""
-        starts = torch.cat([prompt_lengths, row_lengths]).cumsum(0) - torch.cat([prompt_lengths, row_lengths])
-        prompt_starts, row_starts = starts.split([len(prompt_lengths), len(row_lengths)])
-        self.blocks, order = [], []
-        for length in prompt_lengths.unique().tolist():
-            prompts = (prompt_lengths == length).nonzero()[:, 0]                          # (b,)
-            tokens = prompt_starts[prompts, None] + torch.arange(length, device=owner.device)               # (b, P)
-            rows = torch.isin(owner, prompts).nonzero()[:, 0]
-            rows = rows[row_lengths[rows].argsort(stable=True)]
-            parts = []                                                    # rows of similar length: little is padding
-            for some in rows.tensor_split(min(4, len(rows) // ROWS_TOGETHER + 1)):        # (r,)
-                places = torch.arange(int(row_lengths[some].max()) if len(some) else 0, device=owner.device)   # (T,)
+        """(B,) and (R,) token counts; owner (R,): the prompt of each row. Prompts are sorted by length, rows by the length of
+        their prompts and then by their own, so that what attends together stands together."""
+        self.prompts, self.parts, self.sizes, first, device = [], [], [], 0, owner.device
+        for block, (length, count) in enumerate(zip(*(t.tolist() for t in prompt_lengths.unique_consecutive(return_counts=True)))):
+            self.prompts.append((count, length))
+            self.sizes.append(count * length)
+            rows = ((owner >= first) & (owner < first + count)).nonzero()[:, 0]
+            for some in rows.tensor_split(min(4, len(rows) // ROWS_TOGETHER + 1)):        # rows of similar length: little padding
+                places = torch.arange(int(row_lengths[some].max()) if len(some) else 0, device=device)      # (T,)
                 real = places < row_lengths[some, None]                                   # (r, T)
-                own = (row_starts[some, None] + places)[real]                             # (n,)
                 mask = F.pad(places <= places[:, None], (length, 0), value=True)          # (T, P + T)
-                if len(own):
-                    parts.append((own, real.flatten().nonzero()[:, 0], torch.searchsorted(prompts, owner[some]), mask))
-            self.blocks.append((tokens, parts))
-            order += [tokens.flatten(), *(own for own, *_ in parts)]
-        self.order = torch.cat(order).argsort()
+                if len(places):
+                    own = None if real.all() else real.flatten().nonzero()[:, 0]
+                    self.parts.append((block, owner[some] - first, own, mask))
+            first += count
+        self.sizes += [len(owner) * len(mask) if own is None else len(own) for _, owner, own, mask in self.parts]
 
     def attend(self, query, key, value, scaling):
         if query.is_cuda and query.shape[1] != key.shape[1]:              # its fast kernels take a mask or grouped heads, not both
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-        streams = [t[0].transpose(0, 1) for t in (query, key, value)]                     # (N, H | h, d)
-        outs = []
-        for tokens, parts in self.blocks:
-            q, *past = (t.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2) for t in streams)
-            out = F.scaled_dot_product_attention(q, *past, is_causal=True, **options)     # (b, H, P, d)
-            outs.append(out.transpose(1, 2).flatten(0, 1))
-            for own, real, owner, mask in parts:
-                q, k, v = (                                               # (r, H | h, T, d), padded
-                    t.new_zeros(len(owner) * len(mask), *t.shape[1:]).index_copy(0, real, t.index_select(0, own))
-                    .unflatten(0, (len(owner), -1)).transpose(1, 2) for t in streams)
-                k, v = (torch.cat([t.expand(len(owner), -1, -1, -1) if len(t) == 1 else t.index_select(0, owner), new], 2)
-                        for t, new in zip(past, (k, v)))                                  # (r, h, P + T, d)
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-                outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, real))
-        return torch.cat(outs).index_select(0, self.order)[None]
+        pieces = list(zip(*(t[0].transpose(0, 1).split(self.sizes) for t in (query, key, value))))         # (n, H | h, d) each
+        prompts, outs = [], []
+        for (b, length), piece in zip(self.prompts, pieces):
+            q, *past = (t.unflatten(0, (b, length)).transpose(1, 2) for t in piece)       # (b, H | h, P, d)
+            prompts.append(past)
+            outs.append(F.scaled_dot_product_attention(q, *past, is_causal=True, **options).transpose(1, 2).flatten(0, 1))
+        for (block, owner, own, mask), piece in zip(self.parts, pieces[len(prompts):]):
+            if own is not None:                                           # padded to (r * T, H | h, d)
+                piece = (t.new_zeros(len(owner) * len(mask), *t.shape[1:]).index_copy(0, own, t) for t in piece)
+            q, k, v = (t.unflatten(0, (len(owner), -1)).transpose(1, 2) for t in piece)   # (r, H | h, T, d)
+            k, v = (torch.cat([t.expand(len(owner), -1, -1, -1) if len(t) == 1 else t.index_select(0, owner), new], 2)
+                    for t, new in zip(prompts[block], (k, v)))            # (r, h, P + T, d)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2).flatten(0, 1)
+            outs.append(out if own is None else out.index_select(0, own))
+        return torch.cat(outs)[None]
 
 
 def normed(layer, x):
@@ -736,10 +732,14 @@ class Policy:
 
         Every prompt (and image) runs once for all of its rows. A row's last token predicts nothing and is left out.
         """
+        sizes = torch.tensor([p["input_ids"].shape[1] for p in prompts], device=ids.device)                  # (B,)
+        order, lengths = sizes.argsort(stable=True), mask.sum(1) - 1                                         # as PackedAttention wants them
+        prompts, owner, sizes = [prompts[b] for b in order], order.argsort()[owner], sizes[order]
+        rows = (sizes[owner] * ids.shape[1] + lengths).argsort(stable=True)
+        ids, owner, lengths = ids[rows], owner[rows], lengths[rows]
         batch = collate(prompts)
         positions, start = self.positions(batch)
-        real, lengths = batch["attention_mask"].bool(), mask.sum(1) - 1                                      # (B, P), (R,)
-        places = torch.arange(ids.shape[1], device=ids.device)                                               # (T,)
+        real, places = batch["attention_mask"].bool(), torch.arange(ids.shape[1], device=ids.device)         # (B, P), (T,)
         inputs = places < lengths[:, None]                                                                   # (R, T)
         stream = {k: torch.cat([v[real], (ids if k == "input_ids" else torch.zeros_like(ids))[inputs].to(v.dtype)])[None]
                   for k, v in batch.items() if v.shape == real.shape and k != "attention_mask"}              # (1, N)
@@ -747,12 +747,11 @@ class Policy:
         positions = torch.cat([positions[..., real], later[..., inputs]], -1).unsqueeze(-2)                  # (3, 1, N)
         images = self.frozen_features(prompts)
         images |= {k: v for k, v in batch.items() if v.shape != real.shape and not (images and k == "pixel_values")}
-        shared = PackedAttention(real.sum(1), lengths, owner)
         out = self.base(**stream, **images, position_ids=positions, attention_mask=ANY_MASK.to(self.device), use_cache=False,
-                        shared=shared).last_hidden_state[0]
-        ends, starts = real.sum(1).cumsum(0), real.sum() + lengths.cumsum(0) - lengths
+                        shared=PackedAttention(sizes, lengths, owner)).last_hidden_state[0]
+        ends, starts = sizes.cumsum(0), sizes.sum() + lengths.cumsum(0) - lengths
         before = torch.where(places == 0, ends[owner, None] - 1, starts[:, None] + places - 1)               # (R, T)
-        return out[before[scored]]
+        return out[before[rows.argsort()][scored]]
 
     def plain_hidden(self, prompts, ids, mask, owner, scored):
         """The plain twin: R full rows [prompt | completion], each with its own copy of the image."""
