@@ -30,7 +30,7 @@ import typing
 import warnings
 import zlib
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -69,6 +69,7 @@ class ModelConfig:
     max_prompt_tokens: int = 2048       # a longer prompt is an error: cutting it would cut image tokens
     shared_prefix: bool = True          # run each prompt once for its G completions (Qwen-VL); false: plain rows
     gradient_checkpointing: bool = False
+    parallel: Literal["replicate", "shard"] = "replicate"  # shard: weights, gradients and optimiser spread over the processes (FSDP2)
     max_bad_steps: int = 5              # optimiser steps in a row without finite gradients (they change nothing) until a run stops
 
 
@@ -201,6 +202,7 @@ class EvalConfig:
 
 @dataclass
 class LogConfig:
+    keep_last: int = 1                  # newest checkpoints that a run keeps, beside the best
     samples: int = 2                    # prompts per step whose completions go to samples.jsonl
     tensorboard: bool = False
     wandb: bool = False
@@ -225,6 +227,7 @@ ABOVE_ZERO = {*(f"data.{split}[].weight" for split in ("train", "val", "test")),
 AT_MOST_ONE = {"data.report_share", "sft.plain_share", "grpo.clip_low", "rewards.mccs_margin"}
 
 
+@cache
 def known_keys(node=Config, prefix=""):
     """Every dotted key of the configuration with its type, e.g. {"grpo.kl_coef": float}."""
     keys = {}
@@ -297,7 +300,7 @@ def read_yaml(path):
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read the configuration ({getattr(error, 'strerror', 0) or error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:         # ValueError: a date or a number that cannot be
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is not None and not isinstance(tree, dict):
         raise InputError(f"{path}: expected sections like 'grpo:', got {type(tree).__name__}")
@@ -326,9 +329,10 @@ def load_config(path, overrides=()):
         if not equals:
             raise InputError(f"argument {item!r}: expected key=value, like grpo.kl_coef=0")
         try:
-            set_key(config, key, yaml.safe_load(text) if text else "", f"argument {item!r}")
-        except yaml.YAMLError:
+            value = yaml.safe_load(text) if text else ""
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise InputError(f"argument {item!r}: the value is not valid YAML") from None
+        set_key(config, key, value, f"argument {item!r}")
     for tasks in [config.data.tasks or ["none"], *(s.tasks for split in ("train", "val", "test") for s in getattr(config.data, split))]:
         if set(tasks) - set(TASK_OF):
             raise InputError(f"data.tasks: expected some of {', '.join(TASK_OF)}, got {tasks}")

@@ -625,19 +625,20 @@ SHOWN = (("reports", "ce_f1_macro13"), ("reports", "ce_f1_micro13"), ("reports",
 
 
 def grid_run(grid, name, seed):
-    """(folder of a row's evaluation, its checkpoint, the commands that make both). A row is a stage with settings; GRPO, more SFT
-    and the cold start begin at the row `start`, and the latter two lie beside it."""
+    """(folder of a row, its checkpoint, the commands that make both). A row is a stage with settings; all but plain SFT begin at
+    the checkpoint of the row `start`."""
     rows = {name: {"stage": "grpo", "start": "SFT", **(row or {})} for claim in grid["claims"] for name, row in claim["rows"].items()}
 
     def places(name):
-        stage, folder = rows[name]["stage"], Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
-        return folder, (places(rows[name]["start"])[0] if stage in ("more", "cold_start") else folder) / stage
+        folder = Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
+        return folder, folder / rows[name]["stage"]
     row, (folder, result) = rows[name], places(name)
-    settings = [grid["config"], f"seed={seed}", *grid["set"], *row.get("set", [])]
+    settings = [grid["config"], f"seed={seed}", *grid["set"], *row.get("set", []), f"out={folder}"]
+    start = f"{places(row['start'])[1]}/best"
     if row["stage"] == "grpo":
-        return folder, result, [["train_grpo.py", *settings, f"out={folder}", f"grpo.init={places(row['start'])[1]}/best"]]
-    return folder, result, [["train_sft.py", *settings, f"out={result.parent}", f"sft.stage={row['stage']}"],
-                            ["eval.py", *settings, f"out={folder}", "--checkpoint", str(result)]]
+        return folder, result, [["train_grpo.py", *settings, f"grpo.init={start}"]]
+    init = [f"sft.init={start}"] if row["stage"] != "sft" else []
+    return folder, result, [["train_sft.py", *settings, f"sft.stage={row['stage']}", *init], ["eval.py", *settings, "--checkpoint", str(result)]]
 
 
 def reproduce(path):

@@ -17,6 +17,7 @@ In order of appearance
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import inspect
 import itertools
@@ -40,8 +41,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import transformers
@@ -50,6 +54,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast,
                           Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.image_processing_auto import AutoImageProcessor         # elsewhere older versions hide it
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -468,8 +473,18 @@ def collate(prompts):
     return {name: joined(name) for name in prompts[0] if name != FEATURES}
 
 
+def inside(method):
+    """A method of Policy that runs within the forward of its model, which is what gathers the root's weights if they are sharded."""
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        return self.model.run(lambda: method(self, *args, **kwargs)) if self.sharded else method(self, *args, **kwargs)
+    return wrapped
+
+
 class Policy:
     """A Hugging Face vision-language model with its processor."""
+
+    sharded, spare = False, None        # spare: a prompt for `idle`
 
     def __init__(self, model, processor, config, path=""):
         self.config, self.path = config, path
@@ -641,8 +656,7 @@ class Policy:
         number of processes. Returns one Rollout per usable example.
         """
         self.model.eval()
-        pairs = self.encode_all(examples)
-        if not pairs:
+        if not (pairs := self.encode_all(examples)):
             return []
         uniform = torch.from_numpy(np.stack([
             np.random.default_rng([*stream, int(hashlib.sha1(e.id.encode()).hexdigest()[:12], 16), g]).random(max_new_tokens)
@@ -657,6 +671,7 @@ class Policy:
                                     [self.decode(row) for row in ids], finished[group.start:group.stop].tolist()))
         return rollouts
 
+    @inside
     def decode_groups(self, prompts, group_size, uniform, temperature):
         """The decode loop: one prefill per prompt, then all R = B*G rows together; rows that have ended are retired.
 
@@ -693,6 +708,7 @@ class Policy:
 
     # -- scoring
 
+    @inside
     def logprobs(self, prompts, completions, temperature=1.0, n_scored=None):
         """Scores several completions of each of B prompts; gradients flow.
 
@@ -704,6 +720,7 @@ class Policy:
         flat = fused_logprobs(hidden, weight, ids, temperature, self.banned, bias)
         return *unflatten(flat, scored), scored
 
+    @inside
     def loss(self, prompts, completions, loss_of, temperature=1.0, n_scored=None):
         """As logprobs, for a loss that is a sum over the scored tokens, completion after completion, which is cheaper:
         loss_of(logp (n,), tokens), see fused_loss. Returns (loss, *what logprobs returns), only the loss with gradients.
@@ -766,6 +783,58 @@ class Policy:
         out = self.base(**batch, position_ids=torch.cat([positions, later], -1), use_cache=False)
         return out.last_hidden_state[:, length - 1:-1][scored]
 
+    # -- sharding
+
+    def shard(self):
+        """Spreads float32 weights, and with them gradients and optimiser states, over the processes: FSDP2 (Zhao et al. 2023)
+        gathers one block at a time, in the forward's precision, and sums gradients in float32."""
+        half = torch.bfloat16 if self.config.model.precision == "bfloat16" else None
+        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)       # embedding and head stay float32
+        block = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        blocks = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for module in blocks:
+            fully_shard(module, mp_policy=block)
+        fully_shard(self.model, mp_policy=whole)
+        # Which block the backward gathers ahead is said here: by default it follows the trace of past forwards, in which
+        # sampling leaves other steps on every process.
+        for before, module in zip([self.model, *blocks], [*blocks, self.model]):
+            module.set_modules_to_backward_prefetch([before if type(before) is type(module) else module])
+        self.model.run = lambda work: work()
+        register_fsdp_forward_method(self.model, "run")
+        self.sharded = True
+        for part in self.parts():
+            part.set_gradient_divide_factor(1.0)                          # losses are shares of one global mean: their sum
+            part.set_force_sum_reduction_for_comms(True)
+
+    def parts(self):
+        return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+
+    @contextmanager
+    def gathered(self):
+        """Whole weights on every process (no effect unless sharded). What runs in here, without gradients, needs no other
+        process: each decodes as many tokens and scores as many rows as it has."""
+        if self.sharded:
+            self.model.set_reshard_after_forward(False)
+            self.model.run(lambda: None)                                  # the root first
+        for part in self.parts() if self.sharded else ():
+            part.unshard()
+        yield
+        for part in self.parts() if self.sharded else ():
+            part.reshard()
+        if self.sharded:
+            self.model.set_reshard_after_forward(True)
+
+    def together(self, batches):
+        """`batches`, and as many None after them as it takes for all processes to have as many: where a process has no batch
+        left, it has to be `idle` while the others run theirs, as they gather sharded weights together."""
+        most = max(gather_objects(len(batches))) if self.sharded else 0
+        return batches + [None] * (most - len(batches))
+
+    def idle(self):
+        """Forward and backward without effect."""
+        ids = torch.full((2,), int(self.stop_ids[0]), device=self.device)
+        self.loss([dict(self.spare)], [[ids]], lambda logp, _: 0 * logp.sum())[0].backward()
+
     # -- adapters
 
     def add_lora(self, section):
@@ -796,26 +865,31 @@ class Policy:
 
     @torch.no_grad()
     def merged(self):
-        """The state dict of the model with its adapters added to the weights."""
+        """The state dict of the model with its adapters added to the weights, whole on the first process (and nothing elsewhere)."""
         state = self.model.state_dict()
+        for name in {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - {name for name, _ in self.model.named_parameters()}:
+            del state[name]                                               # tied to another
         for name, layer in self.adapted.items():
             state[f"{name}.weight"] = layer.weight + layer.scale * layer.lora_B @ layer.lora_A
             del state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-        return state
+        return {name: whole(tensor) for name, tensor in state.items()}
 
     # -- files
 
     def save(self, folder):
         """Writes model (adapters merged), tokenizer and image processor in Hugging Face format; adapters once more, for the
-        model that they were added to, in the folder `adapter` and in PEFT's format."""
+        model that they were added to, in the folder `adapter` and in PEFT's format. All processes call it, the first writes."""
         transformers.utils.logging.disable_progress_bar()
-        self.model.save_pretrained(folder, state_dict=self.merged())
+        state, adapters = self.merged(), {name: whole(p.detach()) for name, p in self.adapters().items()}
+        if rank() != 0:
+            return
+        self.model.save_pretrained(folder, state_dict=state)
         if self.adapted:
-            rank = len(next(iter(self.adapted.values())).lora_A)
+            lora_rank = len(next(iter(self.adapted.values())).lora_A)
             (folder / "adapter").mkdir()
-            save_file({name: p.detach() for name, p in self.adapters().items()}, folder / "adapter" / "adapter_model.safetensors")
+            save_file(adapters, folder / "adapter" / "adapter_model.safetensors")
             (folder / "adapter" / "adapter_config.json").write_text(json.dumps({
-                "peft_type": "LORA", "r": rank, "lora_alpha": LoRALinear.scale * rank, "target_modules": sorted(self.adapted),
+                "peft_type": "LORA", "r": lora_rank, "lora_alpha": LoRALinear.scale * lora_rank, "target_modules": sorted(self.adapted),
                 "base_model_name_or_path": self.path, "bias": "none", "inference_mode": True}))
         self.processor.save_pretrained(folder)
         video = "video_processor"
@@ -962,13 +1036,14 @@ def make_optimizers(policy, section):
 
 
 def optimizer_step(policy, optimizers, lr, grad_clip):
-    """Sums gradients over processes (each holds its share of one global mean), clips, steps. Returns the gradient norm;
-    where that is not finite, nothing is updated."""
+    """Sums gradients over processes (each holds its share of one global mean; sharded ones are summed by then), clips, steps.
+    Returns the gradient norm; where that is not finite, nothing is updated."""
     for p in policy.parameters():                                         # a process without tokens still takes part
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if world_size() > 1:
+        if world_size() > 1 and not policy.sharded:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1004,25 +1079,53 @@ def point(link, folder):
     os.replace(aside, link)
 
 
+def whole(tensor):
+    """A tensor that may be sharded, whole on the first process: all have to call it. Elsewhere None."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if rank() == 0 else None
+
+
+def spread(state, optimizer):
+    """An optimiser's saved state (a state_dict of whole tensors), sharded as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(parameters[i], DTensor) and value.shape == parameters[i].shape:
+                values[name] = distribute_tensor(value.to(parameters[i].device), parameters[i].device_mesh, parameters[i].placements)
+    return state
+
+
 def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
     """Writes run/step_N beside, then renames it: it is there whole or not at all. `last` (and `best`) point to it.
 
-    The folder is a Hugging Face model folder plus training_state.pt; older steps that nothing points to are removed.
+    The folder is a Hugging Face model folder plus training_state.pt, the same whatever the number of processes and however
+    weights are spread over them; older steps that nothing points to are removed.
     """
-    if rank() == 0:
-        final, aside = run / f"step_{step:06d}", run / f"step_{step:06d}.tmp"
-        if not final.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+    final, aside = run / f"step_{step:06d}", run / f"step_{step:06d}.tmp"
+    if not any(gather_objects(rank() == 0 and final.exists())):
+        states = tree_map(whole, [o.state_dict() for o in optimizers])
+        try:
+            if rank() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
             policy.save(aside)
-            torch.save({"step": step, "optimizers": [o.state_dict() for o in optimizers], **state}, aside / "training_state.pt")
-            for path in [*aside.rglob("*"), aside]:
-                sync(path)
-            os.rename(aside, final)
+            if rank() == 0:
+                torch.save({"step": step, "optimizers": states, **state}, aside / "training_state.pt")
+                for path in [*aside.rglob("*"), aside]:
+                    sync(path)
+                os.rename(aside, final)
+        except (OSError, RuntimeError, SafetensorError) as error:         # RuntimeError is torch.save's, of a full disk
+            shutil.rmtree(aside, ignore_errors=True)
+            raise InputError(f"{final} cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is whole: make room and start the same "
+                             f"command again") from None
+    if rank() == 0:
         for name in ["best", "last"] if is_best else ["last"]:
             point(run / name, final)
         sync(run)
         keep = {(run / name).resolve().name for name in ("best", "last")}
+        keep |= {path.name for path in sorted(run.glob("step_??????"))[-policy.config.log.keep_last:]}
         for old in [*run.glob("step_*")]:
             if old.name not in keep:
                 gone = old.with_suffix(".tmp")                            # removed by halves, it must not look like a checkpoint
@@ -1031,6 +1134,15 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
                     os.rename(old, gone)
                 shutil.rmtree(gone, ignore_errors=True)
     gather_objects(None)
+
+
+def check_room(run, policy):
+    """InputError unless the disk has room for two checkpoints: the old one is removed when the new one is there."""
+    total, trained = (sum(p.numel() for p in some) for some in (policy.model.parameters(), policy.parameters()))
+    need, free = 2 * (4 * total + 8 * trained), shutil.disk_usage(run).free
+    if free < need:
+        raise InputError(f"{run}: two checkpoints take {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; make room or choose another "
+                         f"folder with out=...")
 
 
 def last_step(run):
@@ -1047,12 +1159,15 @@ def resume(run, config, start, section):
         policy.add_lora(section)
         if path:
             policy.load_adapters(path / "adapter")
+    if config.model.parallel == "shard" and world_size() > 1:
+        policy.shard()
     optimizers = make_optimizers(policy, section)
+    check_room(run, policy)
     if path is None:
         return policy, optimizers, {"step": 0}
     state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
     for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(spread(saved, optimizer))
     return policy, optimizers, state
 
 
@@ -1065,16 +1180,14 @@ def open_run(run, config, sections):
     free = {"sft.more_steps"} if run.name != "more" else set()            # in `more` it sets the learning rates
     free |= {"grpo.steps", "grpo.save_every", "grpo.micro_batch", "grpo.sample_batch", "sft.micro_batch", "sft.save_every",
             "data.val_size", "data.test_size", "data.on_error", "grpo.stop_if",
-            "model.shared_prefix", "model.gradient_checkpointing", "model.max_bad_steps"}
+            "model.shared_prefix", "model.parallel", "model.gradient_checkpointing", "model.max_bad_steps"}
     path = run / "config.yaml"
     if path.exists() and (run / "last").exists():
-        before, now = data.load_config(path), config
-        for key in data.known_keys():
-            if (key == "seed" or key.split(".")[0] in sections) and key not in free:
-                old, new = attrgetter(key)(before), attrgetter(key)(now)
-                if old != new:
-                    raise InputError(f"{run} was made with {key}={old}, now it is {new}; choose another folder with out=..., "
-                                     f"or delete this one")
+        before = data.load_config(path)
+        mine = [key for key in data.known_keys() if (key == "seed" or key.split(".")[0] in sections) and key not in free]
+        if changed := [key for key in mine if attrgetter(key)(before) != attrgetter(key)(config)]:
+            raise InputError(f"{run} was made with " + ", ".join(f"{key}={attrgetter(key)(before)} (now {attrgetter(key)(config)})" for key in changed)
+                             + f"; choose another folder with out=..., or delete this one. What may change: {', '.join(sorted(free))}")
     if rank() == 0:
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -1133,9 +1246,9 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------- what a run needs
 
-def memory_plan(policy, config, section):
-    """Bytes that a process needs, by part, for a stage (config.sft or config.grpo). The policy is ready to be trained (frozen
-    weights, adapters) and needs no weights.
+def memory_plan(policy, config, section, gpus=None):
+    """Bytes that a process needs, by part, for a stage (config.sft or config.grpo) on `gpus` processes (None: those there are).
+    The policy is ready to be trained (frozen weights, adapters) and needs no weights.
 
     The activations are those of a plain Qwen: what the backward of one layer keeps for a token, times layers and tokens;
     with gradient checkpointing its input only, and all of one layer. SFT counts 256 tokens of questions and answers a study.
@@ -1147,6 +1260,8 @@ def memory_plan(policy, config, section):
     size = getattr(text, "head_dim", None) or hidden // heads
     a, k, b = heads * size, shared_heads * size, 2 if config.model.precision == "bfloat16" else 4
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (True, False))
+    gpus = gpus or world_size()
+    spread = gpus if config.model.parallel == "shard" else 1
     images = max(2 if source.source in ("iu_xray", "mimic_cxr") and source.views == "all" else 1 for source in data.sources(config, "train"))
     vision = getattr(model.config, "vision_config", None)
     patch = getattr(vision, "patch_size", 14)
@@ -1154,7 +1269,8 @@ def memory_plan(policy, config, section):
     prompt = min(config.model.max_prompt_tokens, patches // getattr(vision, "spatial_merge_size", 2) ** 2 + 64)
     grpo = section is config.grpo
     rows, length = (section.group_size, section.max_new_tokens) if grpo else (1, 256)            # an answer
-    tokens = section.micro_batch * (prompt + rows * length if policy.shared else rows * (prompt + length))
+    together = min(section.micro_batch, -(-(section.prompts if grpo else section.batch_size) // gpus))
+    tokens = together * (prompt + rows * length if policy.shared else rows * (prompt + length))
     per_token = 24 * hidden + 12 * (a + k) + b * 4 * (a + k + wide)       # norms in float32; projections, attention, MLP
     activations = tokens * per_token * layers
     if config.model.gradient_checkpointing:
@@ -1163,16 +1279,41 @@ def memory_plan(policy, config, section):
         depth, width = getattr(vision, "depth", None) or vision.num_hidden_layers, vision.hidden_size
         per_patch = 4 * (12 * width + 4 * (getattr(vision, "intermediate_size", None) or 4 * width))
         kept = 4 * width * depth + per_patch if config.model.gradient_checkpointing else per_patch * depth
-        activations += section.micro_batch * patches * kept
-    parts = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": 8 * trained, "activations": activations,
+        activations += together * patches * kept
+    parts = {"weights": 4 * total / spread, "gradients": 4 * trained / spread, "optimizer": 8 * trained / spread, "activations": activations,
              "logits": 4 * max(3 * BUFFER, CHUNK * text.vocab_size)}
-    if b == 2:
+    if b == 2 and spread == 1:
         parts["half-precision weights"] = 2 * trained
     if grpo:
-        parts["keys and values"] = section.sample_batch * (prompt + rows * length) * 2 * k * layers * b
+        if spread > 1:
+            parts["weights gathered to sample"] = b * total
+        parts["keys and values"] = min(section.sample_batch, -(-section.prompts // gpus)) * (prompt + rows * length) * 2 * k * layers * b
         if section.kl_coef and not section.lora_rank:
-            parts["reference"] = 4 * total
+            parts["reference"] = 4 * total / spread
     return parts
+
+
+def time_plan(policy, config, gpus, flops, bandwidth):
+    """Seconds per phase of a GRPO step whose completions all have full length, at `flops` operations and `bandwidth` bytes per
+    second of a GPU: arithmetic (2 operations per weight and token, 6 with the backward, 8 with checkpointing, attention and
+    head left out), and in decoding the weights and keys that each token has to read. Launching of kernels comes on top."""
+    grpo, text = config.grpo, policy.model.config.get_text_config()
+    vision = sum(p.numel() for name, p in policy.model.named_parameters() if part_of(name))
+    weights = sum(p.numel() for p in policy.model.parameters()) - vision
+    patches = config.model.max_pixels // getattr(policy.model.config.vision_config, "patch_size", 14) ** 2
+    prompt = min(config.model.max_prompt_tokens, patches // 4 + 64)
+    prompts, length, half = -(-grpo.prompts // gpus), grpo.max_new_tokens, 2 if config.model.precision == "bfloat16" else 4
+    together = min(prompts, grpo.sample_batch)
+    per_prompt = 2 * (weights * prompt + vision * patches)                # a forward of what all completions share
+    score = prompts * (per_prompt + 2 * weights * grpo.group_size * length)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * half * heads * size * text.num_hidden_layers              # bytes of a token's keys and values
+    read = half * weights + together * cache * (prompt + grpo.group_size * length / 2)
+    decode = max(2 * weights * together * grpo.group_size / flops, read / bandwidth) * length * -(-prompts // together)
+    backward = 4 if config.model.gradient_checkpointing else 3
+    return {"sample": prompts * per_prompt / flops + decode, "reference": score / flops if grpo.kl_coef else 0,
+            "update": grpo.epochs * backward * score / flops}
 
 
 def memory_text(parts):
@@ -1181,16 +1322,20 @@ def memory_text(parts):
     return f"about {sum(n for _, n in parts) / 1e9:.1f} GB per process: " + ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts)
 
 
-def plan(config):
-    """python model.py plan CONFIG: memory of both stages, without loading the weights."""
-    lines = []
+def plan(config, gpus=1, tflops=400, bandwidth=2):
+    """python model.py plan CONFIG --gpus N: memory of both stages, without loading the weights, and the time of a GRPO step at
+    `tflops` 1e12 operations and `bandwidth` 1e12 bytes per second of a GPU."""
+    lines = [f"model.parallel={config.model.parallel} on {gpus} GPU{'s' * (gpus > 1)}"]
     for name, section in (("SFT", config.sft), ("GRPO", config.grpo)):
         policy = load_policy(config, weights=False)
         if section.lora_rank:
             policy.add_lora(section)
         make_optimizers(policy, section)
         size, trained = (sum(p.numel() for p in some) / 1e6 for some in (policy.model.parameters(), policy.parameters()))
-        lines.append(f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy, config, section))}")
+        lines.append(f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy, config, section, gpus))}")
+    times = time_plan(policy, config, gpus, tflops * 1e12, bandwidth * 1e12)
+    lines.append(f"GRPO: about {sum(times.values()):.3g} s a step at {tflops:g} TFLOP/s and {bandwidth:g} TB/s per GPU, without launch overheads: "
+                 + ", ".join(f"{name} {seconds:.3g}" for name, seconds in times.items()))
     return "\n".join(lines)
 
 
@@ -1201,8 +1346,11 @@ def main():
     parser.add_argument("command", choices=["plan"])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--tflops", type=float, default=400, help="1e12 operations per second that matrix products reach on one (400)")
+    parser.add_argument("--bandwidth", type=float, default=2, help="1e12 bytes per second that its memory gives (2)")
     args = parser.parse_args()
-    print(plan(data.load_config(args.config, args.overrides)))
+    print(plan(data.load_config(args.config, args.overrides), args.gpus, args.tflops, args.bandwidth))
 
 
 def start(usage):

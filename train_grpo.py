@@ -18,7 +18,7 @@ With grpo.init=auto, a checkpoint to start from that does not exist is trained f
 samples.jsonl, step_N/, last), continues from `last` when started again, and ends with OUT/eval: before and after.
 """
 import time
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -167,9 +167,10 @@ def pieces(items, size):
 def fixed_logprobs(policy, rollouts, grpo):
     """For each rollout G tensors (T_g,): log-probabilities under a policy that stays as it is during the step."""
     result = []
-    for micro in pieces(rollouts, grpo.micro_batch):
-        logp, _, mask = policy.logprobs([r.prompt for r in micro], [r.tokens for r in micro], grpo.temperature)
-        result += pieces([row[real] for row, real in zip(logp, mask)], grpo.group_size)
+    with policy.gathered():
+        for micro in pieces(rollouts, grpo.micro_batch):
+            logp, _, mask = policy.logprobs([r.prompt for r in micro], [r.tokens for r in micro], grpo.temperature)
+            result += pieces([row[real] for row, real in zip(logp, mask)], grpo.group_size)
     return result
 
 
@@ -187,7 +188,10 @@ def update(policy, optimizers, rollouts, lr, grpo):
     counts = model.gather_objects((sum(len(t) for r in used for t in r.tokens), sum(len(r.tokens) for r in divided)))
     n_tokens, n_sequences = (sum(c) for c in zip(*counts))
     sums = {"tokens": 0, "loss": 0.0, "entropy": 0.0, "gap": 0.0, "gap_max": 0.0}
-    for micro in pieces(used, grpo.micro_batch):
+    for micro in policy.together(pieces(used, grpo.micro_batch)) if n_tokens else ():
+        if micro is None:
+            policy.idle()
+            continue
         prompts, completions = [r.prompt for r in micro], [r.tokens for r in micro]
         mask = padded([[torch.ones_like(t, dtype=torch.bool) for t in group] for group in completions])         # (R, T)
         advantages = torch.cat([r.advantages for r in micro]).to(mask.device)                                    # (R,)
@@ -261,10 +265,13 @@ def step_metrics(everyone, sums, norms, grpo):
 
 def preflight(policy, examples, grpo):
     """The largest update that a step may need, once, without effect: running out of memory shows in the first minute."""
-    prompts = [prompt for _, prompt in policy.encode_all(examples[:grpo.micro_batch])]
+    usable = (prompt for example in examples for _, prompt in policy.encode_all([example]))
+    prompts = list(islice(usable, grpo.micro_batch))
+    if not prompts:
+        raise InputError("none of the training examples can be used (see the messages above)")
+    policy.spare = prompts[0]
     ids = torch.full((grpo.max_new_tokens,), int(policy.stop_ids[0]), device=policy.device)
-    if prompts:
-        policy.loss(prompts, [[ids] * grpo.group_size] * len(prompts), lambda logp, _: logp.sum(), grpo.temperature)[0].backward()
+    policy.loss(prompts, [[ids] * grpo.group_size] * len(prompts), lambda logp, _: logp.sum(), grpo.temperature)[0].backward()
     for p in policy.parameters():
         p.grad = None
 
@@ -306,7 +313,11 @@ def train(config, stop):
         return checkpoints
     examples = data.load_split(config, "train")
     policy, optimizers, state = model.resume(run, config, start, grpo)
-    reference = model.load_policy(config, start) if grpo.kl_coef and not grpo.lora_rank else policy
+    reference = policy
+    if grpo.kl_coef and not grpo.lora_rank:
+        reference = model.load_policy(config, start)
+        if policy.sharded:
+            reference.shard()
     log = model.Log(run, state["step"], config)
     model.say(f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
               f"from {start or config.model.path}; {model.memory_text(model.memory_plan(policy, config, grpo))}")
@@ -323,9 +334,10 @@ def train(config, stop):
         def lap(name):
             laps.append((f"time/{name}", time.perf_counter()))
         chosen = data.batch(examples, grpo.prompts, step, config.seed, "grpo", config.data.report_share)
-        minis = [[r for some in pieces(mini[model.rank()::model.world_size()], grpo.sample_batch)  # this process's share
-                  for r in policy.sample(some, grpo.group_size, grpo.max_new_tokens, grpo.temperature, (config.seed, step))]
-                 for mini in pieces(chosen, grpo.mini_batch or grpo.prompts)]
+        with policy.gathered():
+            minis = [[r for some in pieces(mini[model.rank()::model.world_size()], grpo.sample_batch)  # this process's share
+                      for r in policy.sample(some, grpo.group_size, grpo.max_new_tokens, grpo.temperature, (config.seed, step))]
+                     for mini in pieces(chosen, grpo.mini_batch or grpo.prompts)]
         rollouts = [r for mini in minis for r in mini]
         if not sum(model.gather_objects(len(rollouts))):
             raise InputError(f"step {step + 1}: none of its {len(chosen)} prompts can be used (see the messages above)")

@@ -61,10 +61,11 @@ def validation_loss(policy, studies, size):
     """Mean loss per answer token over `studies` (lists of examples), split over the processes."""
     total, count = 0.0, 0
     mine = studies[model.rank()::model.world_size()]
-    for i in range(0, len(mine), size):
-        if some := encode_studies(policy, mine[i:i + size]):
-            count += answer_tokens(some)
-            total += float(sft_loss(policy, some, 1))
+    with policy.gathered():
+        for i in range(0, len(mine), size):
+            if some := encode_studies(policy, mine[i:i + size]):
+                count += answer_tokens(some)
+                total += float(sft_loss(policy, some, 1))
     totals = model.gather_objects((total, count))
     if not (count := sum(c for _, c in totals)):
         raise InputError("none of the validation studies can be used (see the messages above)")
@@ -114,6 +115,9 @@ def train(config, stop):
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     model.say(f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
               f"steps {state['step']} to {sft.steps}; {model.memory_text(model.memory_plan(policy, config, config.sft))}")
+    if policy.sharded:
+        usable = (dict(prompt) for study in studies for prompt, _, _ in encode_studies(policy, [study]))
+        policy.spare = next(usable, None)
     bad = 0
     bar = tqdm(range(state["step"], sft.steps), run.name, initial=state["step"], total=sft.steps, disable=model.rank() != 0)
     for step in bar:
@@ -125,8 +129,11 @@ def train(config, stop):
         if not n_tokens:
             raise InputError(f"step {step + 1}: none of its {len(chosen)} studies can be used (see the messages above)")
         loss_sum = 0.0
-        for i in range(0, len(encoded), sft.micro_batch):
-            loss = sft_loss(policy, encoded[i:i + sft.micro_batch], n_tokens)
+        for some in policy.together([encoded[i:i + sft.micro_batch] for i in range(0, len(encoded), sft.micro_batch)]):
+            if some is None:
+                policy.idle()
+                continue
+            loss = sft_loss(policy, some, n_tokens)
             loss.backward()
             loss_sum += float(loss.detach())
         rate = learning_rate(step, sft.steps, sft.warmup, sft.lr)

@@ -24,7 +24,7 @@ def test_the_shipped_grid_is_complete():
             start = (row or {}).get("start", "SFT")
             if (row or {}).get("stage") != "sft":
                 assert start in made, (name, start)
-                assert str(evaluation.grid_run(grid, start, 0)[1]) in (str(config.grpo.init)[:-5], f"{config.out}/sft")
+                assert str(evaluation.grid_run(grid, start, 0)[1]) in (str(config.grpo.init)[:-5], str(config.sft.init)[:-5])
             made.add(name)
     assert len({evaluation.grid_run(grid, name, 0)[0] for name in made}) == len(made)
     assert evaluation.grid_run(grid, "SFT", 1)[2][0] == ["train_sft.py", "config.yaml", "seed=1", *grid["set"], "out=runs/ablations/sft/seed1", "sft.stage=sft"]
@@ -60,7 +60,7 @@ def test_rows_run_once_in_order_and_results_hold_their_numbers(grid, tmp_path, m
     calls.clear()
     evaluation.reproduce(grid)                                            # goes on where it stopped: only the failed row and what follows
     assert [(c[0], next(a for a in c if a.startswith("out="))[-10:]) for c in calls] == [
-        ("train_sft.py", "/sft/seed1"), ("eval.py", "more/seed1"), ("train_grpo.py", "grpo/seed1")]
+        ("train_sft.py", "more/seed1"), ("eval.py", "more/seed1"), ("train_grpo.py", "grpo/seed1")]
     values = {name: [json.loads((tmp_path / "runs" / name / f"seed{s}" / "eval" / "metrics.json").read_text())["reports"]["ce_f1_macro13"] for s in (0, 1)]
               for name in ("sft", "more", "grpo")}
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in (tmp_path / "RESULTS.md").read_text().splitlines() if line.startswith("| ")}
