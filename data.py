@@ -53,6 +53,8 @@ def run_main(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------- configuration

@@ -876,13 +876,15 @@ class Policy:
 
     # -- files
 
-    def save(self, folder):
+    def whole_weights(self):
+        """(state dict with adapters merged, adapters), whole on the first process; all have to call it."""
+        return self.merged(), {name: whole(p.detach()) for name, p in self.adapters().items()}
+
+    def save(self, folder, weights=None):
         """Writes model (adapters merged), tokenizer and image processor in Hugging Face format; adapters once more, for the
-        model that they were added to, in the folder `adapter` and in PEFT's format. All processes call it, the first writes."""
+        model that they were added to, in the folder `adapter` and in PEFT's format. weights: from whole_weights."""
         transformers.utils.logging.disable_progress_bar()
-        state, adapters = self.merged(), {name: whole(p.detach()) for name, p in self.adapters().items()}
-        if rank() != 0:
-            return
+        state, adapters = weights or self.whole_weights()
         self.model.save_pretrained(folder, state_dict=state)
         if self.adapted:
             lora_rank = len(next(iter(self.adapted.values())).lora_A)
@@ -1105,13 +1107,12 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
     """
     final, aside = run / f"step_{step:06d}", run / f"step_{step:06d}.tmp"
     if not any(gather_objects(rank() == 0 and final.exists())):
-        states = tree_map(whole, [o.state_dict() for o in optimizers])
+        weights, states = policy.whole_weights(), tree_map(whole, [o.state_dict() for o in optimizers])
         try:
             if rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
-            policy.save(aside)
-            if rank() == 0:
+                policy.save(aside, weights)
                 torch.save({"step": step, "optimizers": states, **state}, aside / "training_state.pt")
                 for path in [*aside.rglob("*"), aside]:
                     sync(path)
@@ -1284,9 +1285,10 @@ def memory_plan(policy, config, section, gpus=None):
              "logits": 4 * max(3 * BUFFER, CHUNK * text.vocab_size)}
     if b == 2 and spread == 1:
         parts["half-precision weights"] = 2 * trained
+    if spread > 1:
+        blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        parts["gathered weights"] = 4 * (total - sum(blocks)) + b * (sum(blocks) if grpo else 2 * max(blocks))     # GRPO: to sample
     if grpo:
-        if spread > 1:
-            parts["weights gathered to sample"] = b * total
         parts["keys and values"] = min(section.sample_batch, -(-section.prompts // gpus)) * (prompt + rows * length) * 2 * k * layers * b
         if section.kl_coef and not section.lora_rank:
             parts["reference"] = 4 * total / spread
@@ -1427,9 +1429,12 @@ class StopRequest:
         return any(gather_objects(self.since is not None))
 
     def release(self):
-        """From here on signals end the process as usual."""
+        """From here on, where nothing is left to be saved, a signal ends the process at once."""
+        def leave(*_):
+            say("stopped while evaluating; the same command evaluates again")
+            sys.exit(0)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, leave)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ With grpo.init=auto, a checkpoint to start from that does not exist is trained f
 samples.jsonl, step_N/, last), continues from `last` when started again, and ends with OUT/eval: before and after.
 """
 import time
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -263,8 +264,10 @@ def step_metrics(everyone, sums, norms, grpo):
 
 # ---------------------------------------------------------------------------------------------- the loop
 
-def preflight(policy, examples, grpo):
-    """The largest update that a step may need, once, without effect: running out of memory shows in the first minute."""
+def preflight(policy, examples, config):
+    """What could fail hours later, once, without effect: the largest update that a step may need (running out of memory shows in
+    the first minute), and a few tokens of the final evaluation's first examples."""
+    grpo = config.grpo
     usable = (prompt for example in examples for _, prompt in policy.encode_all([example]))
     prompts = list(islice(usable, grpo.micro_batch))
     if not prompts:
@@ -274,6 +277,8 @@ def preflight(policy, examples, grpo):
     policy.loss(prompts, [[ids] * grpo.group_size] * len(prompts), lambda logp, _: logp.sum(), grpo.temperature)[0].backward()
     for p in policy.parameters():
         p.grad = None
+    with policy.gathered():
+        evaluation.predict(policy, evaluation.chosen_examples(config)[:2], replace(config, grpo=replace(grpo, max_new_tokens=4)), "a try")
 
 
 def starting_point(config, stop):
@@ -322,7 +327,7 @@ def train(config, stop):
     model.say(f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
               f"from {start or config.model.path}; {model.memory_text(model.memory_plan(policy, config, grpo))}")
     try:
-        preflight(policy, examples, grpo)
+        preflight(policy, examples, config)
     except torch.OutOfMemoryError as error:
         raise InputError(f"the largest batch that a step may need does not fit: lower grpo.micro_batch={grpo.micro_batch} or grpo.max_new_tokens="
                          f"{grpo.max_new_tokens}, or set model.gradient_checkpointing=true ({str(error).splitlines()[0]})") from None

@@ -231,7 +231,7 @@ def test_preflight_runs_the_largest_update_and_leaves_nothing(policy, examples, 
     seen, loss = [], policy.loss
     monkeypatch.setattr(policy, "loss", lambda prompts, completions, *more: seen.append((len(prompts), [len(t) for g in completions for t in g])) or loss(prompts, completions, *more))
     before = [p.detach().clone() for p in policy.parameters()]
-    train_grpo.preflight(policy, examples, config.grpo)
+    train_grpo.preflight(policy, examples, config)
     g = config.grpo
     assert seen == [(g.micro_batch, [g.max_new_tokens] * g.micro_batch * g.group_size)] and all(p.grad is None for p in policy.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))

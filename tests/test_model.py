@@ -3,6 +3,8 @@ import copy
 import dataclasses
 import inspect
 import json
+import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration,
                           Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 
@@ -411,13 +414,15 @@ def test_checkpoints_appear_whole_or_not_at_all(policy, config, tmp_path, monkey
     model.save_checkpoint(tmp_path, 2, policy, optimizers, True, best=1.0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step_000002"]
 
-    def fail(*_):
-        raise OSError("No space left on device")
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError):
-        model.save_checkpoint(tmp_path, 3, policy, optimizers)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = torch.save
+    for limit in (1 << 20, hard):                                         # the disk is full while the model is written, or after it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        monkeypatch.setattr(torch, "save", lambda value, path: save({"x": torch.zeros(1 << 20)}, "/dev/full"))
+        with pytest.raises(data.InputError, match="step_000003 cannot be written"):
+            model.save_checkpoint(tmp_path, 3, policy, optimizers)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step_000002"] and model.last_step(tmp_path) == 2
     monkeypatch.undo()
-    assert model.last_step(tmp_path) == 2 and not (tmp_path / "step_000003").exists()
     model.save_checkpoint(tmp_path, 4, policy, optimizers, best=1.0)       # best stays at 2, last moves on
     assert model.last_step(tmp_path) == 4 and (tmp_path / "best").resolve().name == "step_000002"
     again, _, state = model.resume(tmp_path, config, None, dataclasses.replace(config.sft, optimizer=optimizer))
@@ -443,6 +448,21 @@ def test_a_checkpoint_that_is_removed_by_halves_does_not_look_like_one(policy, c
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_000003"]
 
 
+def test_checkpoints_that_are_kept(config, tmp_path):
+    kept = data.load_config(ROOT / "config.yaml", [*SMALL, "log.keep_last=2"])
+    policy = model.load_policy(kept)
+    for step in range(1, 5):
+        model.save_checkpoint(tmp_path, step, policy, [], is_best=step == 1)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000001", "step_000003", "step_000004"]
+
+
+def test_no_room_is_said_before_training(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(model.shutil, "disk_usage", lambda _: SimpleNamespace(free=4e7))
+    with pytest.raises(data.InputError, match=r"two checkpoints take 0.1 GB and the disk has 0.0 GB left"):
+        model.resume(tmp_path, config, None, dataclasses.replace(config.grpo, freeze=[]))
+    assert model.resume(tmp_path, config, None, config.grpo)              # with a frozen tower less
+
+
 def test_changed_settings_are_refused(config, tmp_path):
     run = tmp_path / "grpo"
     model.open_run(run, config, ["grpo"])
@@ -450,8 +470,8 @@ def test_changed_settings_are_refused(config, tmp_path):
     (run / "last").symlink_to("step_000001")
     longer = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, steps=999))
     model.open_run(run, longer, ["grpo"])
-    other = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, kl_coef=0.5))
-    with pytest.raises(data.InputError, match="grpo.kl_coef"):
+    other = dataclasses.replace(config, seed=3, grpo=dataclasses.replace(config.grpo, kl_coef=0.5, steps=999))
+    with pytest.raises(data.InputError, match=r"seed=0 \(now 3\), grpo.kl_coef=0.01 \(now 0.5\); .* What may change: .*grpo.steps"):
         model.open_run(run, other, ["grpo"])
 
 
@@ -509,6 +529,25 @@ def test_the_plan_of_a_model_needs_no_weights(config, policy, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(tmp_path)))
     text = model.plan(config)
-    assert text.startswith("SFT: 2.4 of 2.4 M parameters trained; about ") and "GRPO: 0.7 of 2.4" in text and "keys and values" in text
+    assert "\nSFT: 2.4 of 2.4 M parameters trained; about " in text and "\nGRPO: 0.7 of 2.4" in text and "keys and values" in text
     bare, example = model.load_policy(config, weights=False), data.load_split(config, "val")[0]
     assert torch.equal(bare.encode(example)["input_ids"], policy.encode(example)["input_ids"])
+
+
+def test_the_plan_of_the_time_counts_the_arithmetic(config, examples):
+    """Against PyTorch's own count of operations: weights, not attention; a prompt is taken for one of the largest image."""
+    policy = model.load_policy(config)
+    plan = model.time_plan(policy, data.load_config(ROOT / "config.yaml", [*SMALL, "grpo.prompts=2", "grpo.sample_batch=2"]), 1, 1.0, 1e30)
+    prompts, completions = [policy.encode(e) for e in examples[:2]], [[torch.full((80,), 9)] * 8] * 2
+    for name, work in (("reference", lambda: policy.logprobs(prompts, completions)), ("sample", lambda: policy.sample(examples[:2], 8, 80, 1.0)),
+                       ("update", lambda: policy.loss(prompts, completions, lambda logp, _: logp.sum())[0].backward())):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        assert 0.9 < plan[name] / counter.get_total_flops() < 1.4, name
+    policy.model.zero_grad()
+    slow = data.load_config(ROOT / "config.yaml", [*SMALL, "grpo.prompts=8", "grpo.epochs=2", "grpo.kl_coef=0", "grpo.sample_batch=1"])
+    four, one = (model.time_plan(policy, slow, gpus, 1e30, 1.0) for gpus in (1, 4))
+    assert four["sample"] == 4 * one["sample"] and one["reference"] == 0
+    keys = 2 * 4 * 4 * 32 * 3 * (64 + 9216 // 14 ** 2 // 4 + 8 * 80 / 2)  # float32, 4 heads of 32, 3 layers
+    text = sum(p.numel() for name, p in policy.model.named_parameters() if "visual" not in name)
+    assert one["sample"] == pytest.approx(2 * 80 * (4 * text + keys), rel=1e-6)            # two prompts, one at a time

@@ -97,8 +97,7 @@ def test_interrupted_anywhere_continues_bit_for_bit(finished, tmp_path, number):
         process.send_signal(number)
         text, err = process.communicate(timeout=120)
         if number != signal.SIGKILL:
-            evaluating = (tmp_path / "grpo" / "step_000003").exists()     # nothing to save any more: the signal just ends it
-            assert process.returncode in (0, -number if evaluating else 0) and "Traceback" not in err, err
+            assert process.returncode == 0 and "Traceback" not in err, err
         assert all((p / "training_state.pt").exists() for s in ("sft", "grpo") for p in (tmp_path / s).glob("step_??????"))
     code, _, err = run("train_grpo.py", f"out={tmp_path}", *SHORT)
     assert code == 0, err
@@ -109,16 +108,16 @@ def test_interrupted_anywhere_continues_bit_for_bit(finished, tmp_path, number):
 
 def test_two_processes_equal_one(tmp_path):
     """The same samples, losses and weights, whatever the number of processes (up to rounding, which Muon's iterations in
-    bfloat16 would magnify)."""
-    for processes in (1, 2):
-        code, text, err = run("train_grpo.py", f"out={tmp_path / str(processes)}", *SHORT, "sft.optimizer=adamw", processes=processes)
+    bfloat16 would magnify), replicated or sharded."""
+    for name, processes in (("one", 1), ("replicate", 2), ("shard", 2)):
+        code, text, err = run("train_grpo.py", f"out={tmp_path / name}", *SHORT, "sft.optimizer=adamw", f"model.parallel={name.replace('one', 'shard')}",
+                              processes=processes)
         assert code == 0, err
-    one, two = metrics(tmp_path / "1" / "grpo"), metrics(tmp_path / "2" / "grpo")
-    for a, b in zip(one, two, strict=True):
-        for name in ("reward", "loss", "grad_norm", "entropy", "completions/mean_length", "kl/k3"):
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
-    assert difference(weights(tmp_path / "1" / "sft"), weights(tmp_path / "2" / "sft")) < 1e-4
-    assert "ce_f1_macro13" in text
+        assert "ce_f1_macro13" in text
+        for a, b in zip(metrics(tmp_path / "one" / "grpo"), metrics(tmp_path / name / "grpo"), strict=True):
+            for key in ("reward", "loss", "grad_norm", "entropy", "completions/mean_length", "kl/k3"):
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+        assert difference(weights(tmp_path / "one" / "sft"), weights(tmp_path / name / "sft")) < 1e-4
 
 
 def test_thinking_from_cold_start(tmp_path):

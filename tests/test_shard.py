@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 import data
 import model
@@ -34,7 +35,7 @@ def train(rank, world, parallel, port, out, options, steps):
     torch.set_num_threads(1)
     model.setup()
     config = data.load_config(ROOT / "config.yaml", [
-        f"out={out}", "model.max_pixels=3136", "data.train_size=6", "grpo.group_size=3", "grpo.micro_batch=1", "grpo.kl_coef=0.1",
+        f"out={out}", "model.max_pixels=3136", "data.train_size=6", "data.test_size=2", "grpo.group_size=3", "grpo.micro_batch=1", "grpo.kl_coef=0.1",
         "grpo.drop_degenerate=true", "grpo.max_new_tokens=8", "grpo.lr=1e-3", f"model.parallel={parallel}", *options])
     grpo = config.grpo
     examples = data.load_split(config, "train")[:6]
@@ -46,7 +47,7 @@ def train(rank, world, parallel, port, out, options, steps):
         if policy.sharded:
             reference.shard()
     assert policy.sharded == (parallel == "shard" and world > 1)
-    train_grpo.preflight(policy, examples, grpo)
+    train_grpo.preflight(policy, examples, config)
     norms = state.get("norms", [])
     for step in range(state["step"], steps):
         mine = rollouts_of(step, policy, examples, grpo.group_size)[rank::world]
@@ -60,6 +61,11 @@ def train(rank, world, parallel, port, out, options, steps):
         sums, norm = train_grpo.update(policy, optimizers, mine, 1e-3, grpo)
         norms.append((sum(model.gather_objects(sums["loss"])), norm))
     model.save_checkpoint(out, steps, policy, optimizers, norms=norms)
+    if policy.sharded:                                                    # as planned, but for what does not divide evenly
+        plan = model.memory_plan(policy, config, grpo)
+        states = [s for o in optimizers for state in o.state_dict()["state"].values() for s in state.values() if isinstance(s, DTensor)]
+        for part, tensors in (("weights", policy.model.parameters()), ("optimizer", states)):
+            assert sum(t.to_local().nbytes for t in tensors) == pytest.approx(plan[part], rel=0.1)
     # Sampling needs nobody else: the first process has two prompts, the second one, others none.
     with policy.gathered():
         samples = [r for i, some in enumerate([examples[:2], examples[2:3]]) if i % world == rank for r in policy.sample(some, 3, 8, 1.0, (0, 1))]
