@@ -3,11 +3,18 @@
 Scoring with gradients (forward + backward) against plain rows, and sampling against transformers' `generate` on repeated
 prompts, on the Qwen3-VL of common.py; a prompt is as long as its image makes it. The two ways alternate in one process; times
 are medians, memory is the peak beyond what is loaded, in a process of its own.
+
+  python benchmarks/scaling.py --processes 1 2          # GRPO steps of config.yaml on one and on two processes of one thread each
 """
 import argparse
+import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -60,15 +67,42 @@ def print_peak(length, group, new_tokens, shared):
     print(peak - before)
 
 
+def step_time(processes, parallel, steps):
+    """Median seconds of a GRPO step on so many processes, the first step left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(ROOT / "train_grpo.py"),
+                   str(ROOT / "config.yaml"), f"out={folder}", f"model.parallel={parallel}", "grpo.init=base", f"grpo.steps={steps + 1}", "eval.limit=1",
+                   "data.train_size=200", "data.val_size=2", "data.test_size=2", "grpo.micro_batch=6"]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        rows = [json.loads(line) for line in Path(folder, "grpo", "metrics.jsonl").read_text().splitlines()]
+    return float(np.median([row["step_time"] for row in rows[1:]]))
+
+
+def efficiency(counts, cycles):
+    print("| processes | parallel | s per step | speed against one | efficiency |\n" + "|---" * 5 + "|")
+    ways = [(1, "replicate")] + [(n, parallel) for n in counts if n > 1 for parallel in ("replicate", "shard")]
+    times = {way: [] for way in ways}
+    for _ in range(cycles):                                               # in turns
+        for way in ways:
+            times[way].append(step_time(*way, 3))
+    alone = np.median(times[1, "replicate"])
+    for (n, parallel), some in times.items():
+        speed = alone / np.median(some)
+        print(f"| {n} | {parallel} | {np.median(some):.2f} | {speed:.2f} | {speed / n:.2f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=CASES, metavar='"PROMPT G NEW"')
     parser.add_argument("--cycles", type=int, default=3)
+    parser.add_argument("--processes", nargs="*", type=int, help="parallel efficiency on so many processes instead")
     parser.add_argument("--peak", nargs=4, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         return print_peak(*args.peak)
     print(f"{machine()}; median of {args.cycles}; {PROMPTS} prompts\n")
+    if args.processes:
+        return efficiency(args.processes, args.cycles)
     print("| prompt | G | new | score: plain, s | shared | plain, MiB | shared | sample: generate, s | ours |\n" + "|---" * 9 + "|")
     for length, group, new in (map(int, case.split()) for case in args.cases):
         case = length, group, new
