@@ -99,7 +99,8 @@ def distance(a, b):
 
 @pytest.mark.parametrize("options, ways", [
     (["grpo.freeze=[]"], ["replicate", "shard"]),
-    (["model.gradient_checkpointing=true", "grpo.lora_rank=4"], ["shard"])], ids=["everything", "adapters and a frozen tower"])
+    (["model.gradient_checkpointing=true"], ["shard"]),
+    (["grpo.lora_rank=4", "grpo.importance=sequence"], ["shard"])], ids=["everything", "frozen tower", "adapters"])
 def test_however_weights_are_spread(tmp_path, options, ways):
     one, seen = launch(tmp_path / "one", 1, "replicate", options)
     for parallel in ways:
