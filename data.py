@@ -17,6 +17,7 @@ import argparse
 import csv
 import dataclasses
 import difflib
+import errno
 import gzip
 import hashlib
 import itertools
@@ -55,6 +56,11 @@ def run_main(main):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.strerror}; make room and start the same command again", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -296,13 +302,16 @@ def set_key(config, key, value, origin):
     setattr(node, name, checked(key, value, keys[key]))
 
 
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)             # a date that cannot be, !!int ''
+
+
 def read_yaml(path):
     """The mapping in a YAML file."""
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read the configuration ({getattr(error, 'strerror', 0) or error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:         # ValueError: a date or a number that cannot be
+    except NOT_YAML as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is not None and not isinstance(tree, dict):
         raise InputError(f"{path}: expected sections like 'grpo:', got {type(tree).__name__}")
@@ -332,7 +341,7 @@ def load_config(path, overrides=()):
             raise InputError(f"argument {item!r}: expected key=value, like grpo.kl_coef=0")
         try:
             value = yaml.safe_load(text) if text else ""
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except NOT_YAML:
             raise InputError(f"argument {item!r}: the value is not valid YAML") from None
         set_key(config, key, value, f"argument {item!r}")
     for tasks in [config.data.tasks or ["none"], *(s.tasks for split in ("train", "val", "test") for s in getattr(config.data, split))]:

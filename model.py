@@ -792,7 +792,7 @@ class Policy:
         whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)       # embedding and head stay float32
         block = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         blocks = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        for module in blocks:
+        for module in reversed(blocks):
             fully_shard(module, mp_policy=block)
         fully_shard(self.model, mp_policy=whole)
         # Which block the backward gathers ahead is said here: by default it follows the trace of past forwards, in which
@@ -823,6 +823,7 @@ class Policy:
             part.reshard()
         if self.sharded:
             self.model.set_reshard_after_forward(True)
+            self.model.set_reshard_after_forward(False, recurse=False)    # the backward begins with it
 
     def together(self, batches):
         """`batches`, and as many None after them as it takes for all processes to have as many: where a process has no batch
@@ -1119,8 +1120,8 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
                 os.rename(aside, final)
         except (OSError, RuntimeError, SafetensorError) as error:         # RuntimeError is torch.save's, of a full disk
             shutil.rmtree(aside, ignore_errors=True)
-            raise InputError(f"{final} cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is whole: make room and start the same "
-                             f"command again") from None
+            raise InputError(f"{final} cannot be written ({(str(error) or repr(error)).splitlines()[0]}); the checkpoint before it is whole. If the disk "
+                             f"is full, make room; then start the same command again") from None
     if rank() == 0:
         for name in ["best", "last"] if is_best else ["last"]:
             point(run / name, final)
@@ -1137,13 +1138,15 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
     gather_objects(None)
 
 
-def check_room(run, policy):
-    """InputError unless the disk has room for two checkpoints: the old one is removed when the new one is there."""
-    total, trained = (sum(p.numel() for p in some) for some in (policy.model.parameters(), policy.parameters()))
-    need, free = 2 * (4 * total + 8 * trained), shutil.disk_usage(run).free
-    if free < need:
-        raise InputError(f"{run}: two checkpoints take {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; make room or choose another "
-                         f"folder with out=...")
+def check_room(run, policy, optimizers, best):
+    """InputError unless the disk has room for what is still to come: the checkpoints that are kept (with `best` one more), and
+    another one, as an old one goes when the new one is there."""
+    states = sum(p.numel() * (1 if isinstance(o, torch.optim.Muon) else 2) for o in optimizers for group in o.param_groups for p in group["params"])
+    size = 4 * (sum(p.numel() for p in policy.model.parameters()) + states)
+    missing = max(1, policy.config.log.keep_last + best + 1 - len([*run.glob("step_*")]))
+    if rank() == 0 and (free := shutil.disk_usage(run).free) < missing * size:
+        raise InputError(f"{run}: room for {missing} checkpoint(s) takes {missing * size / 1e9:.2g} GB and the disk has {free / 1e9:.2g} GB left; make room, "
+                         f"or choose another folder with out=...")
 
 
 def last_step(run):
@@ -1163,10 +1166,10 @@ def resume(run, config, start, section):
     if config.model.parallel == "shard" and world_size() > 1:
         policy.shard()
     optimizers = make_optimizers(policy, section)
-    check_room(run, policy)
+    check_room(run, policy, optimizers, best=hasattr(section, "eval_every"))
     if path is None:
         return policy, optimizers, {"step": 0}
-    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)
     for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
         optimizer.load_state_dict(spread(saved, optimizer))
     return policy, optimizers, state
@@ -1196,7 +1199,8 @@ def open_run(run, config, sections):
             os.replace(path.with_suffix(".new"), path)
         except OSError as error:
             raise InputError(f"out={config.out}: cannot write there ({error.strerror})") from None
-    gather_objects(None)
+    if len(set(gather_objects(last_step(run)))) > 1:
+        raise InputError(f"{run}: processes find different checkpoints there; it has to be on a file system that all machines share")
 
 
 def step_of(line):
@@ -1298,7 +1302,7 @@ def memory_plan(policy, config, section, gpus=None):
 def time_plan(policy, config, gpus, flops, bandwidth):
     """Seconds per phase of a GRPO step whose completions all have full length, at `flops` operations and `bandwidth` bytes per
     second of a GPU: arithmetic (2 operations per weight and token, 6 with the backward, 8 with checkpointing, attention and
-    head left out), and in decoding the weights and keys that each token has to read. Launching of kernels comes on top."""
+    head left out), and in decoding the weights and keys that each token has to read. Communication and launching come on top."""
     grpo, text = config.grpo, policy.model.config.get_text_config()
     vision = sum(p.numel() for name, p in policy.model.named_parameters() if part_of(name))
     weights = sum(p.numel() for p in policy.model.parameters()) - vision
@@ -1336,7 +1340,7 @@ def plan(config, gpus=1, tflops=400, bandwidth=2):
         size, trained = (sum(p.numel() for p in some) / 1e6 for some in (policy.model.parameters(), policy.parameters()))
         lines.append(f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy, config, section, gpus))}")
     times = time_plan(policy, config, gpus, tflops * 1e12, bandwidth * 1e12)
-    lines.append(f"GRPO: about {sum(times.values()):.3g} s a step at {tflops:g} TFLOP/s and {bandwidth:g} TB/s per GPU, without launch overheads: "
+    lines.append(f"GRPO: about {sum(times.values()):.3g} s a step at {tflops:g} TFLOP/s and {bandwidth:g} TB/s per GPU, communication and launch overheads left out: "
                  + ", ".join(f"{name} {seconds:.3g}" for name, seconds in times.items()))
     return "\n".join(lines)
 
@@ -1431,8 +1435,9 @@ class StopRequest:
     def release(self):
         """From here on, where nothing is left to be saved, a signal ends the process at once."""
         def leave(*_):
-            say("stopped while evaluating; the same command evaluates again")
-            sys.exit(0)
+            if rank() == 0:
+                os.write(1, b"\nstopped while evaluating; the same command evaluates again\n")
+            os._exit(0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, leave)
 

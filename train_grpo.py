@@ -274,7 +274,11 @@ def preflight(policy, examples, config):
         raise InputError("none of the training examples can be used (see the messages above)")
     policy.spare = prompts[0]
     ids = torch.full((grpo.max_new_tokens,), int(policy.stop_ids[0]), device=policy.device)
-    policy.loss(prompts, [[ids] * grpo.group_size] * len(prompts), lambda logp, _: logp.sum(), grpo.temperature)[0].backward()
+    try:
+        policy.loss(prompts, [[ids] * grpo.group_size] * len(prompts), lambda logp, _: logp.sum(), grpo.temperature)[0].backward()
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the largest batch that a step may need does not fit: lower grpo.micro_batch={grpo.micro_batch} or grpo.max_new_tokens="
+                         f"{grpo.max_new_tokens}, or set model.gradient_checkpointing=true ({str(error).splitlines()[0]})") from None
     for p in policy.parameters():
         p.grad = None
     with policy.gathered():
@@ -326,11 +330,7 @@ def train(config, stop):
     log = model.Log(run, state["step"], config)
     model.say(f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
               f"from {start or config.model.path}; {model.memory_text(model.memory_plan(policy, config, grpo))}")
-    try:
-        preflight(policy, examples, config)
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"the largest batch that a step may need does not fit: lower grpo.micro_batch={grpo.micro_batch} or grpo.max_new_tokens="
-                         f"{grpo.max_new_tokens}, or set model.gradient_checkpointing=true ({str(error).splitlines()[0]})") from None
+    preflight(policy, examples, config)
     bad = 0
     bar = tqdm(range(state["step"], grpo.steps), run.name, initial=state["step"], total=grpo.steps, disable=model.rank() != 0)
     for step in bar:
@@ -357,7 +357,7 @@ def train(config, stop):
         lap("reference")
         # pi_old: for the first mini-batch the policy itself; for the others its log-probs before the first update.
         later = [r for mini in minis[1:] for r in kept(mini, grpo)]
-        for r, logprobs in zip(later, fixed_logprobs(policy, later, grpo)):
+        for r, logprobs in zip(later, fixed_logprobs(policy, later, grpo) if len(minis) > 1 else ()):
             r.old_logprobs = logprobs
         lap("old")
         lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))

@@ -67,7 +67,7 @@ def test_configurations(tmp_path):
     rng, path, accepted = np.random.default_rng(4), tmp_path / "c.yaml", 0
     good, keys = (ROOT / "config.yaml").read_text(), list(data.known_keys())
     values = [None, True, -1, 0, 3, 0.5, 1e400, float("nan"), "x", "", [], ["a"], {}, {"mccs": 1}, [{"source": "nih"}], {"a": {"b": []}}, [[1]], "1e-4", 10 ** 30]
-    broken = ["{" * 5000, "a: " + "[" * 3000, "seed: 2001-99-99", "seed: " + "9" * 5000, "? {a: b}\n: c", "&a [*a]", "!!python/object:os.system x", "\x00", "seed: !!binary x"]
+    broken = ["{" * 5000, "a: " + "[" * 3000, "seed: 2001-99-99", "seed: " + "9" * 5000, "? {a: b}\n: c", "&a [*a]", "!!python/object:os.system x", "\x00", "seed: !!binary x", "seed: !!bool x", "seed: !!timestamp foo", "seed: !!int ''", "seed: !!float ''"]
     for i in range(N):
         if i < len(broken):
             path.write_text(broken[i])
@@ -91,7 +91,7 @@ def test_configurations(tmp_path):
         except data.InputError as error:
             assert "\n" not in str(error)
     assert N / 50 < accepted < N / 2
-    for text in ("seed=2001-99-99", "seed=" + "9" * 5000, "seed=" + "[" * 3000):
+    for text in ("seed=2001-99-99", "seed=" + "9" * 5000, "seed=" + "[" * 3000, "seed=!!bool x", "seed=!!timestamp foo", "seed=!!int ''"):
         with pytest.raises(data.InputError):
             data.load_config(ROOT / "config.yaml", [text])
 

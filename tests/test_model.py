@@ -458,9 +458,14 @@ def test_checkpoints_that_are_kept(config, tmp_path):
 
 def test_no_room_is_said_before_training(config, tmp_path, monkeypatch):
     monkeypatch.setattr(model.shutil, "disk_usage", lambda _: SimpleNamespace(free=4e7))
-    with pytest.raises(data.InputError, match=r"two checkpoints take 0.1 GB and the disk has 0.0 GB left"):
-        model.resume(tmp_path, config, None, dataclasses.replace(config.grpo, freeze=[]))
+    everything = dataclasses.replace(config.grpo, freeze=[])              # 29 MB each
+    with pytest.raises(data.InputError, match=r"room for 2 checkpoint\(s\) takes 0.058 GB and the disk has 0.04 GB left"):
+        model.resume(tmp_path, config, None, everything)
     assert model.resume(tmp_path, config, None, config.grpo)              # with a frozen tower less
+    with pytest.raises(data.InputError, match=r"room for 3 checkpoint"):
+        model.resume(tmp_path, config, None, dataclasses.replace(config.sft, optimizer="adamw"))
+    (tmp_path / "step_000001").mkdir()                                    # of two, one is there
+    assert model.resume(tmp_path, config, None, everything)
 
 
 def test_changed_settings_are_refused(config, tmp_path):
