@@ -866,20 +866,20 @@ class Policy:
 
     @torch.no_grad()
     def merged(self):
-        """The state dict of the model with its adapters added to the weights, whole on the first process (and nothing elsewhere)."""
+        """The state dict of the model with its adapters added to the weights."""
         state = self.model.state_dict()
-        for name in {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - {name for name, _ in self.model.named_parameters()}:
-            del state[name]                                               # tied to another
         for name, layer in self.adapted.items():
             state[f"{name}.weight"] = layer.weight + layer.scale * layer.lora_B @ layer.lora_A
             del state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-        return {name: whole(tensor) for name, tensor in state.items()}
+        return state
 
     # -- files
 
     def whole_weights(self):
         """(state dict with adapters merged, adapters), whole on the first process; all have to call it."""
-        return self.merged(), {name: whole(p.detach()) for name, p in self.adapters().items()}
+        every, once = ({name for name, _ in self.model.named_parameters(remove_duplicate=again)} for again in (False, True))
+        state = {name: whole(tensor) for name, tensor in self.merged().items() if name not in every - once}          # a tied weight once
+        return state, {name: whole(p.detach()) for name, p in self.adapters().items()}
 
     def save(self, folder, weights=None):
         """Writes model (adapters merged), tokenizer and image processor in Hugging Face format; adapters once more, for the
@@ -1440,6 +1440,11 @@ class StopRequest:
             os._exit(0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, leave)
+
+    def finish(self):
+        """On the way out there is nothing to stop (and Python would put the default handlers back while it ends)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

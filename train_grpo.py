@@ -397,6 +397,7 @@ def main():
     if checkpoints and not stop:
         stop.release()
         evaluation.evaluate_checkpoints(config, checkpoints)
+    stop.finish()
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def main():
     config, stop = model.start(__doc__)
     if best := train(config, stop):
         model.say(f"done: {best}")
+    stop.finish()
 
 
 if __name__ == "__main__":

@@ -75,6 +75,18 @@ def test_the_whole_loop(finished):
     assert again[0] == 0 and metrics(out / "grpo") == rows
 
 
+def test_a_signal_on_the_way_out_changes_nothing(finished):
+    """Asked once more when everything is there: told off in the middle of its end, a run has still ended well."""
+    out, _ = finished
+    process = start("train_grpo.py", f"out={out}", *SHORT)
+    while "report.html" not in (line := process.stdout.readline()):
+        assert line or process.poll() is None
+    for _ in range(200):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    assert process.wait(60) == 0
+
+
 def test_several_updates_batch_norm_and_parts(finished, tmp_path):
     out, _ = finished
     code, _, err = run("train_grpo.py", f"out={tmp_path}", f"grpo.init={out}/sft/best", *SHORT, "grpo.epochs=2", "grpo.mini_batch=2",

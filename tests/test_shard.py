@@ -113,8 +113,8 @@ def test_however_weights_are_spread(tmp_path, options, ways):
 
 
 def test_saved_by_two_resumed_by_others(tmp_path):
-    whole, _ = launch(tmp_path / "whole", 2, "shard")
+    whole, _ = launch(tmp_path / "whole", 1, "replicate")
     launch(tmp_path / "parts", 2, "shard", steps=3)
     for world in (1, 4):
         shutil.copytree(tmp_path / "parts", tmp_path / str(world), symlinks=True)
-        assert distance(whole, launch(tmp_path / str(world), world, "shard")[0]) <= 1e-6
+        assert distance(whole, launch(tmp_path / str(world), world, "shard")[0]) <= 1e-5
