@@ -30,6 +30,7 @@ A metric with nothing to average over is NaN in Python, null in JSON and "-" in 
 import argparse
 import base64
 import dataclasses
+import fcntl
 import io
 import json
 import math
@@ -38,6 +39,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -567,8 +569,9 @@ def column_names(paths):
 def write(path, content):
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".tmp").write_text(content)
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    new.write_text(content)
+    os.replace(new, path)
 
 
 def chosen_examples(cfg):
@@ -622,51 +625,75 @@ def evaluate_checkpoints(cfg, paths, files={}):
 
 SHOWN = (("reports", "ce_f1_macro13"), ("reports", "ce_f1_micro13"), ("reports", "ce_recall_micro13"), ("reports", "bleu4"),
          ("reports", "mean_words"), ("grounding", "soft_f1"), ("grounding", "map50"))
+GAINS = ("reports", "ce_f1_macro13"), ("reports", "ce_recall_micro13"), ("grounding", "soft_f1"), ("grounding", "map50")
 
 
 def grid_run(grid, name, seed):
-    """(folder of a row, its checkpoint, the commands that make both). A row is a stage with settings; all but plain SFT begin at
-    the checkpoint of the row `start`."""
-    rows = {name: {"stage": "grpo", "start": "SFT", **(row or {})} for claim in grid["claims"] for name, row in claim["rows"].items()}
-
+    """(folder of a row, the row it starts from or None, the commands that make it). A row is a stage (grpo, unless said otherwise)
+    with settings; all but plain SFT begin at the checkpoint of another row, and are evaluated beside it."""
     def places(name):
+        row = {"stage": "grpo", "start": grid["start"], **(grid["rows"][name] or {})}
         folder = Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
-        return folder, folder / rows[name]["stage"]
-    row, (folder, result) = rows[name], places(name)
+        return row, folder, folder / row["stage"]
+    row, folder, result = places(name)
     settings = [grid["config"], f"seed={seed}", *grid["set"], *row.get("set", []), f"out={folder}"]
-    start = f"{places(row['start'])[1]}/best"
+    if row["stage"] == "sft":
+        return folder, None, [["train_sft.py", *settings], ["eval.py", *settings, "--checkpoint", str(result)]]
+    start = places(row["start"])[2]
     if row["stage"] == "grpo":
-        return folder, result, [["train_grpo.py", *settings, f"grpo.init={start}"]]
-    init = [f"sft.init={start}"] if row["stage"] != "sft" else []
-    return folder, result, [["train_sft.py", *settings, f"sft.stage={row['stage']}", *init], ["eval.py", *settings, "--checkpoint", str(result)]]
+        return folder, row["start"], [["train_grpo.py", *settings, f"grpo.init={start}/best"]]
+    return folder, row["start"], [["train_sft.py", *settings, f"sft.stage={row['stage']}", f"sft.init={start}/best"],
+                                  ["eval.py", *settings, "--checkpoint", str(start), str(result)]]
 
 
 def reproduce(path):
-    """Runs the grid of `path`, row by row and seed by seed, and writes its RESULTS.md after each. Runs that are done are kept, an
-    interrupted one goes on from its last checkpoint."""
-    grid = data.read_yaml(path)
-    runs = dict.fromkeys((name, seed) for claim in grid["claims"] for seed in claim["seeds"] for name in claim["rows"])
-    for name, seed in tqdm(runs, "grid"):
-        folder, _, commands = grid_run(grid, name, seed)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        for command in commands if not (folder / "cost.json").exists() else ():
-            tqdm.write("python " + " ".join(command))
-            script = Path(__file__).with_name(command[0])
-            code = subprocess.run([sys.executable, script, *command[1:]], stdout=subprocess.DEVNULL).returncode
-            if code or command is commands[-1] and not (folder / "eval" / "metrics.json").exists():
-                raise data.InputError(f"{path}: {name!r}, seed {seed}: `python {' '.join(command)}` did not end; started again, the grid goes on from there")
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            if command is commands[-1]:
-                minutes = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
-                (folder / "cost.json").write_text(json.dumps({"cpu_minutes": minutes}))
-        Path(grid["results"]).write_text(grid_text(grid, path))
+    """Runs the grid of `path` and writes its RESULTS.md after each row and seed. What is done is kept, what was interrupted goes on
+    from its last checkpoint; the same command in a second terminal takes rows that no other one is at."""
+    grid, left = data.read_yaml(path), {}
+    for claim in grid["claims"]:
+        for seed in claim["seeds"]:
+            for name in claim["rows"]:
+                while name and (name, seed) not in left:                  # with the rows that it starts from
+                    left[name, seed], name, _ = grid_run(grid, name, seed)
+    bar = tqdm(total=len(left), desc="grid")
+    while left:
+        for (name, seed), folder in list(left.items()):
+            _, start, commands = grid_run(grid, name, seed)
+            if (start, seed) in left:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "lock", "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # given up with the process, however it ends
+                except BlockingIOError:
+                    continue
+                if not (folder / "cost.json").exists():
+                    run_commands(folder, commands, f"{path}: {name!r}, seed {seed}")
+            del left[name, seed]
+            write(Path(grid["results"]), grid_text(grid, path))
+            bar.update()
+            break
+        else:
+            time.sleep(5)                                                 # all that could be run is being run elsewhere
+
+
+def run_commands(folder, commands, where):
+    """Runs the commands of a row; its folder's cost.json, their CPU time, says that it is done."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for command in commands:
+        tqdm.write("python " + " ".join(command))
+        code = subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], stdout=subprocess.DEVNULL).returncode
+        if code or command is commands[-1] and not (folder / "eval" / "metrics.json").exists():
+            raise data.InputError(f"{where}: `python {' '.join(command)}` did not end; started again, the grid goes on from there")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    write(folder / "cost.json", json.dumps({"cpu_minutes": (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60}))
 
 
 def grid_text(grid, path):
     """RESULTS.md: a table for each claim, with mean, lowest and highest over the seeds that are done."""
     text, minutes = [], {}
     for claim in grid["claims"]:
-        lines = [["", "seeds", *(metric for _, metric in SHOWN), "minus its start: ce_f1_macro13"]]
+        lines = [["", "seeds", *(metric for _, metric in SHOWN), *(f"{metric} - start" for _, metric in GAINS)]]
         for name in claim["rows"]:
             done = []
             for seed in claim["seeds"]:
@@ -678,14 +705,18 @@ def grid_text(grid, path):
             def cell(values, sign=""):
                 values = [v for v in values if v is not None]
                 return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]" if values else "-"
-            last = [{metric: [*results.get(block, {}).get(metric, {"": {"value": None}}).values()] for block, metric in SHOWN} for results in done]
-            gains = [found["ce_f1_macro13"][-1]["difference"][0] for found in last if len(found["ce_f1_macro13"]) > 1]
-            lines.append([name, str(len(done)), *(cell([found[metric][-1]["value"] for found in last]) for _, metric in SHOWN), cell(gains, "+")])
-        table = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+
+            def found(block, metric, gain=False):                         # of the last model, the row's own; its start stands before it
+                models = [[*results.get(block, {}).get(metric, {"": {"value": None}}).values()] for results in done]
+                return [m[-1]["difference"][0] if gain else m[-1]["value"] for m in models if len(m) > 1 or not gain]
+            lines.append([name, str(len(done)), *(cell(found(*which)) for which in SHOWN), *(cell(found(*which, True), "+") for which in GAINS)])
+        kept = [i for i, column in enumerate(zip(*lines[1:])) if set(column) != {"-"}]
+        lines = [[line[i] for i in kept] for line in lines]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(kept), *lines[1:]])
         text.append("\n\n".join(filter(None, [f"## {claim['title']}", " ".join(claim["paper"].split()), table, " ".join(claim.get("reading", "").split())])))
     head = (f"# The papers' claims in miniature\n\n`python eval.py --reproduce {path}`: phantoms and the built-in 2.4 M-parameter model. Mean [lowest, highest] over "
             f"the seeds that are done. {len(minutes)} runs, {sum(minutes.values()) / 60:.1f} CPU-hours, the longest {max(minutes.values(), default=0):.0f} CPU-minutes.")
-    return "\n\n".join([head, *text]) + "\n"
+    return "\n\n".join([head, *filter(None, [" ".join(grid.get("setting", "").split())]), *text]) + "\n"
 
 
 def main():
