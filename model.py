@@ -789,12 +789,12 @@ class Policy:
         """Spreads float32 weights, and with them gradients and optimiser states, over the processes: FSDP2 (Zhao et al. 2023)
         gathers one block at a time, in the forward's precision, and sums gradients in float32."""
         half = torch.bfloat16 if self.config.model.precision == "bfloat16" else None
-        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)       # embedding and head stay float32
+        root = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)       # embedding and head stay float32
         block = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         blocks = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         for module in reversed(blocks):
             fully_shard(module, mp_policy=block)
-        fully_shard(self.model, mp_policy=whole)
+        fully_shard(self.model, mp_policy=root)
         # Which block the backward gathers ahead is said here: by default it follows the trace of past forwards, in which
         # sampling leaves other steps on every process.
         for before, module in zip([self.model, *blocks], [*blocks, self.model]):
@@ -1251,6 +1251,13 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------- what a run needs
 
+def prompt_size(config, vision):
+    """(patches, tokens) of a prompt whose images are as large as model.max_pixels allows, for a model's `vision_config`."""
+    images = max(2 if source.source in ("iu_xray", "mimic_cxr") and source.views == "all" else 1 for source in data.sources(config, "train"))
+    patches = images * config.model.max_pixels // getattr(vision, "patch_size", 14) ** 2
+    return patches, min(config.model.max_prompt_tokens, patches // getattr(vision, "spatial_merge_size", 2) ** 2 + 64)
+
+
 def memory_plan(policy, config, section, gpus=None):
     """Bytes that a process needs, by part, for a stage (config.sft or config.grpo) on `gpus` processes (None: those there are).
     The policy is ready to be trained (frozen weights, adapters) and needs no weights.
@@ -1266,12 +1273,9 @@ def memory_plan(policy, config, section, gpus=None):
     a, k, b = heads * size, shared_heads * size, 2 if config.model.precision == "bfloat16" else 4
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (True, False))
     gpus = gpus or world_size()
-    spread = gpus if config.model.parallel == "shard" else 1
-    images = max(2 if source.source in ("iu_xray", "mimic_cxr") and source.views == "all" else 1 for source in data.sources(config, "train"))
+    shares = gpus if config.model.parallel == "shard" else 1
     vision = getattr(model.config, "vision_config", None)
-    patch = getattr(vision, "patch_size", 14)
-    patches = images * config.model.max_pixels // patch ** 2
-    prompt = min(config.model.max_prompt_tokens, patches // getattr(vision, "spatial_merge_size", 2) ** 2 + 64)
+    patches, prompt = prompt_size(config, vision)
     grpo = section is config.grpo
     rows, length = (section.group_size, section.max_new_tokens) if grpo else (1, 256)            # an answer
     together = min(section.micro_batch, -(-(section.prompts if grpo else section.batch_size) // gpus))
@@ -1285,17 +1289,17 @@ def memory_plan(policy, config, section, gpus=None):
         per_patch = 4 * (12 * width + 4 * (getattr(vision, "intermediate_size", None) or 4 * width))
         kept = 4 * width * depth + per_patch if config.model.gradient_checkpointing else per_patch * depth
         activations += together * patches * kept
-    parts = {"weights": 4 * total / spread, "gradients": 4 * trained / spread, "optimizer": 8 * trained / spread, "activations": activations,
+    parts = {"weights": 4 * total / shares, "gradients": 4 * trained / shares, "optimizer": 8 * trained / shares, "activations": activations,
              "logits": 4 * max(3 * BUFFER, CHUNK * text.vocab_size)}
-    if b == 2 and spread == 1:
+    if b == 2 and shares == 1:
         parts["half-precision weights"] = 2 * trained
-    if spread > 1:
+    if shares > 1:
         blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         parts["gathered weights"] = 4 * (total - sum(blocks)) + b * (sum(blocks) if grpo else 2 * max(blocks))     # GRPO: to sample
     if grpo:
         parts["keys and values"] = min(section.sample_batch, -(-section.prompts // gpus)) * (prompt + rows * length) * 2 * k * layers * b
         if section.kl_coef and not section.lora_rank:
-            parts["reference"] = 4 * total / spread
+            parts["reference"] = 4 * total / shares
     return parts
 
 
@@ -1306,8 +1310,7 @@ def time_plan(policy, config, gpus, flops, bandwidth):
     grpo, text = config.grpo, policy.model.config.get_text_config()
     vision = sum(p.numel() for name, p in policy.model.named_parameters() if part_of(name))
     weights = sum(p.numel() for p in policy.model.parameters()) - vision
-    patches = config.model.max_pixels // getattr(policy.model.config.vision_config, "patch_size", 14) ** 2
-    prompt = min(config.model.max_prompt_tokens, patches // 4 + 64)
+    patches, prompt = prompt_size(config, policy.model.config.vision_config)
     prompts, length, half = -(-grpo.prompts // gpus), grpo.max_new_tokens, 2 if config.model.precision == "bfloat16" else 4
     together = min(prompts, grpo.sample_batch)
     per_prompt = 2 * (weights * prompt + vision * patches)                # a forward of what all completions share

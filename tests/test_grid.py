@@ -23,12 +23,13 @@ def test_the_shipped_grid_is_complete():
     for name, row in grid["rows"].items():
         folder, start, commands = evaluation.grid_run(grid, name, 0)
         config = data.load_config(ROOT / grid["config"], [a for a in commands[0][2:] if "=" in a])
-        assert start == (row or {}).get("start", None if name == "SFT" else "more SFT") and start in [*grid["rows"], None]
-        assert config.grpo.init in ("auto", f"runs/ablations/{start}/seed0/{'sft' if start == 'SFT' else 'cold_start' if start == 'cold start' else 'more'}/best".lower().replace(" ", "_"))
-        assert config.out == str(folder) and ("thinking" in name) <= config.data.thinking
-    assert evaluation.grid_run(grid, "SFT", 1)[2] == [[script, "config.yaml", "seed=1", *grid["set"], *grid["rows"]["SFT"]["set"], "out=runs/ablations/sft/seed1", *more]
-                                                      for script, more in (("train_sft.py", []), ("eval.py", ["--checkpoint", "runs/ablations/sft/seed1/sft"]))]
-    assert evaluation.grid_run(grid, "still more SFT", 2)[2][1][-3:] == ["--checkpoint", "runs/ablations/more_sft/seed2/more", "runs/ablations/still_more_sft/seed2/more"]
+        assert config.out == str(folder) and start in [*grid["rows"], None] and ("thinking" in name) <= config.data.thinking
+        begins, stage = (config.grpo.init, "") if commands[0][0] == "train_grpo.py" else (config.sft.init, config.sft.stage)
+        checkpoint = {"weak SFT": "weak_sft/seed0/sft", "SFT": "sft/seed0/more", "cold start": "cold_start/seed0/cold_start", None: ""}[start]
+        assert begins == (f"runs/ablations/{checkpoint}/best" if start else "auto") and (stage == "sft") == (start is None)
+    last = evaluation.grid_run(grid, "more SFT", 2)[2]
+    assert [c[0] for c in last] == ["train_sft.py", "eval.py"]
+    assert last[1][-3:] == ["--checkpoint", "runs/ablations/sft/seed2/more", "runs/ablations/more_sft/seed2/more"]
 
 
 @pytest.fixture
