@@ -47,11 +47,11 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that says what and what to do."""
 
 
-def run_main(main):
-    """Runs a script's main(); an InputError becomes one line on stderr and exit status 1."""
+def run_main(main, *errors):
+    """Runs a script's main(); an InputError, or another of `errors`, becomes one line on stderr and exit status 1."""
     try:
         main()
-    except InputError as error:
+    except (InputError, *errors) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -94,7 +94,7 @@ class Source:
     tasks: list[str] = field(default_factory=list)
     views: Literal["", "all", "frontal"] = ""
     weight: float = 1.0                 # how often its studies come up in an epoch of training
-    limit: int = 0                      # the first so many studies of each split; 0 = all
+    limit: int = 0                      # the first so many studies (of jsonl, llava and phantom: examples) of each split; 0 = all
 
     def image_root(self):
         """The folder that all its images must lie in."""
@@ -295,8 +295,7 @@ def set_key(config, key, value, origin):
             getattr(config.rewards, task)[key.removeprefix(f"rewards.{task}.")] = checked(key, value, float)
             return
     if key not in keys:
-        near = difflib.get_close_matches(key, keys, 1, 0) or ["seed"]
-        raise InputError(f"{origin}: unknown key {key!r} = {value!r}; the nearest valid key is {near[0]!r}")
+        raise InputError(f"{origin}: unknown key {key!r} = {value!r}; the nearest valid key is {difflib.get_close_matches(key, keys, 1, 0)[0]!r}")
     for part in parent.split(".") if parent else []:
         node = getattr(node, part)
     setattr(node, name, checked(key, value, keys[key]))
@@ -494,10 +493,10 @@ def read_csv(path, columns, skip):
         raise InputError(f"{path}: not a valid CSV file ({error})") from None
 
 
-def assigned(ids, shares=(0.1, 0.2), seed=0):
+def assigned(ids, shares=(0.1, 0.2)):
     """id -> split by a hash of the id, val and test with these shares (at least one id each, if any is asked for), for
     datasets or parts of them that are published without a split. Give patients where they are known."""
-    ranked = sorted(set(ids), key=lambda i: hashlib.sha1(f"{seed}:{i}".encode()).hexdigest())
+    ranked = sorted(set(ids), key=lambda i: hashlib.sha1(f"0:{i}".encode()).hexdigest())
     n_val, n_test = (max(1, round(share * len(ranked))) if share else 0 for share in shares)
     names = ["val"] * n_val + ["test"] * n_test + ["train"] * len(ranked)
     return dict(zip(ranked, names))
@@ -802,12 +801,12 @@ def read_nih(source, split, skip):
             skip(f"{path}, line {n}: expected four numbers")
             continue
         boxes.setdefault(image, {}).setdefault(("abnormality", NIH_NAMES.get(name, name)), []).extend(fractions([(x, y, x + w, y + h)], 1024, 1024))
-    for table in root.glob("Data_Entry*.csv") if "classification" in source.tasks else ():
+    for table in root.glob("Data_Entry*.csv"):
         for row in read_csv(table, ["Image Index", "Finding Labels"], skip):
             labels[row["Image Index"]] = [NIH_NAMES.get(n, n) for n in row["Finding Labels"].split("|") if n != "No Finding"]
-    images = sorted({*labels, *boxes})
+    images = sorted({*labels, *boxes} if "classification" in source.tasks else boxes)
     held = (root / "train_val_list.txt").is_file() or (root / "test_list.txt").is_file()
-    patients = assigned({i.split("_")[0] for i in images}, (0.1, 0.0) if held else (0.1, 0.2))
+    patients = assigned({i.split("_")[0] for i in {*labels, *boxes}}, (0.1, 0.0) if held else (0.1, 0.2))
     test = set(locate(root, "test_list.txt").read_text().split()) if held else set()
     folders = ["images", "", *sorted(p.relative_to(root) for p in root.glob("images_*/images"))]
     for image in images:
@@ -955,7 +954,7 @@ def read_phantoms(config, split):
 
 
 def finding_list(study):
-    names = [QUESTION_NAMES.get(label, label.lower()) for label in PHANTOM_LABELS if label in study.boxes]
+    names = [QUESTION_NAMES[label] for label in PHANTOM_LABELS if label in study.boxes]
     return (", ".join(names) or "none") + "."
 
 
@@ -963,7 +962,7 @@ def grounding_thinking(study, label):
     """A one-line trace for a grounding question."""
     sides = [f.side for f in study.findings if f.label == label]
     seen = {"": "It is there", "both": "It is there on both sides"}
-    return f"Looking for {QUESTION_NAMES.get(label, label.lower())}. " + (
+    return f"Looking for {QUESTION_NAMES[label]}. " + (
         seen.get(sides[0], f"It is there on the {sides[0]}") if sides else "It is not there") + "."
 
 
@@ -1073,7 +1072,7 @@ def sources(config, split):
 
 
 def read_source(config, source, split, skip):
-    """All examples of one source, in the configured output format."""
+    """All examples of one source, in the plain output format."""
     if source.source == "phantom":
         found = read_phantoms(config, split)
     else:
@@ -1195,6 +1194,20 @@ def looking_for(label, boxes):
     return f"Looking for {label}. {where}"
 
 
+def texts_by_id(path, key):
+    """{id: text} of a file of JSON lines with `id` and `key`."""
+    texts = {}
+    try:
+        for n, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), 1):
+            row = json.loads(line)
+            texts[str(row["id"])] = str(row[key])
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read ({getattr(error, 'strerror', 0) or error})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}, line {n}: expected an object with id and {key} ({error!r})") from None
+    return texts
+
+
 def with_traces(config, split, examples, said):
     """Examples with thinking: in training from data.traces where it is given, else their own, else made from report and boxes."""
     if not config.data.thinking:
@@ -1202,16 +1215,8 @@ def with_traces(config, split, examples, said):
     if not config.data.traces or split != "train":
         made = {"report": lambda e: systematic_reading(e.answer), "grounding": lambda e: looking_for(e.label, e.boxes)}
         return [e if e.thinking or e.task not in made else dataclasses.replace(e, thinking=made[e.task](e)) for e in examples]
-    path, traces = Path(config.data.traces), {}
-    try:
-        for n, line in enumerate(path.read_text(encoding="utf-8").rstrip().split("\n"), 1):
-            row = json.loads(line)
-            traces[str(row["id"])] = str(row["thinking"])
-    except OSError as error:
-        raise InputError(f"data.traces={path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}, line {n}: expected an object with id and thinking ({error!r})") from None
-    said.append(f"{sum(e.id in traces for e in examples)} of {len(examples)} examples have a trace in {path}")
+    traces = texts_by_id(config.data.traces, "thinking")
+    said.append(f"{sum(e.id in traces for e in examples)} of {len(examples)} examples have a trace in {config.data.traces}")
     return [dataclasses.replace(e, thinking=traces.get(e.id, "")) for e in examples]
 
 
@@ -1327,8 +1332,8 @@ TUBES = {"a pacemaker": ((.30, -.24), (.16, -.30), (.01, -.20), (-.03, .05), (.0
          "a central venous catheter": ((-.22, -.40), (-.12, -.36), (-.065, -.28), (-.05, .0)),
          "an enteric tube": ((0, -.5), (.01, -.2), (.015, .2), (.06, .32), (.13, .36)),
          "a chest tube": ((.46, .16), (.33, .08), (.27, -.08), (.24, -.27))}
-QUESTION_NAMES = {"Enlarged Cardiomediastinum": "widened mediastinum", "Cardiomegaly": "enlarged heart",
-                  "Pleural Other": "pleural thickening", "Fracture": "rib fracture"}
+QUESTION_NAMES = {label: label.lower() for label in PHANTOM_LABELS} | {
+    "Enlarged Cardiomediastinum": "widened mediastinum", "Cardiomegaly": "enlarged heart", "Pleural Other": "pleural thickening", "Fracture": "rib fracture"}
 
 
 @dataclass(frozen=True)
@@ -1374,7 +1379,7 @@ def phantom(seed, index):
 
 def grounding_questions(label, rng):
     """One wording of "where is `label`?"."""
-    return _pick(rng, QUESTIONS["abnormality"][:4]).format(QUESTION_NAMES.get(label, label.lower()))
+    return _pick(rng, QUESTIONS["abnormality"][:4]).format(QUESTION_NAMES[label])
 
 
 def _pick(rng, items):
@@ -1611,7 +1616,7 @@ def _texts(rng, findings):
     states[0] = int(not {1, 3} & set(states[1:13]))
     sentences = [sentence for region in choose(ORDERS).split() for sentence in said[region]]
     if rng.random() < .4 or not sentences:                         # two readers in five close with an impression
-        names = [("" if f.certain else "possible ") + QUESTION_NAMES.get(f.label, f.label.lower())
+        names = [("" if f.certain else "possible ") + QUESTION_NAMES[f.label]
                  for f in sorted(findings, key=lambda f: LABELS.index(f.label)) if f.mentioned]
         sentences.append(f"impression: {', '.join(names) or SUMMARY}.")
     return " ".join(s[0].upper() + s[1:] for s in sentences), _thinking(findings), tuple(states)
@@ -1685,6 +1690,7 @@ def describe(config, encode, label):
             stops = "would stop a run (data.on_error=skip leaves such examples out)" if stopping else "left out"
             said += [f"{split}, {source.source}: {stops}: {len(problems)}, such as"] * bool(problems) + [f"  {problem}" for problem in problems[:3]]
         everything = [e for _, part, _ in parts for e in part]
+        written = [dataclasses.replace(e, style=style_of(config)) for e in tried(with_traces, config, split, everything, said) or everything]
         for source, part, _ in parts:
             for kind in sorted({e.kind or e.task for e in part}):
                 some = [e for e in part if (e.kind or e.task) == kind]
@@ -1698,7 +1704,7 @@ def describe(config, encode, label):
         if reports:
             reports = [reports[i] for i in rng.permutation(len(reports))[:2000]]
             labels[f"{split}, {len(reports)} reports"] = np.isin(label(reports), (1, 3)).mean(0)
-        few = [tried(encode, everything[i]) for i in rng.permutation(len(everything))[:32]]
+        few = [tried(encode, written[i]) for i in rng.permutation(len(written))[:32]]
         if few := [pair for pair in few if pair]:
             prompts, answers = zip(*few)
             lengths.append([split, str(len(few)), spread(prompts), spread(answers)])
@@ -1729,4 +1735,5 @@ def main():
 
 if __name__ == "__main__":
     import data                                                           # the module that the others import, not a second one
-    data.run_main(data.main)
+    import rewards
+    data.run_main(data.main, rewards.RewardError)

@@ -51,7 +51,7 @@ from tqdm import tqdm
 import data
 import model
 import rewards
-from rewards import (LABELS, MAX_MATCHED, POSITIVE, UNCERTAIN, gleu, iou, labeler, match_boxes, parse_boxes, parse_output, rouge_l,
+from rewards import (LABELS, MAX_MATCHED, POSITIVE, UNCERTAIN, gleu, iou, labeler, match_boxes, ngrams, parse_boxes, parse_output, rouge_l,
                      says_nothing_there, soft_f1, tokenize)
 
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
@@ -92,15 +92,7 @@ def predict(policy, examples, cfg, name=""):
 
 def read_predictions(path, examples):
     """Predictions of another program, {"id", "text"} a line, one for each example."""
-    texts = {}
-    try:
-        for n, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), 1):
-            entry = json.loads(line)
-            texts[str(entry["id"])] = str(entry["text"])
-    except (OSError, UnicodeDecodeError) as error:
-        raise data.InputError(f"{path}: cannot read ({getattr(error, 'strerror', 0) or error})") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise data.InputError(f"{path}, line {n}: expected an object with id and text ({error!r})") from None
+    texts = data.texts_by_id(path, "text")
     missing = [e.id for e in examples if e.id not in texts]
     if missing:
         raise data.InputError(f"{path}: no prediction for {len(missing)} of {len(examples)} examples, such as id {missing[0]!r}")
@@ -116,16 +108,6 @@ def average(values, w):
     values = np.asarray(values, dtype=float)
     real = ~np.isnan(values)
     return w[:, real] @ values[real] / w[:, real].sum(1)
-
-
-def states(predictions, label):
-    """What `label` reads in the generated and in the reference reports, (N, 14) each."""
-    return [np.asarray(label([p[key] for p in predictions])).reshape(-1, 14) for key in ("answer", "reference")]
-
-
-def label_counts(generated, reference):
-    """(N, 3, 14) zeros and ones: is the label a true positive, a false positive, a false negative? Arguments (N, 14) bool."""
-    return np.stack([generated & reference, generated & ~reference, ~generated & reference], axis=1).astype(float)
 
 
 def ratios(tp, fp, fn):
@@ -148,7 +130,7 @@ def ce_scores(counts, w, columns, how):
 def bleu_scores(candidates, references, w):
     """Corpus BLEU-1 .. 4 (Papineni et al. 2002), {n: (S,)}."""
     pairs = [(tokenize(a), tokenize(b)) for a, b in zip(candidates, references)]
-    grams = [[[Counter(zip(*(t[i:] for i in range(n)))) for t in pair] for n in range(1, 5)] for pair in pairs]
+    grams = [[[ngrams(t, n) for t in pair] for n in range(1, 5)] for pair in pairs]
     matches = w @ np.array([[(a & b).total() for a, b in by_n] for by_n in grams], dtype=float)            # (S, 4)
     totals = w @ np.array([[a.total() for a, _ in by_n] for by_n in grams], dtype=float)
     length, wanted = (w @ np.array([len(pair[k]) for pair in pairs], dtype=float) for k in (0, 1))
@@ -158,22 +140,16 @@ def bleu_scores(candidates, references, w):
 
 def cider_scores(candidates, references):
     """(N,) CIDEr-D (Vedantam et al. 2015) with one reference, sigma 6, 1 .. 4-grams; document frequencies of the references."""
-    def grams(text, n):
-        tokens = tokenize(text)
-        return Counter(zip(*(tokens[i:] for i in range(n))))
-    scores = np.zeros(len(candidates))
-    lengths = np.array([[len(tokenize(t)) for t in pair] for pair in zip(candidates, references)], dtype=float).reshape(-1, 2)
+    pairs = [(tokenize(a), tokenize(b)) for a, b in zip(candidates, references)]
+    scores, gaps = np.zeros(len(pairs)), np.array([len(a) - len(b) for a, b in pairs], dtype=float)
     for n in range(1, 5):
-        frequency = Counter(g for text in references for g in grams(text, n))
-        documents = Counter(g for text in references for g in set(grams(text, n)))
-        rarity = {g: math.log(max(len(references), 1) / documents[g]) for g in frequency}
-        unseen = math.log(max(len(references), 1))
-        for i, pair in enumerate(zip(candidates, references)):
-            a, b = ({g: count * rarity.get(g, unseen) for g, count in grams(text, n).items()} for text in pair)
+        documents = Counter(g for _, b in pairs for g in ngrams(b, n).keys())
+        for i, pair in enumerate(pairs):
+            a, b = ({g: count * math.log(len(pairs) / max(documents[g], 1)) for g, count in ngrams(t, n).items()} for t in pair)
             norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
             if norm > 0:
                 scores[i] += sum(min(v, b[g]) * b[g] for g, v in a.items() if g in b) / norm
-    return 10 / 4 * scores * np.exp(-(lengths[:, 0] - lengths[:, 1]) ** 2 / (2 * 6 ** 2))
+    return 10 / 4 * scores * np.exp(-gaps ** 2 / (2 * 6 ** 2))
 
 
 def output_metrics(predictions, w):
@@ -184,15 +160,13 @@ def output_metrics(predictions, w):
 
 def report_metrics(predictions, w, label, training=()):
     """Two blocks, {metric: (S,)}: over the reports, and F1 per label. `training`: the texts of the training reports."""
-    read = states(predictions, label)
+    read = [label([p[key] for p in predictions]) for key in ("answer", "reference")]             # (N, 14) each
     generated, reference = (np.isin(found, (POSITIVE, UNCERTAIN)) for found in read)
-    counts, metrics = label_counts(generated, reference), {}
+    counts = np.stack([generated & reference, generated & ~reference, ~generated & reference], 1).astype(float)         # tp, fp, fn: (N, 3, 14)
+    metrics = {f"ce_{name}_samples14": average(np.nan_to_num(values), w) for name, values in ratios(*counts.sum(2).T).items()}
     for columns in COLUMNS:
         for how in ("macro", "micro"):
             metrics |= {f"ce_{name}_{how}{columns}": values for name, values in ce_scores(counts, w, columns, how).items()}
-    tp, fp, fn = counts.sum(2).T
-    per_report = {"f1": 2 * tp / np.maximum(2 * tp + fp + fn, 1), "precision": tp / np.maximum(tp + fp, 1), "recall": tp / np.maximum(tp + fn, 1)}
-    metrics |= {f"ce_{name}_samples14": average(values, w) for name, values in per_report.items()}
     certain = counts * (read[1] != UNCERTAIN)[:, None]
     answers, references = ([p[key] for p in predictions] for key in ("answer", "reference"))
     known = set(map(data.plain_words, training))
@@ -444,7 +418,7 @@ def curves(run):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError):                                         # a run without a log, or one that is being written
         return ""
-    series = {name: [(r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float))] for r in rows for name in r}
+    series = {name: [(r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])] for r in rows for name in r}
     groups = {"loss": ["loss", "eval_loss"], "reward": ["reward"], "reward parts": [n for n in series if n.startswith("rewards/") and n.endswith("/mean")],
               "KL to the reference": ["kl"], "entropy": ["entropy"], "tokens per completion": ["completions/mean_length"],
               "cut at the limit": ["completions/clipped_ratio"], "groups without a signal": ["frac_reward_zero_std"],
@@ -482,7 +456,7 @@ def underlined(text):
 
 
 def report_case(example, predictions, label):
-    """(outcome of the last model, its HTML): texts side by side, their labels as chips."""
+    """(outcome of the last model, no SVG, its HTML): texts side by side, their labels as chips."""
     reference, *found = np.isin(label([example.answer, *(p["answer"] for p in predictions.values())]), (POSITIVE, UNCERTAIN))
     columns, outcome = [f"<div><h3>reference</h3><p>{underlined(example.answer)}</p></div>"], ""
     for (name, p), own in zip(predictions.items(), found):
@@ -596,10 +570,7 @@ def training_reports(cfg):
 def evaluate_checkpoints(cfg, paths, files={}):
     """Evaluates {name: checkpoint}, and {name: file of predictions}, on cfg.eval.split, writes OUT/eval/, prints; (table, results).
     All have to do with the examples that every one of them has predicted."""
-    try:
-        labeler(cfg.rewards)                # a labeler that cannot be loaded must not cost the decoding
-    except ValueError as error:
-        raise data.InputError(str(error)) from None
+    labeler(cfg.rewards)                    # a labeler that cannot be loaded must not cost the decoding
     examples, predictions, folder = chosen_examples(cfg), {}, Path(cfg.out, "eval")
     training = training_reports(cfg) if any(e.task == "report" for e in examples) else []
     for name, path in {**files, **paths}.items():
@@ -745,4 +716,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_main(main)
+    data.run_main(main, rewards.RewardError)

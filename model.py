@@ -3,7 +3,7 @@
 In order of appearance
   fused_logprobs, fused_loss      log p(token), or a loss of it, without ever holding [tokens, vocabulary] logits
   PackedAttention, SharedDecoder     every prompt once for all of its completions, in scoring and in sampling
-  LoRALinear, add_lora   low-rank adapters
+  LoRALinear             a layer with low-rank adapters
   Rollout                G completions of one prompt: what passes between sampling and update
   Policy                 a vision-language model that can encode, sample, logprobs, save
     .sample              the sampler: one prefill per prompt, all completions decoded together
@@ -412,25 +412,6 @@ class LoRALinear(torch.nn.Linear):
         return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else y
 
 
-def add_lora(model, rank, targets, frozen, seed):
-    """Freezes `model` and gives those linear layers whose last name is in `targets` adapters with B = 0, which change nothing
-    yet; none in the parts `frozen`. Returns {name: layer}."""
-    linear = {name: layer for name, layer in model.named_modules()
-              if isinstance(layer, torch.nn.Linear) and part_of(name) not in frozen}
-    names = {name.rpartition(".")[2] for name in linear}
-    if not targets or set(targets) - names:
-        raise InputError(f"lora_targets={targets}: the linear layers of {type(model).__name__} are {', '.join(sorted(names))}")
-    model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    adapted = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in targets}
-    for layer in adapted.values():
-        layer.__class__ = LoRALinear                                      # its weight keeps its name
-        a = torch.rand(rank, layer.in_features, generator=generator).mul_(2).sub_(1) / layer.in_features ** 0.5
-        layer.lora_A = torch.nn.Parameter(a.to(layer.weight.device))
-        layer.lora_B = torch.nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
-    return adapted
-
-
 # ---------------------------------------------------------------------------------------------- the policy
 
 FEATURES = "image features"             # where a prompt keeps the output of a frozen vision tower
@@ -826,10 +807,12 @@ class Policy:
             self.model.set_reshard_after_forward(False, recurse=False)    # the backward begins with it
 
     def together(self, batches):
-        """`batches`, and as many None after them as it takes for all processes to have as many: where a process has no batch
-        left, it has to be `idle` while the others run theirs, as they gather sharded weights together."""
+        """The batches one by one. Where this process has none left, it stays `idle` as often as another one has further ones:
+        sharded weights are gathered by all together."""
         most = max(gather_objects(len(batches))) if self.sharded else 0
-        return batches + [None] * (most - len(batches))
+        yield from batches
+        for _ in range(most - len(batches)):
+            self.idle()
 
     def idle(self):
         """Forward and backward without effect."""
@@ -839,8 +822,21 @@ class Policy:
     # -- adapters
 
     def add_lora(self, section):
-        """Trains adapters only. Their initial values come from the seed."""
-        self.adapted = add_lora(self.model, section.lora_rank, section.lora_targets, section.freeze, self.config.seed)
+        """Freezes the model and gives its linear layers that section.lora_targets names, none in the parts section.freeze, adapters:
+        A from the seed, B = 0, which changes nothing yet."""
+        linear = {name: layer for name, layer in self.model.named_modules()
+                  if isinstance(layer, torch.nn.Linear) and part_of(name) not in section.freeze}
+        names = {name.rpartition(".")[2] for name in linear}
+        if not section.lora_targets or set(section.lora_targets) - names:
+            raise InputError(f"lora_targets={section.lora_targets}: the linear layers of {type(self.model).__name__} are {', '.join(sorted(names))}")
+        self.model.requires_grad_(False)
+        self.adapted = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in section.lora_targets}
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for layer in self.adapted.values():
+            layer.__class__ = LoRALinear                                  # its weight keeps its name
+            a = torch.rand(section.lora_rank, layer.in_features, generator=generator).mul_(2).sub_(1) / layer.in_features ** 0.5
+            layer.lora_A = torch.nn.Parameter(a.to(layer.weight.device))
+            layer.lora_B = torch.nn.Parameter(layer.weight.new_zeros(layer.out_features, section.lora_rank))
 
     @contextmanager
     def without_adapters(self):

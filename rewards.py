@@ -4,7 +4,7 @@ In order of appearance
   LABELS, extract_labels        a rule-based CheXpert labeler: report text -> 14 states
   chexbert                      the same from a CheXbert checkpoint
   mccs, label_f1                rewards on label vectors: MRG-R1's margin-based cosine, F1 of the positives
-  tokenize, gleu, corpus_bleu, bleu4, rouge_l, bertscore      text overlap
+  tokenize, ngrams, gleu, bleu4, rouge_l, bertscore      text overlap
   parse_output                  (valid, thinking, answer) of a completion in the three output formats
   parse_boxes, iou, match_boxes, soft_f1          grounding
   REWARDS, check_rewards, score_completions       the reward table; a batch of completions -> weighted totals
@@ -40,6 +40,11 @@ TAGS = ("<think>", "</think>", "<report>", "</report>", "<answer>", "</answer>")
 CHEXBERT_HEADS = (*LABELS[1:3], "Lung Opacity", "Lung Lesion", *LABELS[5:], "No Finding")  # its own order
 CACHED = 1 << 14  # texts whose CheXbert labels are kept
 MAX_MATCHED = 64  # predicted boxes that enter the assignment; further ones are false positives
+
+
+class RewardError(ValueError):
+    """Rewards, labelers or their files that cannot be used: one line that says which and what to do."""
+
 
 # Tables of the labeler: regular expressions on lower-cased text, tried at the start of a word. A stem without \b takes
 # any ending; gaps are bounded, which keeps matching linear.
@@ -192,16 +197,16 @@ def label_file(path, output, show_evidence=False):
     """Labels a CSV file of one report per row as the CheXpert labeler does: its columns, 1.0 / 0.0 / -1.0 / empty.
 
     A first row that says "Reports" or "Report Impression" is a header. Returns a line for every mention of an observation
-    (show_evidence), and one that sums up. ValueError: a bad file.
+    (show_evidence), and one that sums up. RewardError: a bad file.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot read ({getattr(error, 'strerror', None) or error})") from None
+        raise RewardError(f"{path}: cannot read ({getattr(error, 'strerror', None) or error})") from None
     rows = rows[1:] if rows and rows[0] and rows[0][0].strip().lower() in ("reports", "report", "report impression") else rows
     if wide := [n for n, row in enumerate(rows, 1) if len(row) > 1]:
-        raise ValueError(f"{path}: report {wide[0]} has {len(rows[wide[0] - 1])} cells; put quotes around a report with commas")
+        raise RewardError(f"{path}: report {wide[0]} has {len(rows[wide[0] - 1])} cells; put quotes around a report with commas")
     reports = [row[0] if row else "" for row in rows]
     values = {BLANK: "", POSITIVE: "1.0", NEGATIVE: "0.0", UNCERTAIN: "-1.0"}
     table = [("Reports", *LABELS)] + [(report, *(values[state] for state in states))
@@ -211,7 +216,7 @@ def label_file(path, output, show_evidence=False):
             csv.writer(file, lineterminator="\n").writerows(table)
         os.replace(f"{output}.new", output)
     except OSError as error:
-        raise ValueError(f"{output}: cannot write ({error.strerror})") from None
+        raise RewardError(f"{output}: cannot write ({error.strerror})") from None
     states = ("blank", "positive", "negative", "uncertain")
     lines = [f"{n} | {LABELS[label]} | {states[state]} | {phrase}" + (f" <- {cue}" if cue else "") + f" | {clause.strip()}"
              for n, report in enumerate(reports if show_evidence else (), 1)
@@ -233,7 +238,7 @@ def chexbert(path, bert):
     BERT with a linear head per observation on the [CLS] vector; the classes of a head are BLANK, POSITIVE, NEGATIVE,
     UNCERTAIN, of No Finding the first two. As in its label.py, whitespace becomes single spaces, and what exceeds its
     512 positions is cut before [SEP]. `path`: chexbert.pth as published, or another size of network in its format;
-    `bert`: the folder or hub id of its tokenizer. Labels are kept by text. Raises ValueError.
+    `bert`: the folder or hub id of its tokenizer. Labels are kept by text. Raises RewardError.
     """
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
@@ -253,14 +258,14 @@ def chexbert(path, bert):
     except Exception as error:
         why = {"FileNotFoundError": "no such file", "UnpicklingError": "it does not hold weights alone",
                "KeyError": f"it lacks {error}"}.get(type(error).__name__, f"{error!r:.160}")
-        raise ValueError(f"rewards.chexbert={path!r}: not a CheXbert checkpoint ({why}); give chexbert.pth as "
+        raise RewardError(f"rewards.chexbert={path!r}: not a CheXbert checkpoint ({why}); give chexbert.pth as "
                          "published (github.com/stanfordmlgroup/CheXbert)") from None
     try:
         tokenizer = BertTokenizer.from_pretrained(bert)
         if len(tokenizer) != words:         # where there is no vocabulary, from_pretrained makes up one of 5 words
             raise ValueError(f"{len(tokenizer)} words instead of {words}")
     except Exception as error:
-        raise ValueError(f"rewards.bert={bert!r}: no tokenizer for rewards.chexbert={path!r} there ({error!r:.160}); "
+        raise RewardError(f"rewards.bert={bert!r}: no tokenizer for rewards.chexbert={path!r} there ({error!r:.160}); "
                          "give a folder with bert-base-uncased's, or its hub id") from None
     net.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     columns, known = [CHEXBERT_HEADS.index(label) for label in LABELS], {}
@@ -281,19 +286,18 @@ def chexbert(path, bert):
     return label
 
 
-def mccs(generated, reference, margin=0.5, nonempty=None):
+def mccs(generated, reference, margin=0.5):
     """(N,) margin-based CheXbert cosine similarity, max((cos - m) / (1 - m), 0), of (N, 14) labels (MRG-R1).
 
-    Vectors leave out No Finding; positive and uncertain are +1, negative -1, blank 0. Two zero vectors score 1 if the
-    generated text says something, else 0: `nonempty`, (N,) bool, by default whether the row has any label.
+    Vectors leave out No Finding; positive and uncertain are +1, negative -1, blank 0. Two zero vectors score 1
+    (the reward `mccs` pays nothing for a text without a word).
     """
-    nonempty = np.any(generated, axis=1) if nonempty is None else nonempty
     value = np.array([0.0, 1.0, -1.0, 1.0])  # indexed by state
     a, b = value[np.asarray(generated)[:, 1:]], value[np.asarray(reference)[:, 1:]]
     product = (a * a).sum(1) * (b * b).sum(1)
     cosine = (a * b).sum(1) / np.sqrt(np.maximum(product, 1))
     score = np.where(product > 0, np.maximum((cosine - margin) / (1 - margin), 0), 0)
-    return np.where(~a.any(1) & ~b.any(1), nonempty, score)
+    return np.where(~a.any(1) & ~b.any(1), 1.0, score)
 
 
 def label_f1(generated, reference):
@@ -308,35 +312,25 @@ def tokenize(text):
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
-def _ngrams(tokens, n):
+def ngrams(tokens, n):
+    """How often each n-gram occurs: a Counter of tuples."""
     return Counter(zip(*(tokens[i:] for i in range(n))))
 
 
 def gleu(candidate, reference):
     """Google's sentence GLEU: matching n-grams, n = 1..4, over the larger number of n-grams (Wu et al. 2016)."""
-    a, b = (sum((_ngrams(tokenize(text), n) for n in range(1, 5)), Counter()) for text in (candidate, reference))
+    a, b = (sum((ngrams(tokenize(text), n) for n in range(1, 5)), Counter()) for text in (candidate, reference))
     return (a & b).total() / max(a.total(), b.total(), 1)
-
-
-def corpus_bleu(candidates, references, n=4, smooth=0):
-    """Corpus BLEU-n (Papineni et al. 2002), one reference each; `smooth` is added to matches and totals above n = 1."""
-    pairs = [(tokenize(a), tokenize(b)) for a, b in zip(candidates, references, strict=True)]
-    matches, totals = np.zeros(n), np.zeros(n)
-    for a, b in pairs:
-        for k in range(n):
-            grams = _ngrams(a, k + 1)
-            matches[k] += (grams & _ngrams(b, k + 1)).total()
-            totals[k] += max(grams.total(), 1)
-    if matches[0] == 0:
-        return 0.0
-    matches[1:], totals[1:] = matches[1:] + smooth, totals[1:] + smooth
-    brevity = min(0, 1 - sum(len(b) for _, b in pairs) / sum(len(a) for a, _ in pairs))
-    return math.exp(brevity + np.log(matches / totals).mean()) if matches.all() else 0.0
 
 
 def bleu4(candidate, reference):
     """Sentence BLEU-4 with add-one smoothing above unigrams (Lin & Och 2004; nltk's SmoothingFunction().method2)."""
-    return corpus_bleu([candidate], [reference], smooth=1)
+    a, b = tokenize(candidate), tokenize(reference)
+    if not set(a) & set(b):
+        return 0.0
+    grams = [(ngrams(a, n), ngrams(b, n), n > 1) for n in range(1, 5)]
+    precisions = [((x & y).total() + smooth) / (max(x.total(), 1) + smooth) for x, y, smooth in grams]
+    return math.exp(min(0, 1 - len(b) / len(a)) + sum(map(math.log, precisions)) / 4)
 
 
 def rouge_l(candidate, reference):
@@ -354,7 +348,7 @@ def rouge_l(candidate, reference):
 
 @lru_cache
 def _encoder(path, layer):
-    """(tokenizer, its longest text, network) in `path`. Raises ValueError."""
+    """(tokenizer, its longest text, network) in `path`. Raises RewardError."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     try:
@@ -362,10 +356,10 @@ def _encoder(path, layer):
         tokenizer = AutoTokenizer.from_pretrained(path)
         longest = min(tokenizer.model_max_length, net.config.max_position_embeddings)
     except Exception as error:
-        raise ValueError(f"rewards.bertscore={path!r}: no encoder and tokenizer for the reward bertscore "
+        raise RewardError(f"rewards.bertscore={path!r}: no encoder and tokenizer for the reward bertscore "
                          f"({error!r:.160}); give a local folder or hub id") from None
     if layer > net.config.num_hidden_layers:
-        raise ValueError(f"rewards.bertscore_layer={layer}: {path} has {net.config.num_hidden_layers} layers")
+        raise RewardError(f"rewards.bertscore_layer={layer}: {path} has {net.config.num_hidden_layers} layers")
     return tokenizer, longest, net.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -510,7 +504,7 @@ class Batch:
 
 
 def labeler(cfg):
-    """The function texts -> (N, 14) states that config.rewards.labeler names. Raises ValueError."""
+    """The function texts -> (N, 14) states that config.rewards.labeler names. Raises RewardError."""
     return extract_labels if cfg.labeler == "rules" else chexbert(cfg.chexbert, cfg.bert)
 
 
@@ -518,7 +512,7 @@ def _on_labels(score):
     def reward(batch, cfg):
         says_something = np.array([re.search(r"\w", answer) is not None for answer in batch.answers], bool)
         label = labeler(cfg)
-        scores = score(label(batch.answers), label([e.answer for e in batch.examples]), cfg, says_something)
+        scores = score(label(batch.answers), label([e.answer for e in batch.examples]), cfg)
         return np.where(says_something, scores, 0)  # CheXbert may read labels in an empty text
     return reward
 
@@ -538,8 +532,8 @@ def overlong(length, start, end):
 
 
 REWARDS = {
-    "mccs": _on_labels(lambda generated, reference, cfg, said: mccs(generated, reference, cfg.mccs_margin, said)),
-    "label_f1": _on_labels(lambda generated, reference, cfg, said: label_f1(generated, reference)),
+    "mccs": _on_labels(lambda generated, reference, cfg: mccs(generated, reference, cfg.mccs_margin)),
+    "label_f1": _on_labels(lambda generated, reference, cfg: label_f1(generated, reference)),
     "gleu": _on_text(gleu), "bleu4": _on_text(bleu4), "rouge_l": _on_text(rouge_l),
     "bertscore": lambda batch, cfg: bertscore(batch.answers, [e.answer for e in batch.examples], cfg.bertscore,
                                               cfg.bertscore_layer),
@@ -552,17 +546,18 @@ APPLIES = {"report": [name for name in REWARDS if name != "soft_f1"], "grounding
 
 @lru_cache
 def external_reward(name):
-    """The function that "path/to/file.py:function" names. Raises ValueError."""
+    """The function that "path/to/file.py:function" names. Raises RewardError."""
     path, _, function = name.rpartition(":")
+    if not os.path.isfile(path):
+        raise RewardError(f"rewards: {name}: no file {path}")
+    sys.path.append(os.path.dirname(os.path.abspath(path)))                   # it may import files beside it
     try:
-        sys.path.append(os.path.dirname(os.path.abspath(path)))               # it may import files beside it
-        return runpy.run_path(path)[function]
-    except FileNotFoundError:
-        raise ValueError(f"rewards: {name}: no file {path}") from None
-    except KeyError:
-        raise ValueError(f"rewards: {name}: no function {function!r} in {path}") from None
+        namespace = runpy.run_path(path)
     except Exception as error:
-        raise ValueError(f"rewards: {name}: {path} fails with {error!r}") from None
+        raise RewardError(f"rewards: {name}: {path} fails with {error!r}") from None
+    if function not in namespace:
+        raise RewardError(f"rewards: {name}: no function {function!r} in {path}")
+    return namespace[function]
 
 
 def call_external(name, batch, cfg):
@@ -585,22 +580,22 @@ def call_external(name, batch, cfg):
             raise ValueError(f"{values[failed][0]} for completion {batch.completions[failed.argmax()]!r}")
     except Exception as error:
         if cfg.on_error == "stop":
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            line = f", line {last.lineno}" if last.filename == name.rpartition(":")[0] else ", which returns a number per completion and ends its arguments with **columns"
-            raise ValueError(f"reward {name}{line}: {error!r} (rewards.on_error=zero counts such rewards as 0)") from None
+            own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == name.rpartition(":")[0]]
+            line = f", line {own[-1]}" if own else ", which returns a number per completion and ends its arguments with **columns"
+            raise RewardError(f"reward {name}{line}: {error!r} (rewards.on_error=zero counts such rewards as 0)") from None
         values, failed = np.zeros(len(batch.examples)), np.ones(len(batch.examples), bool)
     return np.where(failed, 0.0, values), failed.astype(float)
 
 
 def check_rewards(rewards_cfg):
-    """Raises ValueError for a reward unknown to its task, with the nearest valid name, or a network that cannot load."""
+    """Raises RewardError for a reward unknown to its task, with the nearest valid name, or a network that cannot load."""
     for task, names in APPLIES.items():
         for name in getattr(rewards_cfg, task):
             if ".py:" in name:
                 external_reward(name)
             elif name not in names:
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-                raise ValueError(f"rewards.{task}.{name}: no such reward for this task; did you mean {nearest!r}? "
+                raise RewardError(f"rewards.{task}.{name}: no such reward for this task; did you mean {nearest!r}? "
                                  f"(there are {', '.join(names)}, and your own: path/to/file.py:function)")
     labeler(rewards_cfg)
     if "bertscore" in rewards_cfg.report:
@@ -611,7 +606,7 @@ def score_completions(completions, examples, rewards_cfg, style, token_ids=None)
     """(total, parts) of N completions: (N,) weighted sums, and name -> (N,) unweighted rewards.
 
     Tasks may be mixed: a part is nan where it does not apply to the row. A weight of 0 only logs a part. Raises
-    ValueError if a reward is not finite.
+    RewardError if a reward is not finite.
     """
     parsed = [parse_output(text, e.task, style) for text, e in zip(completions, examples, strict=True)]
     token_ids = token_ids or [tokenize(text) for text in completions]
@@ -627,7 +622,7 @@ def score_completions(completions, examples, rewards_cfg, style, token_ids=None)
             else:
                 values = np.asarray(REWARDS[name](batch, rewards_cfg), float)
                 if not np.isfinite(values).all():
-                    raise ValueError(f"reward {name!r} gave a value that is not finite: {values[~np.isfinite(values)][0]}")
+                    raise RewardError(f"reward {name!r} gave a value that is not finite: {values[~np.isfinite(values)][0]}")
             parts.setdefault(name, np.full(len(examples), np.nan))[rows] = values
             total[rows] += weight * np.nan_to_num(values)
     return total, parts
@@ -740,7 +735,7 @@ def audit(config):
     check_rewards(config.rewards)
     examples = [e for e in data.load_split(config, config.eval.split) if e.task == "report"][:config.eval.limit or None]
     if len(examples) < 2:
-        raise ValueError(f"audit: split {config.eval.split!r} has {len(examples)} reports; it takes two")
+        raise RewardError(f"audit: split {config.eval.split!r} has {len(examples)} reports; it takes two")
     references, texts = [e.answer for e in examples], {}
     for name, (_, policy) in POLICIES.items():
         pairs = zip(examples, policy(references, np.random.default_rng(config.seed)))
@@ -790,12 +785,9 @@ def main():
     command.add_argument("--evidence", action="store_true", help="print the phrase and the cue behind each label")
     command.set_defaults(run=lambda args: label_file(args.reports, args.output, args.evidence))
     args = parser.parse_args()
-    try:
-        print(args.run(args))
-    except ValueError as error:
-        raise data.InputError(error) from None
+    print(args.run(args))
 
 
 if __name__ == "__main__":
     from data import run_main
-    run_main(main)
+    run_main(main, RewardError)

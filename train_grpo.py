@@ -18,6 +18,7 @@ With grpo.init=auto, a checkpoint to start from that does not exist is trained f
 samples.jsonl, step_N/, last), continues from `last` when started again, and ends with OUT/eval: before and after.
 """
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -188,11 +189,8 @@ def update(policy, optimizers, rollouts, lr, grpo):
     divided = rollouts if grpo.loss_agg == "constant" else used            # a constant stays one whatever is dropped
     counts = model.gather_objects((sum(len(t) for r in used for t in r.tokens), sum(len(r.tokens) for r in divided)))
     n_tokens, n_sequences = (sum(c) for c in zip(*counts))
-    sums = {"tokens": 0, "loss": 0.0, "entropy": 0.0, "gap": 0.0, "gap_max": 0.0}
+    sums = Counter(gap_max=0.0)
     for micro in policy.together(pieces(used, grpo.micro_batch)) if n_tokens else ():
-        if micro is None:
-            policy.idle()
-            continue
         prompts, completions = [r.prompt for r in micro], [r.tokens for r in micro]
         mask = padded([[torch.ones_like(t, dtype=torch.bool) for t in group] for group in completions])         # (R, T)
         advantages = torch.cat([r.advantages for r in micro]).to(mask.device)                                    # (R,)
@@ -210,19 +208,15 @@ def update(policy, optimizers, rollouts, lr, grpo):
             for r, rows in zip(micro, pieces(logp.detach(), grpo.group_size)):
                 r.old_logprobs = [row[:len(t)] for row, t in zip(rows, r.tokens)]
         gap = (logp.detach() - padded([r.logprobs for r in micro])).abs()[mask]
-        micro_sums = {"tokens": int(mask.sum()), "loss": float(loss.detach()), "entropy": float(entropy.sum()), "gap": float(gap.sum())}
-        micro_sums |= {name: float(value.detach()[mask].sum()) for name, value in values.items()}
-        for name, value in micro_sums.items():
-            sums[name] = sums.get(name, 0) + value
+        sums.update({"tokens": int(mask.sum()), "loss": float(loss.detach()), "entropy": float(entropy.sum()), "gap": float(gap.sum()),
+                     **{name: float(value.detach()[mask].sum()) for name, value in values.items()}})
         sums["gap_max"] = max(sums["gap_max"], float(gap.max()))
     return sums, model.optimizer_step(policy, optimizers, lr, grpo.grad_clip) if n_tokens else 0.0
 
 
 def rollout_metrics(rollouts):
-    """What the samples of this process look like: lists to be joined over processes."""
-    return {"reward": [r.rewards for r in rollouts], "lengths": [[len(t) for t in r.tokens] for r in rollouts],
-            "finished": [r.finished for r in rollouts], "degenerate": [degenerate(r) for r in rollouts],
-            "parts": [{k: v.tolist() for k, v in r.parts.items()} for r in rollouts]}
+    """What the samples of this process look like: (rewards, lengths, finished, degenerate, parts) of each rollout."""
+    return [(r.rewards, [len(t) for t in r.tokens], r.finished, degenerate(r), {k: v.tolist() for k, v in r.parts.items()}) for r in rollouts]
 
 
 def mean(values):
@@ -233,13 +227,10 @@ def mean(values):
 def step_metrics(everyone, sums, norms, grpo):
     """One line of metrics.jsonl. everyone: rollout_metrics of all processes; sums: token sums of every update of all
     processes. Names follow TRL's GRPOTrainer where it has one."""
-    rewards_ = torch.stack([r for m in everyone for r in m["reward"]])                               # (B, G)
-    lengths = [n for m in everyone for group in m["lengths"] for n in group]
-    finished = [f for m in everyone for group in m["finished"] for f in group]
+    rewards_, lengths, finished, equal, parts = zip(*sum(everyone, []))
+    rewards_, lengths, finished = torch.stack(rewards_), sum(lengths, []), sum(finished, [])         # (B, G), two lists of B * G
     ended = [n for n, f in zip(lengths, finished) if f]
-    parts = [p for m in everyone for p in m["parts"]]
-    values = {"reward": float(rewards_.mean()), "reward_std": float(rewards_.std(1, correction=0).mean()),
-              "frac_reward_zero_std": mean(d for m in everyone for d in m["degenerate"])}
+    values = {"reward": float(rewards_.mean()), "reward_std": float(rewards_.std(1, correction=0).mean()), "frac_reward_zero_std": mean(equal)}
     for name in sorted({name for p in parts for name in p}):
         column = torch.tensor([v for p in parts if name in p for v in p[name] if v == v])
         values |= {f"rewards/{name}/mean": float(column.mean()), f"rewards/{name}/std": float(column.std(correction=0))}
@@ -249,7 +240,7 @@ def step_metrics(everyone, sums, norms, grpo):
     tokens = max(1, sum(s["tokens"] for s in sums))
 
     def total(name):
-        return sum(s.get(name, 0.0) for s in sums)
+        return sum(s[name] for s in sums)
     values |= {"loss": total("loss") / max(1, len(norms)), "grad_norm": mean(norms), "entropy": total("entropy") / tokens,
                "ratio": total("ratio") / tokens, "clip_ratio/low_mean": total("clip_ratio/low_mean") / tokens,
                "clip_ratio/high_mean": total("clip_ratio/high_mean") / tokens,
@@ -265,8 +256,8 @@ def step_metrics(everyone, sums, norms, grpo):
 # ---------------------------------------------------------------------------------------------- the loop
 
 def preflight(policy, examples, config):
-    """What could fail hours later, once, without effect: the largest update that a step may need (running out of memory shows in
-    the first minute), and a few tokens of the final evaluation's first examples."""
+    """What could fail hours later, once, without effect: an update of the first examples with completions of full length (running out of
+    memory shows in the first minute), and a few tokens of the final evaluation's first examples."""
     grpo = config.grpo
     usable = (prompt for example in examples for _, prompt in policy.encode_all([example]))
     prompts = list(islice(usable, grpo.micro_batch))
@@ -300,10 +291,7 @@ def starting_point(config, stop):
 def train(config, stop):
     """Runs GRPO to its last step (or on from the last checkpoint). Returns {name: folder} to compare, or None when stopped."""
     grpo, run = config.grpo, Path(config.out, "grpo")
-    try:
-        rewards.check_rewards(config.rewards)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    rewards.check_rewards(config.rewards)
     tasks = {task for source in data.sources(config, "train") for task in source.tasks}
     if not {"report", "grounding"} & {data.TASK_OF[task] for task in tasks}:
         raise InputError(f"data.tasks={sorted(tasks)}: GRPO needs report or grounding examples")
@@ -401,4 +389,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_main(main)
+    data.run_main(main, rewards.RewardError)

@@ -130,9 +130,6 @@ def train(config, stop):
             raise InputError(f"step {step + 1}: none of its {len(chosen)} studies can be used (see the messages above)")
         loss_sum = 0.0
         for some in policy.together([encoded[i:i + sft.micro_batch] for i in range(0, len(encoded), sft.micro_batch)]):
-            if some is None:
-                policy.idle()
-                continue
             loss = sft_loss(policy, some, n_tokens)
             loss.backward()
             loss_sum += float(loss.detach())

@@ -168,13 +168,17 @@ def test_chest_imagenome(tmp_path):
 
 @pytest.mark.parametrize("lists", [True, False])
 def test_nih(tmp_path, lists):
-    parts = splits(of("nih", layouts.nih(tmp_path, lists)))
+    root = layouts.nih(tmp_path, lists)
+    parts = splits(of("nih", root))
     patients = [{e.patient for e in p} for p in parts.values()]
     assert [len(p) for p in patients] == ([8, 1, 1] if lists else [7, 1, 2]) and not set.intersection(*patients)
     boxes = {e.id: e for p in parts.values() for e in only(p, "abnormality")}
     assert near(boxes["00000009_000.png-Infiltration"].boxes, [(.25, .5, .375, .75)])                         # its box file says Infiltrate
     assert near(boxes["00000009_001.png-Effusion"].boxes, [(512.5 / 1024, 0, 768.5 / 1024, 1)]) and len(boxes) == 2
     assert {e.answer for e in only(parts["test"], "classification")} >= ({"infiltration, effusion."} if lists else {"none."})
+    for split in SPLITS:                                                  # the same patients, whatever is asked
+        asked = [e for _, part, _ in data.read_split(of("nih", root, "data.tasks=[grounding]"), split) for e in part]
+        assert {e.id for e in asked} == {e.id for e in only(parts[split], "abnormality")}
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -383,9 +387,10 @@ def test_traces_come_from_the_file_or_the_references(tmp_path, capsys):
     assert [e.thinking for e in given] == ["", "First the heart."] and "1 of 2 examples have a trace in" in capsys.readouterr().err
     held = load_split(of("iu_xray", root, "data.thinking=true", f"data.traces={path}"), "val")
     assert held[0].thinking == data.systematic_reading(held[0].answer)     # the file is for training
-    for text, message in (("{}", "line 1"), ("", "line 1")):
+    for content, message in ((b"{}", "line 1"), (b"", "line 1"), (b"\xff", "cannot read")):
+        path.write_bytes(content)
         with pytest.raises(InputError, match=f"traces.jsonl.*{message}"):
-            load_split(of("iu_xray", root, "data.thinking=true", f"data.traces={layouts.write(path, text)}"), "train")
+            load_split(of("iu_xray", root, "data.thinking=true", f"data.traces={path}"), "train")
 
 
 # ---------------------------------------------------------------- python data.py
@@ -400,6 +405,10 @@ def test_the_description_counts_and_shows(tmp_path):
     assert rows["mimic_cxr", "train", "report"][:3] == ["3", "3", "2"] and rows["ms_cxr", "val", "phrase"][:3] == ["1", "1", "1"]
     assert rows["vindr_cxr", "test", "detection"][4:] == ["200/200/200", "100/100/100"] and "5_Frontal.dcm.png does not exist" in text
     assert "cannot be read: " in text and "would stop a run" in text and "6_Frontal.dcm.png" in text
+    config.data.thinking = True                                           # lengths are of what is trained, traces and tags included
+    seen = []
+    data.describe(config, lambda e: (seen.append(data.target_text(e)), (1, 1))[1], rewards.labeler(config.rewards))
+    assert any("Heart: " in text for text in seen) and any("Looking for " in text for text in seen)
     assert rows["val", "7", "7/7/7"] == ["5/5/5"] and rows["iu_xray", "train", "report"][:2] == ["6", "6"]
     assert sheet.width == 4 * 360
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import data
 import eval as evaluation
+import rewards
 import train_grpo
 import train_sft
 from conftest import ROOT
@@ -180,6 +181,13 @@ def test_a_user_error_is_one_line_and_exit_status_1(tmp_path):
     assert code == 1 and one_line(err, "grpo.kl_coef"), err
 
 
+def test_a_reward_that_fails_while_training_is_one_line(tmp_path):
+    (tmp_path / "own.py").write_text("import json\ndef parsed(completions, **columns):\n    return [json.loads(text) for text in completions]\n")
+    code, _, err = run("train_grpo.py", f"out={tmp_path}", *SHORT, "grpo.init=base", f"rewards.report={{{tmp_path}/own.py:parsed: 1}}")
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: reward ") and "own.py:parsed, line 3: JSONDecodeError" in last and "Traceback" not in err, err
+
+
 @pytest.mark.parametrize("script, override, message", [
     (train_sft, "data.source=iu_xray", "data.path"), (train_grpo, "rewards.report.mcs=1", "'mccs'"), (train_grpo, "grpo.init=/absent", "/absent"),
     (train_grpo, "rewards.labeler=chexbert", "rewards.chexbert"), (evaluation, "--checkpoint=/absent", "/absent"),
@@ -188,7 +196,7 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, script, overrid
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(sys, "argv", [script.__name__, str(ROOT / "config.yaml"), f"out={tmp_path}", *SHORT, override])
     with pytest.raises(SystemExit) as end:
-        data.run_main(script.main)
+        data.run_main(script.main, rewards.RewardError)
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
         signal.signal(number, handler)
     assert end.value.code == 1 and one_line(capsys.readouterr().err, message)
