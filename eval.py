@@ -638,7 +638,7 @@ def reproduce(path):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # given up with the process, however it ends
                 except BlockingIOError:
                     continue
-                if not (folder / "cost.json").exists():
+                if not row_state(folder)["done"]:
                     run_commands(folder, commands, f"{path}: {name!r}, seed {seed}")
             del left[name, seed]
             write(Path(grid["results"]), grid_text(grid, path))
@@ -648,16 +648,26 @@ def reproduce(path):
             time.sleep(5)                                                 # all that could be run is being run elsewhere
 
 
+def row_state(folder):
+    """Is a row's run done, and how many CPU minutes has it taken so far?"""
+    path = folder / "state.json"
+    return json.loads(path.read_text()) if path.exists() else {"done": False, "cpu_minutes": 0.0}
+
+
 def run_commands(folder, commands, where):
-    """Runs the commands of a row; its folder's cost.json, their CPU time, says that it is done."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    for command in commands:
-        tqdm.write("python " + " ".join(command))
-        code = subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], stdout=subprocess.DEVNULL).returncode
-        if code or command is commands[-1] and not (folder / "eval" / "metrics.json").exists():
-            raise data.InputError(f"{where}: `python {' '.join(command)}` did not end; started again, the grid goes on from there")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    write(folder / "cost.json", json.dumps({"cpu_minutes": (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60}))
+    """Runs the commands of a row, and keeps its state.json."""
+    state, before = row_state(folder), resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        for command in commands:
+            tqdm.write("python " + " ".join(command))
+            code = subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], stdout=subprocess.DEVNULL).returncode
+            if code or command is commands[-1] and not (folder / "eval" / "metrics.json").exists():
+                raise data.InputError(f"{where}: `python {' '.join(command)}` did not end; started again, the grid goes on from there")
+        state["done"] = True
+    finally:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        state["cpu_minutes"] += (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
+        write(folder / "state.json", json.dumps(state))
 
 
 def grid_text(grid, path):
@@ -669,9 +679,10 @@ def grid_text(grid, path):
             done = []
             for seed in claim["seeds"]:
                 folder, _, _ = grid_run(grid, name, seed)
-                if (folder / "cost.json").exists():
+                state = row_state(folder)
+                if state["done"]:
                     done.append(json.loads((folder / "eval" / "metrics.json").read_text()))
-                    minutes[folder] = json.loads((folder / "cost.json").read_text())["cpu_minutes"]
+                    minutes[folder] = state["cpu_minutes"]
 
             def cell(values, sign=""):
                 values = [v for v in values if v is not None]
@@ -681,7 +692,8 @@ def grid_text(grid, path):
                 models = [[*results.get(block, {}).get(metric, {"": {"value": None}}).values()] for results in done]
                 return [m[-1]["difference"][0] if gain else m[-1]["value"] for m in models if len(m) > 1 or not gain]
             lines.append([name, str(len(done)), *(cell(found(*which)) for which in SHOWN), *(cell(found(*which, True), "+") for which in GAINS)])
-        kept = [i for i, column in enumerate(zip(*lines[1:])) if set(column) != {"-"}]
+        few = min(2, len(claim["rows"]))                                  # a column compares rows
+        kept = [i for i, column in enumerate(zip(*lines[1:])) if sum(text != "-" for text in column) >= few]
         lines = [[line[i] for i in kept] for line in lines]
         table = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(kept), *lines[1:]])
         text.append("\n\n".join(filter(None, [f"## {claim['title']}", " ".join(claim["paper"].split()), table, " ".join(claim.get("reading", "").split())])))

@@ -59,6 +59,8 @@ def test_rows_run_once_in_order_and_results_hold_their_numbers(grid, tmp_path, m
     fail.append("more/seed1")
     with pytest.raises(data.InputError, match="'more', seed 1"):
         evaluation.reproduce(grid)
+    failed = evaluation.row_state(tmp_path / "runs" / "more" / "seed1")
+    assert not failed["done"] and failed["cpu_minutes"] == 0              # what it has taken is kept
     fail.clear()
     calls.clear()
     evaluation.reproduce(grid)                                            # goes on where it stopped: only the failed row and what follows
@@ -89,13 +91,13 @@ def test_two_terminals_share_a_grid(grid, tmp_path, monkeypatch):
         order.append("/".join(folder.parts[-2:]))
         (folder / "eval").mkdir()
         (folder / "eval" / "metrics.json").write_text("{}")
-        (folder / "cost.json").write_text('{"cpu_minutes": 1}')
+        (folder / "state.json").write_text('{"done": true, "cpu_minutes": 1}')
 
     def wait(seconds):                                                    # everything else is done: the other one ends, too
         assert len(order) == 5 and "more/seed0" not in order
         (first / "eval").mkdir()
         (first / "eval" / "metrics.json").write_text("{}")
-        (first / "cost.json").write_text('{"cpu_minutes": 2}')
+        (first / "state.json").write_text('{"done": true, "cpu_minutes": 2}')
         other.close()
     monkeypatch.setattr(evaluation, "run_commands", run)
     monkeypatch.setattr(evaluation.time, "sleep", wait)
@@ -115,3 +117,4 @@ def test_a_grid_runs_for_real(grid, tmp_path):
     text = (tmp_path / "RESULTS.md").read_text()
     assert "1 runs" in text and "| GRPO | 1 | 0." in text
     assert (tmp_path / "runs" / "grpo" / "seed3" / "eval" / "report.html").exists()
+    assert evaluation.row_state(tmp_path / "runs" / "grpo" / "seed3")["cpu_minutes"] > 0.01
