@@ -25,7 +25,7 @@ def test_the_shipped_grid_is_complete():
         config = data.load_config(ROOT / grid["config"], [a for a in commands[0][2:] if "=" in a])
         assert config.out == str(folder) and start in [*grid["rows"], None] and ("thinking" in name) <= config.data.thinking
         begins, stage = (config.grpo.init, "") if commands[0][0] == "train_grpo.py" else (config.sft.init, config.sft.stage)
-        checkpoint = {"weak SFT": "weak_sft/seed0/sft", "SFT": "sft/seed0/more", "cold start": "cold_start/seed0/cold_start", None: ""}[start]
+        checkpoint = {"weak SFT": "weak_sft/seed0/sft", "SFT": "sft/seed0/more", "more SFT": "more_sft/seed0/more", "cold start": "cold_start/seed0/cold_start", None: ""}[start]
         assert begins == (f"runs/ablations/{checkpoint}/best" if start else "auto") and (stage == "sft") == (start is None)
     last = evaluation.grid_run(grid, "more SFT", 2)[2]
     assert [c[0] for c in last] == ["train_sft.py", "eval.py"]
