@@ -672,7 +672,7 @@ def run_commands(folder, commands, where):
 
 def grid_text(grid, path):
     """RESULTS.md: a table for each claim, with mean, lowest and highest over the seeds that are done."""
-    text, minutes = [], {}
+    text, minutes, runs = [], {}, set()
     for claim in grid["claims"]:
         lines = [["", "seeds", *(metric for _, metric in SHOWN), *(f"{metric} - start" for _, metric in GAINS)]]
         for name in claim["rows"]:
@@ -680,6 +680,7 @@ def grid_text(grid, path):
             for seed in claim["seeds"]:
                 folder, _, _ = grid_run(grid, name, seed)
                 state = row_state(folder)
+                runs.add(folder)
                 if state["done"]:
                     done.append(json.loads((folder / "eval" / "metrics.json").read_text()))
                     minutes[folder] = state["cpu_minutes"]
@@ -698,7 +699,7 @@ def grid_text(grid, path):
         table = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(kept), *lines[1:]])
         text.append("\n\n".join(filter(None, [f"## {claim['title']}", " ".join(claim["paper"].split()), table, " ".join(claim.get("reading", "").split())])))
     head = (f"# The papers' claims in miniature\n\n`python eval.py --reproduce {path}`: phantoms and the built-in 2.4 M-parameter model. Mean [lowest, highest] over "
-            f"the seeds that are done. {len(minutes)} runs, {sum(minutes.values()) / 60:.1f} CPU-hours, the longest {max(minutes.values(), default=0):.0f} CPU-minutes.")
+            f"the seeds that are done. {len(minutes)} of {len(runs)} runs, {sum(minutes.values()) / 60:.1f} CPU-hours, the longest {max(minutes.values(), default=0):.0f} CPU-minutes.")
     return "\n\n".join([head, *filter(None, [" ".join(grid.get("setting", "").split())]), *text]) + "\n"
 
 

@@ -59,8 +59,8 @@ def test_rows_run_once_in_order_and_results_hold_their_numbers(grid, tmp_path, m
     fail.append("more/seed1")
     with pytest.raises(data.InputError, match="'more', seed 1"):
         evaluation.reproduce(grid)
-    failed = evaluation.row_state(tmp_path / "runs" / "more" / "seed1")
-    assert not failed["done"] and failed["cpu_minutes"] == 0              # what it has taken is kept
+    state = tmp_path / "runs" / "more" / "seed1" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "cpu_minutes": 3}))                  # what it has taken counts
     fail.clear()
     calls.clear()
     evaluation.reproduce(grid)                                            # goes on where it stopped: only the failed row and what follows
@@ -77,7 +77,7 @@ def test_rows_run_once_in_order_and_results_hold_their_numbers(grid, tmp_path, m
         assert gain == ("-" if name == "sft" else shown([v["difference"][0] for v in own], "+"))
     calls.clear()
     evaluation.reproduce(grid)
-    assert not calls and "6 runs" in (tmp_path / "RESULTS.md").read_text()
+    assert not calls and "6 of 6 runs, 0.1 CPU-hours, the longest 3 CPU-minutes" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_two_terminals_share_a_grid(grid, tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_two_terminals_share_a_grid(grid, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "run_commands", run)
     monkeypatch.setattr(evaluation.time, "sleep", wait)
     evaluation.reproduce(grid)
-    assert order == ["sft/seed0", "grpo/seed0", "sft/seed1", "more/seed1", "grpo/seed1"] and "6 runs, 0.1 CPU-hours" in (tmp_path / "RESULTS.md").read_text()
+    assert order == ["sft/seed0", "grpo/seed0", "sft/seed1", "more/seed1", "grpo/seed1"] and "6 of 6 runs, 0.1 CPU-hours" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_a_grid_runs_for_real(grid, tmp_path):
@@ -115,6 +115,6 @@ def test_a_grid_runs_for_real(grid, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "eval.py"), "--reproduce", str(grid)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "1 runs" in text and "| GRPO | 1 | 0." in text
+    assert "1 of 1 runs" in text and "| GRPO | 1 | 0." in text
     assert (tmp_path / "runs" / "grpo" / "seed3" / "eval" / "report.html").exists()
     assert evaluation.row_state(tmp_path / "runs" / "grpo" / "seed3")["cpu_minutes"] > 0.01

@@ -231,7 +231,7 @@ def test_evaluation_stops_before_decoding_where_the_labeler_is_wrong(tmp_path, m
     monkeypatch.setattr(data, "load_split", lambda *args: pytest.fail("reads data"))
     monkeypatch.setattr(model, "load_policy", lambda *args: pytest.fail("loads the model"))
     cfg = data.load_config(ROOT / "config.yaml", [f"out={tmp_path}", "rewards.labeler=chexbert"])
-    with pytest.raises(data.InputError, match="rewards.chexbert=''"):
+    with pytest.raises(rewards.RewardError, match="rewards.chexbert=''"):
         evaluation.evaluate_checkpoints(cfg, {"a": "tiny"})
 
 
