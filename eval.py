@@ -30,13 +30,11 @@ A metric with nothing to average over is NaN in Python, null in JSON and "-" in 
 import argparse
 import base64
 import dataclasses
-import fcntl
 import io
 import json
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -603,6 +601,8 @@ def grid_run(grid, name, seed):
     """(folder of a row, the row it starts from or None, the commands that make it). A row is a stage (grpo, unless said otherwise)
     with settings; all but plain SFT begin at the checkpoint of another row, and are evaluated beside it."""
     def places(name):
+        if name not in grid["rows"]:
+            raise data.InputError(f"grid: no row {name!r}; the rows are {', '.join(grid['rows'])}")
         row = {"stage": "grpo", "start": grid["start"], **(grid["rows"][name] or {})}
         folder = Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
         return row, folder, folder / row["stage"]
@@ -620,6 +620,7 @@ def grid_run(grid, name, seed):
 def reproduce(path):
     """Runs the grid of `path` and writes its RESULTS.md after each row and seed. What is done is kept, what was interrupted goes on
     from its last checkpoint; the same command in a second terminal takes rows that no other one is at."""
+    import fcntl                                                          # not on Windows, where all else runs
     grid, left = data.read_yaml(path), {}
     for claim in grid["claims"]:
         for seed in claim["seeds"]:
@@ -656,12 +657,18 @@ def row_state(folder):
 
 def run_commands(folder, commands, where):
     """Runs the commands of a row, and keeps its state.json."""
+    import resource                                                       # not on Windows either
     state, before = row_state(folder), resource.getrusage(resource.RUSAGE_CHILDREN)
+    config, metrics = data.load_config(commands[0][1], commands[0][2:]), folder / "eval" / "metrics.json"
+    stage, sft = "grpo" if commands[0][0] == "train_grpo.py" else config.sft.stage, config.sft
+    steps = {"grpo": config.grpo.steps, "more": sft.more_steps}.get(stage, sft.steps)
+    metrics.unlink(missing_ok=True)
     try:
         for command in commands:
             tqdm.write("python " + " ".join(command))
             code = subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], stdout=subprocess.DEVNULL).returncode
-            if code or command is commands[-1] and not (folder / "eval" / "metrics.json").exists():
+            stopped = model.last_step(folder / stage) < steps             # by a signal: that is no failure, and not the end
+            if code or stopped or command is commands[-1] and not metrics.exists():
                 raise data.InputError(f"{where}: `python {' '.join(command)}` did not end; started again, the grid goes on from there")
         state["done"] = True
     finally:

@@ -42,7 +42,8 @@ def grid(tmp_path):
 
 
 def test_rows_run_once_in_order_and_results_hold_their_numbers(grid, tmp_path, monkeypatch):
-    calls, rng, fail = [], np.random.default_rng(0), []
+    calls, rng, fail, steps = [], np.random.default_rng(0), [], {}
+    monkeypatch.setattr(evaluation.model, "last_step", lambda run: steps.get(run, 9999))
 
     def run(command, **_):
         calls.append([command[1].name, *command[2:]])
@@ -56,6 +57,11 @@ def test_rows_run_once_in_order_and_results_hold_their_numbers(grid, tmp_path, m
             (tmp_path / out / "eval" / "metrics.json").write_text(json.dumps({"reports": {"ce_f1_macro13": values, "bleu4": {m: {"value": None} for m in models}}}))
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(subprocess, "run", run)
+    steps[tmp_path / "runs" / "more" / "seed1" / "more"] = 399             # a signal stopped it: it ends well, but not at its last step
+    with pytest.raises(data.InputError, match="'more', seed 1"):
+        evaluation.reproduce(grid)
+    assert calls[-1][0] == "train_sft.py"                                 # and is not evaluated
+    steps.clear()
     fail.append("more/seed1")
     with pytest.raises(data.InputError, match="'more', seed 1"):
         evaluation.reproduce(grid)
@@ -78,6 +84,14 @@ def test_rows_run_once_in_order_and_results_hold_their_numbers(grid, tmp_path, m
     calls.clear()
     evaluation.reproduce(grid)
     assert not calls and "6 of 6 runs, 0.1 CPU-hours, the longest 3 CPU-minutes" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_row_that_is_not_there_is_one_line(grid):
+    tree = yaml.safe_load(grid.read_text())
+    tree["claims"][0]["rows"].append("GRPP")
+    grid.write_text(yaml.safe_dump(tree, sort_keys=False))
+    with pytest.raises(data.InputError, match="no row 'GRPP'; the rows are SFT, more, GRPO"):
+        evaluation.reproduce(grid)
 
 
 def test_two_terminals_share_a_grid(grid, tmp_path, monkeypatch):
