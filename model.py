@@ -320,33 +320,31 @@ class SharedDecoder:
         self.seat(torch.arange(len(mask), device=mask.device).repeat_interleave(group_size))
 
     def seat(self, owner):
-        """owner (R,), ascending: the prompt of each row; place (R,): which of that prompt's rows it is."""
-        self.owner, self.place = owner, torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
-        self.places = int(self.place.max()) + 1
+        """owner (R,), ascending: the prompt of each row. Every prompt gets as many seats as the one with the most rows needs."""
+        place = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)       # which of its prompt's rows
+        self.owner, self.seats = owner, int(place.max()) + 1
+        self.seated = None if len(owner) == len(self.bias) * self.seats else owner * self.seats + place
 
     def keep(self, live):
         """Retires all rows but `live` (R,), and prompts without any."""
-        self.start, self.own = self.start[live], [tuple(t[live] for t in layer) for layer in self.own]
-        prompts, owner = self.owner[live].unique(return_inverse=True)
-        self.seat(owner)
+        rows = live.nonzero()[:, 0]
+        self.start, self.own = self.start[rows], [tuple(t.index_select(0, rows) for t in layer) for layer in self.own]
+        prompts, owner = self.owner[rows].unique(return_inverse=True)
         if len(prompts) < len(self.bias):
-            self.prompts, self.bias = [tuple(t[prompts] for t in layer) for layer in self.prompts], self.bias[prompts]
+            self.prompts = [tuple(t.index_select(0, prompts) for t in layer) for layer in self.prompts]
+            self.bias = self.bias[prompts]
+        self.seat(owner)
 
     def side_by_side(self, rows):
-        """(R, h, n, k) -> (B, h, places * n, k): the rows of a prompt meet its keys in one product. Places left free are 0."""
-        if len(self.owner) == len(self.bias) * self.places:
-            slots = rows.unflatten(0, (-1, self.places)).transpose(1, 2)
-        else:
-            slots = rows.new_zeros(len(self.bias), rows.shape[1], self.places, *rows.shape[2:])
-            slots[self.owner, :, self.place] = rows
-        return slots.flatten(2, 3)
+        """(R, h, n, k) -> (B, h, seats * n, k): the rows of a prompt meet its keys in one product. Empty seats hold zeros."""
+        if self.seated is not None:
+            rows = rows.new_zeros(len(self.bias) * self.seats, *rows.shape[1:]).index_copy_(0, self.seated, rows)
+        return rows.unflatten(0, (-1, self.seats)).transpose(1, 2).flatten(2, 3)
 
     def apart(self, slots):
-        """The way back: (B, h, places * n, k) -> (R, h, n, k)."""
-        slots = slots.unflatten(2, (self.places, -1))
-        if len(self.owner) == len(self.bias) * self.places:
-            return slots.transpose(1, 2).flatten(0, 1)
-        return slots[self.owner, :, self.place]
+        """The way back: (B, h, seats * n, k) -> (R, h, n, k)."""
+        rows = slots.unflatten(2, (self.seats, -1)).transpose(1, 2).flatten(0, 1)
+        return rows if self.seated is None else rows.index_select(0, self.seated)
 
     def step(self, tokens):
         """The last hidden states (R, H) after tokens (R,)."""
