@@ -440,7 +440,7 @@ def thumbnail(example, side=300):
 
 def box_svg(boxes, colour, dashed=False):
     return "".join(f'<rect x="{x1}" y="{y1}" width="{max(x2 - x1, 0)}" height="{max(y2 - y1, 0)}" fill="none" stroke="{colour}" stroke-width="2" '
-                   f'vector-effect="non-scaling-stroke"{" stroke-dasharray=4" * dashed}/>' for x1, y1, x2, y2 in boxes)
+                   f'vector-effect="non-scaling-stroke" stroke-dasharray="{"4" if dashed else "none"}"/>' for x1, y1, x2, y2 in boxes)
 
 
 def underlined(text):

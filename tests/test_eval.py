@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -443,6 +444,17 @@ class Tags(html.parser.HTMLParser):
 
     def handle_data(self, text):
         self.text += text
+
+
+def test_every_box_is_drawn():
+    """The picture is well-formed, or a browser would show its first box only: references dashed, then each model's in its colour."""
+    example = dataclasses.replace(examples(1)[0], boxes=((.1, .1, .4, .5), (.5, .2, .9, .6)), answer="two")
+    answers = {"sft": "[0.10, 0.10, 0.40, 0.50]", "grpo": "[0.20, 0.20, 0.30, 0.40] and [0.50, 0.20, 0.80, 0.60]"}
+    predictions = {name: report(0, answer, "two") | {"task": "grounding", "boxes": list(example.boxes)} for name, answer in answers.items()}
+    _, svg, _ = evaluation.grounding_case(example, predictions)
+    drawn = [(r.get("stroke"), r.get("stroke-dasharray") != "none", float(r.get("x"))) for r in ElementTree.fromstring(svg)]
+    white, first, second = "#ffffff", *evaluation.COLOURS[:2]
+    assert drawn == [(white, True, .1), (white, True, .5), (first, False, .1), (second, False, .2), (second, False, .5)]
 
 
 def test_the_page_stands_alone_and_shows_generated_text_as_text(tmp_path):
