@@ -118,7 +118,7 @@ class DataConfig:
     traces: str = ""                    # cold start: JSON lines of id and thinking; empty: made from the references
     thinking: bool = False              # think before answering
     think_format: Literal["tags", "suffix"] = "tags"  # <think>..</think><report>..</report> (MRG-R1) | ..</think>.. (RadVLM)
-    train_size: int = 6000              # phantoms with a report, and as many with boxes, per split
+    train_size: int = 6000              # phantoms with a report, and as many with boxes (in training with a report, too), per split
     val_size: int = 64
     test_size: int = 768
     on_error: Literal["stop", "skip"] = "stop"  # an unreadable example: stop, or leave it out, count it and say so
@@ -211,7 +211,7 @@ class EvalConfig:
 @dataclass
 class LogConfig:
     keep_last: int = 1                  # newest checkpoints that a run keeps, beside the best
-    samples: int = 2                    # prompts per step whose completions go to samples.jsonl
+    samples: int = 1                    # prompts of each task and step whose completions go to samples.jsonl
     tensorboard: bool = False
     wandb: bool = False
 
@@ -1673,7 +1673,7 @@ def describe(config, encode, label):
     encode(example) -> (number of prompt tokens, of answer tokens); label(reports) -> states (N, 14), as rewards.labeler."""
     stopping, config = config.data.on_error == "stop", dataclasses.replace(config, data=dataclasses.replace(config.data, on_error="skip"))
     rng, said, chosen = np.random.default_rng(config.seed), [], []
-    counts = [["source", "split", "task", "examples", "studies", "patients", "words", "image width", "image height"]]
+    counts = [["source", "split", "task", "examples", "studies", "patients", "words (min / median / max)", "image width", "image height"]]
     labels, lengths = {}, [["tokens, min / median / max", "of", "prompt", "answer"]]
 
     def tried(function, *args):

@@ -353,7 +353,7 @@ td small { margin-left: 6px } summary { cursor: pointer; color: var(--accent); m
 .chip.tp { background: #e4f2e7; color: var(--good) } .chip.fp { background: #fae6e5; color: var(--bad) } .chip.fn { background: #fff; color: var(--bad); border: 1px dashed var(--bad) }
 .filters button { font: inherit; font-size: 13px; padding: 3px 12px; margin: 0 6px 6px 0; border: 1px solid var(--line); border-radius: 14px; background: #fff; color: var(--ink); cursor: pointer }
 .filters button[aria-pressed=true] { background: var(--ink); color: #fff; border-color: var(--ink) }
-.sample { display: grid; grid-template-columns: 120px 1fr; gap: 14px; padding: 7px 0; border-top: 1px solid var(--line); font-size: 13.5px }
+.sample { display: grid; grid-template-columns: 170px 1fr; gap: 14px; padding: 7px 0; border-top: 1px solid var(--line); font-size: 13.5px }
 .sample div { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 0 }
 @media (max-width: 640px) { .case { grid-template-columns: 1fr } .sample { grid-template-columns: 1fr } body { padding: 18px 12px 60px } }
 """
@@ -481,16 +481,19 @@ def thought(prediction):
     return f"<details><summary>thinking</summary><p>{escape(prediction['thinking'])}</p></details>" if prediction["thinking"] else ""
 
 
-def groups_html(run, count=3):
-    """The last groups of samples.jsonl: every completion with its reward and advantage."""
+def groups_html(run, count=2):
+    """The last groups of each task in samples.jsonl: every completion with its reward, the parts of it, and its advantage."""
     try:
-        rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()][-count:]
+        rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         return ""
     blocks = []
-    for group in rows:
-        samples = "".join(f"<div class=sample><div><b>{s['reward']:.3f}</b> <small>advantage {s['advantage']:+.3f}</small></div><div>{escape(s['text'])}</div></div>"
-                          for s in sorted(group["samples"], key=lambda s: -s["reward"]))
+    for group in (g for task in ("report", "grounding") for g in [g for g in rows if g.get("task") == task][-count:]):
+        samples = ""
+        for s in sorted(group["samples"], key=lambda s: -s["reward"]):
+            parts = "".join(f"<br><small>{escape(name.rpartition('/')[2])} {value:.3f}</small>" for name, value in s["parts"].items())
+            samples += (f"<div class=sample><div><b>{s['reward']:.3f}</b> <small>advantage {s['advantage']:+.3f}</small>{parts}</div>"
+                        f"<div>{escape(s['text'])}</div></div>")
         blocks.append(f"<h3>step {group['step']}: {escape(group['question'])}</h3><p>Reference: {escape(group['reference'])}</p>{samples}<br>")
     return f"<h2>Groups of samples, the best paid first</h2>{''.join(blocks)}" if blocks else ""
 

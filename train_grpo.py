@@ -358,10 +358,11 @@ def train(config, stop):
         values |= {name: then - before for (_, before), (name, then) in pairwise(laps)}
         values |= {"learning_rate": lr, "step_time": seconds, "tokens_per_second": values["num_tokens"] / seconds}
         log.metrics(step + 1, values)
-        for r in rollouts[:config.log.samples]:
-            log.sample(step + 1, {"id": r.example.id, "question": r.example.question, "reference": r.example.answer, "samples": [
-                {"text": text, "reward": float(reward), "advantage": float(a), **{k: float(v[g]) for k, v in r.parts.items() if v[g] == v[g]}}
-                for g, (text, reward, a) in enumerate(zip(r.texts, r.rewards, r.advantages))]})
+        for task in ("report", "grounding"):
+            for r in [r for r in rollouts if r.example.task == task][:config.log.samples]:
+                log.sample(step + 1, {"id": r.example.id, "task": task, "question": r.example.question, "reference": r.example.answer, "samples": [
+                    {"text": text, "reward": float(reward), "advantage": float(a), "parts": {k: float(v[g]) for k, v in r.parts.items() if v[g] == v[g]}}
+                    for g, (text, reward, a) in enumerate(zip(r.texts, r.rewards, r.advantages))]})
         bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0):.4f}")
         stopping, done = bool(stop), step + 1
         if unknown := set(grpo.stop_if) - set(values):

@@ -5,6 +5,7 @@ import html.parser
 import io
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -465,8 +466,9 @@ def test_the_page_stands_alone_and_shows_generated_text_as_text(tmp_path):
     calm = [r | {key: "calm" for key in ("text", "answer", "reference", "thinking")} for r in rows]
     cfg = config(tmp_path, cases=200)
     (tmp_path / "grpo").mkdir()
-    group = {"step": 1, "question": hostile, "reference": hostile, "samples": [{"text": hostile, "reward": .5, "advantage": 0.}]}
-    (tmp_path / "grpo" / "samples.jsonl").write_text(json.dumps(group) + "\n")
+    groups = [{"step": n, "task": task, "question": hostile, "reference": f"{task}-{n}", "samples": [
+        {"text": hostile, "reward": .5, "advantage": 0., "parts": {hostile: .25}}]} for n in range(3) for task in ("grounding", "report")]
+    (tmp_path / "grpo" / "samples.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
     (tmp_path / "grpo" / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "reward": n / 7, "rewards/mccs/mean": .1, "kl": 0.}) + "\n" for n in range(3)))
     pages = []
     for predictions, shown in ((rows, given), (calm, [dataclasses.replace(e, question="calm", answer="calm", id=e.id[len(hostile):]) for e in given])):
@@ -477,6 +479,7 @@ def test_the_page_stands_alone_and_shows_generated_text_as_text(tmp_path):
     assert [t for t in loud.tags if t != "u"] == [t for t in quiet.tags if t != "u"] and loud.tags.count("script") == 1      # labels underline
     assert loud.text.count("alert(1)") >= 400 and "onerror=y" in loud.text and loud.tags.count("polyline") == 6
     assert all(address.startswith("data:image/jpeg;base64,") for address in loud.addresses) and len(loud.addresses) == 200
+    assert re.findall(r"Reference: (\w+-\d)", loud.text) == ["report-1", "report-2", "grounding-1", "grounding-2"]       # the last ones of each task
     assert len(pages[0]) < 10e6 and "http" not in pages[0]
 
 

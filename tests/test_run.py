@@ -69,8 +69,11 @@ def test_the_whole_loop(finished):
         assert isinstance(rows[0][name], float), name
     assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]                    # starts at the reference, then moves
     assert rows[2]["sampling/sampling_logp_difference/max"] < 1e-4
-    sample = json.loads((out / "grpo" / "samples.jsonl").read_text().splitlines()[0])
-    assert len(sample["samples"]) == 4 and {"text", "reward", "advantage"} <= sample["samples"][0].keys()
+    groups = [json.loads(line) for line in (out / "grpo" / "samples.jsonl").read_text().splitlines()]
+    assert [(g["step"], g["task"]) for g in groups] == [(step, task) for step in (1, 2, 3) for task in ("report", "grounding")]
+    for g, parts in zip(groups, [{"mccs": 0.3, "label_f1": 0.7}, {"soft_f1": 1.0}] * 3):
+        assert len(g["samples"]) == 4 and abs(sum(s["advantage"] for s in g["samples"])) < 1e-5
+        assert all(abs(s["reward"] - sum(parts[name] * value for name, value in s["parts"].items())) < 1e-6 for s in g["samples"])
     assert difference(weights(out / "sft"), weights(out / "grpo")) > 1e-4
     again = run("train_grpo.py", f"out={out}", *SHORT)                     # nothing left to do but evaluate
     assert again[0] == 0 and metrics(out / "grpo") == rows
