@@ -352,6 +352,8 @@ def load_config(path, overrides=()):
         raise InputError("grpo.group_size=1: a completion is compared with the others of its group; it takes two")
     if config.eval.samples > 1 and not config.eval.temperature:
         raise InputError(f"eval.samples={config.eval.samples} needs eval.temperature above 0: greedy samples are all the same")
+    if config.grpo.normalize_parts and config.grpo.adv_norm == "none":
+        raise InputError("grpo.normalize_parts=true divides every part by a std: it takes grpo.adv_norm=group or batch")
     if config.grpo.mini_batch > config.grpo.prompts:
         raise InputError(f"grpo.mini_batch={config.grpo.mini_batch} is larger than grpo.prompts={config.grpo.prompts}")
     return config
@@ -1200,7 +1202,9 @@ def texts_by_id(path, key):
     try:
         for n, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), 1):
             row = json.loads(line)
-            texts[str(row["id"])] = str(row[key])
+            if not isinstance(row[key], str):
+                raise ValueError(f"{key}: expected text, got {row[key]!r}")
+            texts[str(row["id"])] = row[key]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read ({getattr(error, 'strerror', 0) or error})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -30,11 +30,13 @@ A metric with nothing to average over is NaN in Python, null in JSON and "-" in 
 import argparse
 import base64
 import dataclasses
+import fcntl
 import io
 import json
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -571,13 +573,16 @@ def training_reports(cfg):
 def evaluate_checkpoints(cfg, paths, files={}):
     """Evaluates {name: checkpoint}, and {name: file of predictions}, on cfg.eval.split, writes OUT/eval/, prints; (table, results).
     All have to do with the examples that every one of them has predicted."""
-    labeler(cfg.rewards)                    # a labeler that cannot be loaded must not cost the decoding
-    examples, predictions, folder = chosen_examples(cfg), {}, Path(cfg.out, "eval")
+    labeler(cfg.rewards)                    # neither a labeler nor a file that cannot be read must cost the decoding
+    examples, folder = chosen_examples(cfg), Path(cfg.out, "eval")
     training = training_reports(cfg) if any(e.task == "report" for e in examples) else []
-    for name, path in {**files, **paths}.items():
-        predictions[name] = read_predictions(path, examples) if name in files else predict(model.load_policy(cfg, resolve(path)), examples, cfg, name)
-        if model.rank() == 0 and name not in files:
+    read = {name: read_predictions(path, examples) for name, path in files.items()}
+    predictions = {}
+    for name, path in paths.items():
+        predictions[name] = predict(model.load_policy(cfg, resolve(path)), examples, cfg, name)
+        if model.rank() == 0:
             write(folder / f"{name}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions[name]))
+    predictions |= read
     if model.rank() != 0:
         return "", {}
     common = set.intersection(*({p["id"] for p in some} for some in predictions.values()))
@@ -623,7 +628,6 @@ def grid_run(grid, name, seed):
 def reproduce(path):
     """Runs the grid of `path` and writes its RESULTS.md after each row and seed. What is done is kept, what was interrupted goes on
     from its last checkpoint; the same command in a second terminal takes rows that no other one is at."""
-    import fcntl                                                          # not on Windows, where all else runs
     grid, left = data.read_yaml(path), {}
     for claim in grid["claims"]:
         for seed in claim["seeds"]:
@@ -660,7 +664,6 @@ def row_state(folder):
 
 def run_commands(folder, commands, where):
     """Runs the commands of a row, and keeps its state.json."""
-    import resource                                                       # not on Windows either
     state, before = row_state(folder), resource.getrusage(resource.RUSAGE_CHILDREN)
     config, metrics = data.load_config(commands[0][1], commands[0][2:]), folder / "eval" / "metrics.json"
     stage, sft = "grpo" if commands[0][0] == "train_grpo.py" else config.sft.stage, config.sft
@@ -731,6 +734,8 @@ def main():
     for path in (a for a in args.predictions if a not in overrides and not (a.endswith(".jsonl") and os.path.isfile(a))):
         raise data.InputError(f"--predictions {path}: expected a file NAME.jsonl")
     names = column_names([a.removesuffix(".jsonl") for a in given if a not in overrides])
+    if both := [path for path in names.values() if path in args.checkpoint and path + ".jsonl" in args.predictions]:
+        raise data.InputError(f"--checkpoint {both[0]} and --predictions {both[0]}.jsonl would be one column: rename the file")
     if not names:
         parser.error("expected at least one folder after --checkpoint, or a file after --predictions")
     files = {name: path + ".jsonl" for name, path in names.items() if path + ".jsonl" in args.predictions}

@@ -235,7 +235,7 @@ def draw(logits, uniform):
         share = (goal - cdf.gather(1, block)) / mass.gather(1, block) + 1                         # how far into the block
         within = blocks[rows, block[:, 0]].double().cumsum(1)             # (R, 128)
         goal = share.clamp(0, 1 - 1e-9) * within[:, -1:]                  # below its end, where only ids of probability 0 may be
-        token = (128 * block + torch.searchsorted(within, goal, right=True))[:, 0]
+        token = (128 * block + torch.searchsorted(within, goal, right=True))[:, 0].clamp(max=logits.shape[1] - 1)      # of NaN: anything
     return token, p[rows, token].log() - cdf[:, -1].log().float()
 
 
@@ -304,7 +304,13 @@ class PackedAttention:
 
 def normed(layer, x):
     """RMS normalisation by a layer of a Qwen-VL model, in one call."""
-    return F.rms_norm(x, x.shape[-1:], layer.weight, layer.variance_epsilon)
+    return F.rms_norm(x.float(), x.shape[-1:], layer.weight.float(), layer.variance_epsilon)
+
+
+def half(tensor):
+    """As autocast would cast it for a product: what many products read is better cast once (rotation has made it float32)."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 class SharedDecoder:
@@ -314,7 +320,7 @@ class SharedDecoder:
     def __init__(self, base, cache, mask, start, group_size):
         """The prompts' cache, (B, h, P, d) per layer, mask (B, P), and the position that follows each, (B,)."""
         self.text, self.length, self.start = base.language_model, 0, start.repeat_interleave(group_size)
-        self.prompts = [(layer.keys, layer.values) for layer in cache.layers]
+        self.prompts = [tuple(map(half, (layer.keys, layer.values))) for layer in cache.layers]
         self.own = [tuple(t[:, :, :0].repeat_interleave(group_size, 0) for t in layer) for layer in self.prompts]
         self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)[:, None, None]
         self.seat(torch.arange(len(mask), device=mask.device).repeat_interleave(group_size))
@@ -463,7 +469,7 @@ def inside(method):
 class Policy:
     """A Hugging Face vision-language model with its processor."""
 
-    sharded, spare = False, None        # spare: a prompt for `idle`
+    sharded, spare, start = False, None, ""         # spare: a prompt for `idle`; start: the checkpoint that training began at
 
     def __init__(self, model, processor, config, path=""):
         self.config, self.path = config, path
@@ -516,6 +522,19 @@ class Policy:
         half = self.config.model.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
+    @contextmanager
+    def cast_once(self):
+        """While sampling, autocast keeps a half-precision copy of every weight. By itself it does so for those that require
+        gradients, and would cast frozen ones again for every token."""
+        frozen = [] if self.sharded else [p for p in self.model.parameters() if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
     # -- inputs: the one function that every stage builds its inputs with
 
     def chat(self, example):
@@ -549,7 +568,10 @@ class Policy:
 
     def question_ids(self, example):
         """(Q,) ids of the prompt after its last image token, without opening the images."""
-        text = self.image_end + self.chat(example).rpartition(self.processor.image_token)[2]
+        chat, token = self.chat(example), self.processor.image_token
+        if chat.count(token) > len(example.images):
+            raise InputError(f"{example.id}: its question contains {token}, which only stands for an image; take it out")
+        text = self.image_end + chat.rpartition(token)[2]
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], device=self.device)
 
     @cached_property
@@ -559,12 +581,12 @@ class Policy:
                              add_special_tokens=False)["input_ids"][0]
         return self.tokenizer.decode(ids[int((ids == self.model.config.image_token_id).nonzero()[-1]) + 1:])
 
-    def encode_all(self, examples):
-        """(example, inputs) for each usable example. data.on_error=skip leaves the others out and says so."""
+    def encode_all(self, examples, encode=None):
+        """(example, inputs, or what `encode` gives) for each usable example. data.on_error=skip leaves the others out and says so."""
         pairs = []
         for example in examples:
             try:
-                pairs.append((example, self.encode(example)))
+                pairs.append((example, (encode or self.encode)(example)))
             except InputError as error:
                 if self.config.data.on_error == "stop":
                     raise
@@ -640,7 +662,7 @@ class Policy:
         uniform = torch.from_numpy(np.stack([
             np.random.default_rng([*stream, int(hashlib.sha1(e.id.encode()).hexdigest()[:12], 16), g]).random(max_new_tokens)
             for e, _ in pairs for g in range(group_size)])).to(self.device)                # (R, max_new_tokens)
-        with self.autocast():
+        with self.autocast(), self.cast_once():
             tokens, logprobs, lengths, finished = self.decode_groups([p for _, p in pairs], group_size, uniform, temperature)
         rollouts = []
         for i, (example, prompt) in enumerate(pairs):
@@ -679,6 +701,9 @@ class Policy:
                 decoder.keep(live)
                 rows, token = rows[live], token[live]
             hidden = decoder.step(token)
+        if not logprobs.isfinite().all():
+            raise InputError("the model's logits are not finite: its weights have overflowed. Go back to an earlier checkpoint and lower lr, or try "
+                             "model.precision=float32")
         return tokens, logprobs, lengths, finished
 
     def decode(self, ids):
@@ -1108,7 +1133,7 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
                 policy.save(aside, weights)
-                torch.save({"step": step, "optimizers": states, **state}, aside / "training_state.pt")
+                torch.save({"step": step, "start": policy.start, "optimizers": states, **state}, aside / "training_state.pt")
                 for path in [*aside.rglob("*"), aside]:
                     sync(path)
                 os.rename(aside, final)
@@ -1145,7 +1170,11 @@ def check_room(run, policy, optimizers, best):
 
 def last_step(run):
     """The step that run/last holds, 0 without one."""
-    return int((run / "last").resolve().name.removeprefix("step_")) if (run / "last").exists() else 0
+    if not (run / "last").exists():
+        return 0
+    if not (run / "last").is_symlink():
+        raise InputError(f"{run}/last is a folder where a link was: copy runs with their links (cp -a, rsync -a), or replace it by one to a step_N")
+    return int((run / "last").resolve().name.removeprefix("step_"))
 
 
 def resume(run, config, start, section):
@@ -1153,6 +1182,7 @@ def resume(run, config, start, section):
     Adapters are trained on top of `start` as it is."""
     path = run / "last" if (run / "last").exists() else None
     policy = load_policy(config, start if section.lora_rank else path or start)
+    policy.start = Path(start).resolve().name if start else ""
     if section.lora_rank:
         policy.add_lora(section)
         if path:
@@ -1164,6 +1194,9 @@ def resume(run, config, start, section):
     if path is None:
         return policy, optimizers, {"step": 0}
     state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)
+    if (began := state.pop("start", policy.start)) != policy.start:       # it is the reference, and what adapters belong to
+        raise InputError(f"{run} began at {began} of {Path(start).parent}, and {Path(start).name} is {policy.start} there by now; "
+                         f"point it back, or choose another folder with out=...")
     for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
         optimizer.load_state_dict(spread(saved, optimizer))
     return policy, optimizers, state
@@ -1248,7 +1281,7 @@ class Log:
 def prompt_size(config, vision):
     """(patches, tokens) of a prompt whose images are as large as model.max_pixels allows, for a model's `vision_config`."""
     images = max(2 if source.source in ("iu_xray", "mimic_cxr") and source.views == "all" else 1 for source in data.sources(config, "train"))
-    patches = images * config.model.max_pixels // getattr(vision, "patch_size", 14) ** 2
+    patches = images * config.model.max_pixels // int(np.max(getattr(vision, "patch_size", 14))) ** 2           # InternVL's has two sides
     return patches, min(config.model.max_prompt_tokens, patches // getattr(vision, "spatial_merge_size", 2) ** 2 + 64)
 
 
@@ -1286,7 +1319,7 @@ def memory_plan(policy, config, section, gpus=None):
     parts = {"weights": 4 * total / shares, "gradients": 4 * trained / shares, "optimizer": 8 * trained / shares, "activations": activations,
              "logits": 4 * max(3 * BUFFER, CHUNK * text.vocab_size)}
     if b == 2 and shares == 1:
-        parts["half-precision weights"] = 2 * trained
+        parts["half-precision weights"] = 2 * total
     if shares > 1:
         blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         parts["gathered weights"] = 4 * (total - sum(blocks)) + b * (sum(blocks) if grpo else 2 * max(blocks))     # GRPO: to sample

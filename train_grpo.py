@@ -256,11 +256,11 @@ def step_metrics(everyone, sums, norms, grpo):
 # ---------------------------------------------------------------------------------------------- the loop
 
 def preflight(policy, examples, config):
-    """What could fail hours later, once, without effect: an update of the first examples with completions of full length (running out of
-    memory shows in the first minute), and a few tokens of the final evaluation's first examples."""
+    """What could fail hours later, once, without effect: an update of the longest of some prompts with completions of full length (running
+    out of memory shows in the first minute), and a few tokens of the final evaluation's first examples."""
     grpo = config.grpo
     usable = (prompt for example in examples for _, prompt in policy.encode_all([example]))
-    prompts = list(islice(usable, grpo.micro_batch))
+    prompts = sorted(islice(usable, 4 * grpo.micro_batch), key=lambda prompt: prompt["input_ids"].shape[1])[-grpo.micro_batch:]
     if not prompts:
         raise InputError("none of the training examples can be used (see the messages above)")
     policy.spare = prompts[0]
@@ -365,9 +365,12 @@ def train(config, stop):
                     for g, (text, reward, a) in enumerate(zip(r.texts, r.rewards, r.advantages))]})
         bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0):.4f}")
         stopping, done = bool(stop), step + 1
-        if unknown := set(grpo.stop_if) - set(values):
+        at_times = {f"rewards/{name}/{what}" for name in {*config.rewards.report, *config.rewards.grounding} for what in ("mean", "std")}
+        at_times |= {"kl", "kl/k1", "kl/k2", "kl/k3"} if grpo.kl_coef else set()                # not of a step without their task, or any signal
+        if unknown := set(grpo.stop_if) - set(values) - at_times:
             raise InputError(f"grpo.stop_if: no value {min(unknown)!r} is logged; there are {', '.join(values)}")
-        alarms = [f"{name} is {values[name]:.4g}, above {limit:g}" for name, limit in grpo.stop_if.items() if values[name] > limit]
+        alarms = [f"{name} is {values[name]:.4g}, above {limit:g}" for name, limit in grpo.stop_if.items() if values.get(name, limit) > limit]
+        alarms = model.gather_objects(alarms)[0]                          # times differ between processes
         if stopping or alarms or done % grpo.save_every == 0 or done == grpo.steps:
             model.save_checkpoint(run, done, policy, optimizers)
         if alarms:

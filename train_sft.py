@@ -37,9 +37,9 @@ def encode_studies(policy, studies):
             prefix, rest = policy.split_at_images(prompt)
             if not torch.equal(rest, policy.question_ids(first)):
                 raise InputError(f"the chat template of model.path={policy.config.model.path} does not end its images as expected")
-            answers = [policy.encode_target(e) for e in examples]
-            rows = [torch.cat([policy.question_ids(e), answer]) for e, answer in zip(examples, answers)]
-            encoded.append((prefix, rows, [len(answer) for answer in answers]))
+            pairs = [pair for _, pair in policy.encode_all(examples, lambda e: (policy.question_ids(e), policy.encode_target(e)))]
+            if pairs:
+                encoded.append((prefix, [torch.cat(pair) for pair in pairs], [len(answer) for _, answer in pairs]))
     return encoded
 
 

@@ -374,7 +374,7 @@ def test_predictions_of_another_program(tmp_path):
     path.write_text("".join(json.dumps({"id": i, "text": "Edema."}) + "\n" for i in (1, 0, 2)))
     rows = evaluation.read_predictions(path, examples(3))
     assert [(p["id"], p["answer"], p["task"]) for p in rows] == [("0", "Edema.", "grounding"), ("1", "Edema.", "report"), ("2", "Edema.", "grounding")]
-    for text, message in (('{"id": 0}', "line 1"), ('{"id": 0, "text": ""}', "no prediction for 2 of 3 examples, such as id '1'")):
+    for text, message in (('{"id": 0}', "line 1"), ('{"id": 0, "text": null}', "line 1.*expected text, got None"), ('{"id": 0, "text": ""}', "no prediction for 2 of 3 examples, such as id '1'")):
         path.write_text(text)
         with pytest.raises(data.InputError, match=f"theirs.jsonl.*{message}"):
             evaluation.read_predictions(path, examples(3))
@@ -424,7 +424,7 @@ def test_evaluate_checkpoints_writes_predictions_metrics_and_page(monkeypatch, t
     reports, groundings = ([p["id"] for p in rows if p["task"] == task] for task in ("report", "grounding"))
     assert len(reports) == len(groundings) == 3 and reports == sorted(reports) and groundings == sorted(groundings)      # drawn, in order
     stored = json.loads((tmp_path / "eval/metrics.json").read_text(), parse_constant=pytest.fail)
-    assert (reports, groundings) != (["1", "3", "5"], ["0", "2", "4"]) and stored["reports"]["examples"]["grpo"]["value"] == 3 and list(stored["reports"]["bleu4"]) == ["other", "x/sft", "grpo"]
+    assert (reports, groundings) != (["1", "3", "5"], ["0", "2", "4"]) and stored["reports"]["examples"]["grpo"]["value"] == 3 and list(stored["reports"]["bleu4"]) == ["x/sft", "grpo", "other"]
     assert math.isnan(results["grounding"]["matched_iou"]["grpo"]["value"])
     assert stored["grounding"]["matched_iou"]["grpo"]["value"] is None
     assert (tmp_path / "eval/report.html").read_text().count("class=case") == 4
@@ -497,4 +497,7 @@ def test_command_line_separates_folders_from_overrides(monkeypatch, tmp_path):
     assert calls == [(("c.yaml", ["seed=1", "eval.limit=2"]), ["x/a", "x/b"], {"cwd/p": "p.jsonl", "eval/a": "x/eval/a.jsonl"})]
     monkeypatch.setattr("sys.argv", ["eval.py", "c.yaml", "--predictions", "absent.jsonl"])
     with pytest.raises(data.InputError, match="absent.jsonl: expected a file"):
+        evaluation.main()
+    monkeypatch.setattr("sys.argv", ["eval.py", "c.yaml", "--checkpoint", "p", "--predictions", "p.jsonl"])
+    with pytest.raises(data.InputError, match="would be one column"):
         evaluation.main()

@@ -240,6 +240,8 @@ def test_sft_then_grpo_then_saved(case, policy, tmp_path):
         r.advantages = torch.tensor([1.0, -1.0, 0.0])
     before = [p.detach().clone() for p in policy.parameters()]
     sums, norm = train_grpo.update(policy, model.make_optimizers(policy, case.cfg.grpo), rollouts, 1e-3, case.cfg.grpo)
+    for section in (case.cfg.sft, case.cfg.grpo):                         # what both trainers say first
+        assert all(size > 0 for size in model.memory_plan(policy, case.cfg, section).values())
     assert sums["gap_max"] < 1e-5 and norm > 0 and any(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
     policy.save(tmp_path / "saved")

@@ -237,6 +237,47 @@ def test_bfloat16_forward_stays_close(policy, config, mixed):
     assert (logp[mask] - torch.cat([x for r in rollouts for x in r.logprobs])).abs().max() < 0.3
 
 
+class Casts(TorchDispatchMode):
+    """Counts the numbers that are cast to bfloat16 out of something at least as large as `size`."""
+    size, total = 4096, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16 and args[0].numel() >= self.size:
+            self.total += args[0].numel()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_bfloat16_casts_weights_and_keys_once(config, examples, lora_rank):
+    """Not once more for every token, trained or frozen; and the prompts' keys and values are kept in half precision."""
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bfloat16"))
+    policy, counts = model.load_policy(half), []
+    if lora_rank:
+        policy.add_lora(data.GRPOConfig(lora_rank=lora_rank))
+    policy.stop_ids = policy.stop_ids[:0]
+    needed = [p.requires_grad for p in policy.model.parameters()]
+    for length in (2, 9):
+        with Casts() as casts:
+            policy.sample(examples[:1], 2, length, 1.0)
+        counts.append(casts.total)
+    assert counts[0] == counts[1] > 0 and [p.requires_grad for p in policy.model.parameters()] == needed
+    with torch.no_grad(), policy.autocast():
+        hidden, *prefilled = policy.prefill([policy.encode(examples[0])])
+        decoder = model.SharedDecoder(policy.base, *prefilled, 2)
+        decoder.step(torch.tensor([5, 6]))
+    assert {t.dtype for layer in decoder.prompts + decoder.own for t in layer} == {torch.bfloat16}
+
+
+def test_weights_that_have_overflowed_are_said(config, examples):
+    policy = model.load_policy(config)
+    with torch.no_grad():
+        for p in policy.base.language_model.parameters():
+            p.mul_(1e30)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(data.InputError, match="logits are not finite"):
+            policy.sample(examples[:2], 2, 4, temperature)
+
+
 def test_samples_do_not_depend_on_batch_or_order(policy, mixed):
     together = policy.sample(mixed, 3, 10, 1.0, (7, 0))
     alone = [policy.sample([e], 3, 10, 1.0, (7, 0))[0] for e in reversed(mixed)][::-1]
@@ -428,6 +469,24 @@ def test_checkpoints_appear_whole_or_not_at_all(policy, config, tmp_path, monkey
     again, _, state = model.resume(tmp_path, config, None, dataclasses.replace(config.sft, optimizer=optimizer))
     assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), policy.model.state_dict().values()))
     assert state == {"step": 4, "best": 1.0}
+
+
+def test_a_start_that_has_moved_on_is_refused(policy, config, tmp_path):
+    """GRPO's reference is where it began; a later `best` of the same run is another model."""
+    start, run, optimizers = tmp_path / "sft", tmp_path / "grpo", model.make_optimizers(policy, config.grpo)
+    model.save_checkpoint(start, 1, policy, optimizers, True)
+    run.mkdir()
+    again, optimizers, _ = model.resume(run, config, start / "best", config.grpo)
+    model.save_checkpoint(run, 1, again, optimizers)
+    assert model.resume(run, config, start / "best", config.grpo)[2] == {"step": 1}
+    model.save_checkpoint(start, 2, policy, optimizers, True)
+    with pytest.raises(data.InputError, match="grpo began at step_000001 of .*sft, and best is step_000002 there by now"):
+        model.resume(run, config, start / "best", config.grpo)
+    folder = (run / "last").resolve()
+    (run / "last").unlink()
+    folder.rename(run / "last")                                           # as a copy without its links has it
+    with pytest.raises(data.InputError, match="grpo/last is a folder where a link was"):
+        model.last_step(run)
 
 
 def test_a_checkpoint_that_is_removed_by_halves_does_not_look_like_one(policy, config, tmp_path, monkeypatch):

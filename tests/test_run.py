@@ -194,7 +194,7 @@ def test_a_reward_that_fails_while_training_is_one_line(tmp_path):
 @pytest.mark.parametrize("script, override, message", [
     (train_sft, "data.source=iu_xray", "data.path"), (train_grpo, "rewards.report.mcs=1", "'mccs'"), (train_grpo, "grpo.init=/absent", "/absent"),
     (train_grpo, "rewards.labeler=chexbert", "rewards.chexbert"), (evaluation, "--checkpoint=/absent", "/absent"),
-    (train_sft, "sft.stage=cold_start", "data.thinking"), (train_sft, "model.path=/absent/model", "/absent/model")])
+    (train_grpo, "grpo.normalize_parts=true", "grpo.adv_norm=group or batch"), (train_sft, "sft.stage=cold_start", "data.thinking"), (train_sft, "model.path=/absent/model", "/absent/model")])
 def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, script, override, message):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(sys, "argv", [script.__name__, str(ROOT / "config.yaml"), f"out={tmp_path}", *SHORT, override])
@@ -226,3 +226,6 @@ def test_alarms_stop_a_run_and_keep_it(finished, tmp_path):
     assert code == 0 and [r["step"] for r in metrics(tmp_path / "grpo")] == [1, 2, 3], err
     code, _, err = run("train_grpo.py", *args, f"out={tmp_path / 'b'}", "grpo.stop_if={kl: 1}")
     assert code == 1 and "no value 'kl' is logged" in err
+    args = [f"out={tmp_path / 'c'}", f"grpo.init={out}/sft/best", *SHORT, "grpo.steps=1", "rewards.report={format: 1}", "rewards.grounding={format: 1}"]
+    code, _, err = run("train_grpo.py", *args, "grpo.drop_degenerate=true", "grpo.stop_if={kl: 1, rewards/format/std: 1}")         # a step without
+    assert code == 0 and "kl" not in metrics(tmp_path / "c" / "grpo")[0], err                     # any signal has no kl: that is no alarm

@@ -1,4 +1,7 @@
 """The supervised loss against one plain forward per question, and the schedule by hand."""
+import dataclasses
+
+import pytest
 import torch
 
 import data
@@ -24,6 +27,21 @@ def test_loss_and_gradients_equal_plain_forwards(policy, config, examples):
     assert abs(loss - wanted) < 1e-5 * wanted
     with torch.no_grad():
         assert abs(train_sft.sft_loss(policy, encoded, 77) - wanted) < 1e-5 * wanted
+
+
+def test_answers_that_cannot_be_used_stop_or_are_skipped(policy, config, examples, capsys):
+    """An image token in question or answer: one line, or the study's other questions alone."""
+    study = next(s for s in data.by_study(examples) if len(s) > 1)
+    whole = train_sft.encode_studies(policy, [study])[0]
+    for key, said in (("answer", "its answer contains"), ("question", "its question contains")):
+        broken = [study[0], dataclasses.replace(study[1], **{key: "here <|image_pad|> there"}), *study[2:]]
+        with pytest.raises(data.InputError, match=said):
+            train_sft.encode_studies(policy, [broken])
+        policy.config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_error="skip"))
+        (_, rows, lengths), = train_sft.encode_studies(policy, [broken])
+        assert lengths == whole[2][:1] + whole[2][2:] and all(map(torch.equal, rows, whole[1][:1] + whole[1][2:]))
+        assert train_sft.encode_studies(policy, [[broken[1]]]) == [] and said in capsys.readouterr().err
+        policy.config = config
 
 
 def test_learning_rate_by_hand():
