@@ -167,15 +167,17 @@ class FusedLoss(torch.autograd.Function):
                 logp = (chosen - total.log()).requires_grad_()
                 part = loss_of(logp, some)
                 slope = torch.autograd.grad(part, logp)[0][:, None] / temperature
-            loss, d = loss + part.detach(), z.mul_(-slope / total[:, None])
-            d.scatter_add_(1, t, slope)
+            loss, scale = loss + part.detach(), -slope / total[:, None]
             logprobs.append(logp.detach())
+            # d loss / d logits = slope * (onehot(t) - p), p = z / total by now: both factors are a token's, and the products take them
             if grad_hidden is not None:
-                torch.mm(d, w, out=grad_hidden[some])
+                torch.mm(z, w, out=grad_hidden[some]).mul_(scale).addcmul_(slope, w[t[:, 0]])
             if grad_weight is not None:
-                grad_weight.addmm_(d.T, h, beta=min(i, 1))                # the first chunk finds it empty
+                grad_weight.addmm_(z.T, h * scale, beta=min(i, 1))        # the first chunk finds it empty
+                grad_weight.index_add_(0, t[:, 0], h * slope)
             if grad_bias is not None:
-                grad_bias += d.sum(0)
+                grad_bias += (z.T @ scale)[:, 0]
+                grad_bias.index_add_(0, t[:, 0], slope[:, 0])
         ctx.gradients = [g if g is None else g.to(t.dtype) for g, t in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias))]
         logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
         ctx.mark_non_differentiable(logprobs, entropy)
