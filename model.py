@@ -122,21 +122,22 @@ class FusedLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         temperature, banned = ctx.options
-        h, slope = hidden.float(), grad / temperature
+        h, slope = hidden.float(), grad[:, None] / temperature
+        scaled = h * slope
         grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t, dtype=kind) if needed else None for t, kind, needed in zip(
             (h, weight, bias), (h.dtype, weight.dtype, None), ctx.needs_input_grad))
         for i, j, w, z in FusedLogProbs.tiles(h, weight, bias, temperature, banned):
-            # d log p(t) / d logits = onehot(t) - p, and logits = (h w + b) / temperature
-            d = z.sub_(lse[:, None]).exp_().mul_(-slope[:, None])
-            here = ((targets >= i) & (targets < j)).nonzero()[:, 0]
-            d[here, targets[here] - i] += slope[here]
+            # d log p(t) / d logits = onehot(t) - p, and logits = (h w + b) / temperature; a token's slope goes into the products
+            p, here = z.sub_(lse[:, None]).exp_(), ((targets >= i) & (targets < j)).nonzero()[:, 0]
             if grad_hidden is not None:
-                grad_hidden.addmm_(d, w)
+                grad_hidden.addmm_(p, w)
             if grad_weight is not None:
-                grad_weight[i:j] = d.T @ h
+                grad_weight[i:j] = (p.T @ -scaled).index_add_(0, targets[here] - i, scaled[here])
             if grad_bias is not None:
-                grad_bias[i:j] = d.sum(0)
-        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+                grad_bias[i:j] = (p.T @ -slope).index_add_(0, targets[here] - i, slope[here])[:, 0]
+        if grad_hidden is not None:
+            grad_hidden = (weight[targets].float() - grad_hidden).mul_(slope).to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 class FusedLoss(torch.autograd.Function):
