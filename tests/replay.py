@@ -1,0 +1,70 @@
+"""Runs a script with its sampled tokens written down, and replaced by those of an earlier run where it sampled others.
+
+  python tests/replay.py EARLIER.json SCRIPT.py CONFIG [key=value ...]
+
+EARLIER.json holds [{example id: token ids of its completions}, ..] for every step, or [] to record. What was sampled goes
+to OUT/tokens.RANK.jsonl. Processors round differently, and now and then a sample is another one; with the tokens of the
+earlier run, losses can still be compared.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
+
+EVALUATION = 99  # the stream of random numbers that evaluation samples with
+
+
+def replace_tokens(policy, rollout, tokens, temperature):
+    """Make `rollout` one of other tokens, as if the policy had sampled them."""
+    rollout.tokens = [torch.tensor(ids, device=policy.device) for ids in tokens]
+    logp, _, mask = policy.logprobs([rollout.prompt], [rollout.tokens], temperature)
+    rollout.logprobs = [row[real] for row, real in zip(logp, mask)]
+    rollout.texts = [policy.decode(ids) for ids in rollout.tokens]
+    stop_ids = policy.stop_ids.tolist()
+    rollout.finished = [ids[-1] in stop_ids for ids in tokens]
+
+
+def replayed(sample, earlier, path):
+    """Policy.sample that writes its tokens to `path` and returns those of `earlier`."""
+
+    @torch.no_grad()
+    def sample_and_replace(policy, examples, group_size, max_new_tokens, temperature, stream):
+        rollouts = sample(policy, examples, group_size, max_new_tokens, temperature, stream)
+        step = stream[-1]
+        if step == EVALUATION:
+            return rollouts
+        for rollout in rollouts:
+            tokens = [ids.tolist() for ids in rollout.tokens]
+            with open(path, "a") as file:
+                line = {"step": step, "id": rollout.example.id, "tokens": tokens}
+                file.write(json.dumps(line) + "\n")
+            if earlier and tokens != earlier[step][rollout.example.id]:
+                tokens = earlier[step][rollout.example.id]
+                replace_tokens(policy, rollout, tokens, temperature)
+        return rollouts
+
+    return sample_and_replace
+
+
+def main():
+    earlier, script, *args = sys.argv[1:]
+    out = Path(next(arg for arg in args if arg.startswith("out=")).removeprefix("out="))
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"tokens.{os.environ.get('RANK', 0)}.jsonl"
+    earlier = json.loads(Path(earlier).read_text())
+    model.Policy.sample = replayed(model.Policy.sample, earlier, path)
+    sys.argv = [script, *args]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

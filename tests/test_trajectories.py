@@ -1,0 +1,250 @@
+"""The safety net: short runs through the real command line give what they gave before, in every way to run them.
+
+  python tests/test_trajectories.py record [SETTING ...]     makes trajectories.json, or some of its settings, anew
+  python tests/test_trajectories.py compare [SETTING ...]    prints the largest differences to it
+
+trajectories.json holds, for each setting, the sampled tokens, what every step logged, and how far the weights moved. All
+runs begin at tests/start, a small model that has learnt to write reports and boxes, so that rewards differ within groups.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+STORED = Path(__file__).with_name("trajectories.json")
+START = Path(__file__).with_name("start")
+
+STEP_TOLERANCE = 1e-4  # relative, of each value of each step
+MEAN_TOLERANCE = 1e-5  # relative, of the mean signed difference over the steps
+SMALLEST = 1e-2  # smaller values are compared as if they were of this size: losses cancel
+SAME_SAMPLES = 0.95  # share of completions that are sampled again
+
+COMMON = [
+    f"model.path={START}",
+    "model.max_pixels=9216",
+    "data.train_size=24",
+    "data.val_size=4",
+    "data.test_size=2",
+    "eval.limit=1",
+]
+GRPO = [
+    "grpo.init=base",
+    "grpo.steps=4",
+    "grpo.prompts=6",
+    "grpo.group_size=4",
+    "grpo.max_new_tokens=40",
+    "grpo.micro_batch=4",
+    "grpo.temperature=1",
+    "grpo.lr=1e-3",
+    "grpo.save_every=1",
+]
+SFT = ["sft.steps=4", "sft.batch_size=6", "sft.optimizer=adamw", "sft.lr=1e-3", "sft.warmup=2", "sft.eval_every=2"]
+SETTINGS = {
+    "default": ["train_grpo.py", *GRPO],
+    "thinking": [
+        "train_grpo.py",
+        *GRPO,
+        "data.thinking=true",
+        "grpo.max_new_tokens=96",
+        "rewards.report={mccs: 0.75, format: 0.25}",
+        "rewards.grounding={soft_f1: 0.75, format: 0.25}",
+        "grpo.lr=1e-4",
+        "grpo.steps=3",
+    ],
+    "LoRA": ["train_grpo.py", *GRPO, "grpo.lora_rank=4", "grpo.lr=1e-2", "grpo.adv_norm=group"],
+    "several updates": [
+        "train_grpo.py",
+        *GRPO,
+        "grpo.freeze=[]",
+        "grpo.mini_batch=3",
+        "grpo.epochs=2",
+        "grpo.lr=3e-4",
+        "grpo.loss_agg=sequence",
+        "grpo.steps=3",
+    ],
+    "GSPO": [
+        "train_grpo.py",
+        *GRPO,
+        "grpo.importance=sequence",
+        "grpo.epochs=2",
+        "grpo.kl_estimator=k2",
+        "grpo.kl_coef=0.1",
+        "grpo.clip_low=0.01",
+        "grpo.clip_high=0.01",
+        "grpo.steps=3",
+    ],
+    "batch std and parts": [
+        "train_grpo.py",
+        *GRPO,
+        "grpo.adv_norm=batch",
+        "grpo.normalize_parts=true",
+        "grpo.drop_degenerate=true",
+        "grpo.loss_agg=constant",
+        "rewards.report={mccs: 0.3, label_f1: 0.3, gleu: 0.3, overlong: 0.1}",
+        "rewards.overlong_start=8",
+        "rewards.overlong_end=40",
+        "grpo.steps=3",
+    ],
+    "SFT": ["train_sft.py", *SFT, "sft.init=base"],
+}
+# Different ways to the same numbers: setting, name of the way, what it sets, number of processes (0: without torchrun).
+WAYS = [
+    ("default", "as it is", [], 0),
+    ("default", "micro-batches of 1", ["grpo.micro_batch=1", "grpo.sample_batch=2"], 0),
+    ("default", "plain rows", ["model.shared_prefix=false"], 0),
+    ("default", "killed and resumed", [], 0),
+    ("default", "two processes, replicated", ["model.parallel=replicate"], 2),
+    ("default", "two processes, sharded", ["model.parallel=shard"], 2),
+    ("thinking", "as it is", [], 0),
+    ("LoRA", "as it is", [], 0),
+    ("several updates", "as it is", [], 0),
+    ("several updates", "two processes, sharded", ["model.parallel=shard"], 2),
+    ("GSPO", "as it is", [], 0),
+    ("batch std and parts", "as it is", [], 0),
+    ("batch std and parts", "two processes, replicated", [], 2),
+    ("SFT", "as it is", [], 0),
+    ("SFT", "micro-batches of 1", ["sft.micro_batch=1", "model.gradient_checkpointing=true"], 0),
+]
+LOGGED = {
+    "train_grpo.py": ["loss", "grad_norm", "reward", "kl", "entropy", "completions/mean_length"],
+    "train_sft.py": ["loss", "grad_norm", "eval_loss"],
+}
+
+
+def start(setting, out, args, processes, earlier):
+    script, *settings = SETTINGS[setting]
+    launcher = []
+    if processes:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "replay.py"), str(earlier), script]
+    command += [str(ROOT / "config.yaml"), *COMMON, *settings, *args, f"out={out}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_after(process, log, lines):
+    """Kill the process once its log has so many lines."""
+    while process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= lines:
+            process.send_signal(signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def run(setting, out, args=(), processes=0, earlier=(), interrupt=False):
+    """Run a setting in the folder `out`, and read what it left there."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "earlier.json"
+    path.write_text(json.dumps(list(earlier)))
+    stage = "sft" if SETTINGS[setting][0] == "train_sft.py" else "grpo"
+    if interrupt:
+        process = start(setting, out, args, processes, path)
+        kill_after(process, out / stage / "metrics.jsonl", lines=2)
+        process.communicate(timeout=60)
+    process = start(setting, out, args, processes, path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return read(setting, out, stage)
+
+
+def read(setting, out, stage):
+    """{steps: [{name: value}], tokens: [{id: token ids}], change: moments of the change of the weights}"""
+    lines = (out / stage / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    names = LOGGED[SETTINGS[setting][0]]
+    steps = [{name: row[name] for name in names if name in row} for row in rows]
+
+    tokens = [{} for _ in steps]
+    for path in sorted(out.glob("tokens.*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            tokens[row["step"]][row["id"]] = row["tokens"]
+
+    before = load_file(START / "model.safetensors")
+    after = load_file(out / stage / "last" / "model.safetensors")
+    change = torch.cat([(after[name].double() - before[name].double()).flatten() for name in before])
+    moments = {"mean_abs": change.abs().mean(), "rms": change.square().mean().sqrt(), "p4": change.pow(4).mean().pow(0.25)}
+    return {"steps": steps, "tokens": tokens, "change": {name: float(value) for name, value in moments.items()}}
+
+
+def differences(new, old):
+    """{name: (largest relative difference of a step, mean signed relative difference over the steps)}"""
+    result = {}
+    for name in old["steps"][-1]:
+        pairs = [(a[name], b[name]) for a, b in zip(new["steps"], old["steps"], strict=True) if name in b]
+        relative = [(a - b) / max(abs(b), SMALLEST) for a, b in pairs]
+        result[name] = max(map(abs, relative)), abs(sum(relative)) / len(relative)
+    for name, value in old["change"].items():
+        relative = (new["change"][name] - value) / value
+        result[f"change, {name}"] = abs(relative), 0.0
+    return result
+
+
+def same_samples(new, old):
+    """The share of completions that are the same tokens."""
+    pairs = [
+        (a, b)
+        for new_step, old_step in zip(new["tokens"], old["tokens"], strict=True)
+        for name, group in old_step.items()
+        for a, b in zip(new_step[name], group, strict=True)
+    ]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize(("setting", "way", "args", "processes"), WAYS, ids=[f"{s}, {w}" for s, w, _, _ in WAYS])
+def test_trajectories(tmp_path, setting, way, args, processes):
+    old = json.loads(STORED.read_text())[setting]
+    new = run(setting, tmp_path, args, processes, old["tokens"], interrupt="killed" in way)
+    largest = differences(new, old)
+    print(setting, way, largest)
+    too_large = {name: pair for name, pair in largest.items() if pair[0] > STEP_TOLERANCE or pair[1] > MEAN_TOLERANCE}
+    assert not too_large
+    if setting != "SFT":
+        assert same_samples(new, old) >= SAME_SAMPLES
+
+
+def test_the_settings_train():
+    """Every part of the loss counts in every setting: rewards differ within groups, and the policy leaves the reference."""
+    for setting, trajectory in json.loads(STORED.read_text()).items():
+        for step in trajectory["steps"]:
+            assert step["grad_norm"] > 1e-3, setting
+        if setting == "SFT":
+            continue
+        assert trajectory["steps"][-1]["kl"] > 1e-3, setting
+        assert len({step["reward"] for step in trajectory["steps"]}) > 1, setting
+        lengths = {len(ids) for groups in trajectory["tokens"] for group in groups.values() for ids in group}
+        assert len(lengths) > 3, setting
+
+
+def main():
+    command, *chosen = sys.argv[1:]
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        if command == "record":
+            for setting in chosen or SETTINGS:
+                stored[setting] = run(setting, Path(folder, setting))
+                print(setting, json.dumps(stored[setting]["steps"], indent=1), stored[setting]["change"])
+            text = ",\n".join(f"{json.dumps(name)}: {json.dumps(stored[name], separators=(',', ':'))}" for name in SETTINGS)
+            STORED.write_text("{\n" + text + "\n}\n")
+        elif command == "compare":
+            for setting, way, args, processes in WAYS:
+                if not chosen or setting in chosen:
+                    old = stored[setting]
+                    new = run(setting, Path(folder, setting, way), args, processes, old["tokens"], "killed" in way)
+                    print(f"{setting}, {way}: {same_samples(new, old) if setting != 'SFT' else 1:.3f} of samples the same")
+                    for name, pair in differences(new, old).items():
+                        print(f"    {name:28} step {pair[0]:.1e}, mean {pair[1]:.1e}")
+
+
+if __name__ == "__main__":
+    main()
