@@ -14,6 +14,7 @@ In order of appearance
   memory_plan, plan      what a run needs: python model.py plan config.yaml
   start, setup, rank, gather_objects, StopRequest     processes and signals
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,7 +42,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -51,12 +57,23 @@ from tqdm import tqdm
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast,
-                          Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.image_processing_auto import AutoImageProcessor         # elsewhere older versions hide it
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # elsewhere older versions hide it
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
@@ -65,15 +82,15 @@ from data import Example, InputError
 
 # ---------------------------------------------------------------------------------------------- fused log-probs
 
-BUFFER = 1 << 22                        # logits in a tile (16 MiB in float32); a chunk has three times as many,
-CHUNK = 128                             # or those of so many tokens: with fewer, products wait for the memory
-NEVER = -1e30                           # the logit of a banned id: its probability is 0, and so is 0 * NEVER
+BUFFER = 1 << 22  # logits in a tile (16 MiB in float32); a chunk has three times as many,
+CHUNK = 128  # or those of so many tokens: with fewer, products wait for the memory
+NEVER = -1e30  # the logit of a banned id: its probability is 0, and so is 0 * NEVER
 
 
 def head_logits(hidden, weight, bias, temperature, banned, out=None):
     """(n, v) logits / temperature: hidden (n, H), weight (v, H), bias (v,) or None, all float32; banned (k,) ids."""
     logits = hidden.new_empty(len(hidden), len(weight)) if out is None else out
-    width = 4096 if hidden.is_cpu else len(weight)                        # of a wide product, MKL makes a copy first
+    width = 4096 if hidden.is_cpu else len(weight)  # of a wide product, MKL makes a copy first
     for z, w in zip(logits.split(width, 1), weight.split(width)):
         torch.mm(hidden, w.T, out=z)
     if bias is not None:
@@ -95,18 +112,27 @@ class FusedLogProbs(torch.autograd.Function):
         size = min(len(weight), max(256, BUFFER // max(hidden.shape)))
         buffer = torch.empty(len(hidden) * size, device=hidden.device)
         for i in range(0, len(weight), size):
-            w, b = weight[i:i + size].float(), None if bias is None else bias[i:i + size].float()
-            out = buffer[:len(hidden) * len(w)].view(len(hidden), len(w))
+            w, b = (
+                weight[i : i + size].float(),
+                None if bias is None else bias[i : i + size].float(),
+            )
+            out = buffer[: len(hidden) * len(w)].view(len(hidden), len(w))
             bans = None if banned is None else banned[(banned >= i) & (banned < i + len(w))] - i
             yield i, i + len(w), w, head_logits(hidden, w, b, temperature, bans, out)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, banned):
-        peak = torch.full(targets.shape, NEVER, device=hidden.device)                      # (N,): the largest logit so far
-        total, weighted, chosen = (torch.zeros_like(peak) for _ in range(3))               # sum of e^(z - peak), of that * (z - peak)
+        peak = torch.full(
+            targets.shape, NEVER, device=hidden.device
+        )  # (N,): the largest logit so far
+        total, weighted, chosen = (
+            torch.zeros_like(peak) for _ in range(3)
+        )  # sum of e^(z - peak), of that * (z - peak)
         for i, j, _, z in FusedLogProbs.tiles(hidden.float(), weight, bias, temperature, banned):
             here = (targets >= i) & (targets < j)
-            chosen = torch.where(here, z.gather(1, (targets - i).clamp(0, j - i - 1)[:, None])[:, 0], chosen)
+            chosen = torch.where(
+                here, z.gather(1, (targets - i).clamp(0, j - i - 1)[:, None])[:, 0], chosen
+            )
             old, peak = peak, torch.maximum(peak, z.amax(1))
             shrink, e = (old - peak).exp(), z.sub_(peak[:, None]).exp()
             weighted = shrink * (weighted + (old - peak) * total) + z.mul_(e).sum(1)
@@ -124,8 +150,12 @@ class FusedLogProbs(torch.autograd.Function):
         temperature, banned = ctx.options
         h, slope = hidden.float(), grad[:, None] / temperature
         scaled = h * slope
-        grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t, dtype=kind) if needed else None for t, kind, needed in zip(
-            (h, weight, bias), (h.dtype, weight.dtype, None), ctx.needs_input_grad))
+        grad_hidden, grad_weight, grad_bias = (
+            torch.zeros_like(t, dtype=kind) if needed else None
+            for t, kind, needed in zip(
+                (h, weight, bias), (h.dtype, weight.dtype, None), ctx.needs_input_grad
+            )
+        )
         for i, j, w, z in FusedLogProbs.tiles(h, weight, bias, temperature, banned):
             # d log p(t) / d logits = onehot(t) - p, and logits = (h w + b) / temperature; a token's slope goes into the products
             p, here = z.sub_(lse[:, None]).exp_(), ((targets >= i) & (targets < j)).nonzero()[:, 0]
@@ -148,17 +178,38 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature, banned, loss_of):
         w, b = weight.float(), None if bias is None else bias.float()
         size = min(len(targets), max(CHUNK, 3 * BUFFER // len(weight)))
-        piece = max(1, (BUFFER // 8 if hidden.is_cpu else BUFFER) // len(weight))                  # rows: on a CPU what its cache holds
+        piece = max(
+            1, (BUFFER // 8 if hidden.is_cpu else BUFFER) // len(weight)
+        )  # rows: on a CPU what its cache holds
         buffer = torch.empty(size * len(weight), device=hidden.device)
-        grad_hidden, grad_weight, grad_bias = (new(t, dtype=torch.float32) if needed else None for t, needed, new in zip(
-            (hidden, weight, bias), ctx.needs_input_grad, (torch.empty_like, torch.empty_like, torch.zeros_like)))
+        grad_hidden, grad_weight, grad_bias = (
+            new(t, dtype=torch.float32) if needed else None
+            for t, needed, new in zip(
+                (hidden, weight, bias),
+                ctx.needs_input_grad,
+                (torch.empty_like, torch.empty_like, torch.zeros_like),
+            )
+        )
         loss, logprobs, entropy = 0.0, [], []
         for i in range(0, len(targets), size):
-            some, h, t = slice(i, i + size), hidden[i:i + size].float(), targets[i:i + size, None]
-            z = head_logits(h, w, b, temperature, banned, buffer[:len(h) * len(weight)].view(len(h), len(weight)))
-            sums = []                                                     # for every token: z - peak of the target, sum of
-            for rows, ids in zip(z.split(piece), t.split(piece)):         # e^(z - peak), of it * (z - peak)
-                rows -= rows.amax(1, keepdim=True)                        # all in place
+            some, h, t = (
+                slice(i, i + size),
+                hidden[i : i + size].float(),
+                targets[i : i + size, None],
+            )
+            z = head_logits(
+                h,
+                w,
+                b,
+                temperature,
+                banned,
+                buffer[: len(h) * len(weight)].view(len(h), len(weight)),
+            )
+            sums = []  # for every token: z - peak of the target, sum of
+            for rows, ids in zip(
+                z.split(piece), t.split(piece)
+            ):  # e^(z - peak), of it * (z - peak)
+                rows -= rows.amax(1, keepdim=True)  # all in place
                 e = rows.exp()
                 sums.append([rows.gather(1, ids)[:, 0], e.sum(1), rows.mul_(e).sum(1)])
                 rows.copy_(e)
@@ -174,12 +225,15 @@ class FusedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(z, w, out=grad_hidden[some]).mul_(scale).addcmul_(slope, w[t[:, 0]])
             if grad_weight is not None:
-                grad_weight.addmm_(z.T, h * scale, beta=min(i, 1))        # the first chunk finds it empty
+                grad_weight.addmm_(z.T, h * scale, beta=min(i, 1))  # the first chunk finds it empty
                 grad_weight.index_add_(0, t[:, 0], h * slope)
             if grad_bias is not None:
                 grad_bias += (z.T @ scale)[:, 0]
                 grad_bias.index_add_(0, t[:, 0], slope[:, 0])
-        ctx.gradients = [g if g is None else g.to(t.dtype) for g, t in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias))]
+        ctx.gradients = [
+            g if g is None else g.to(t.dtype)
+            for g, t in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias))
+        ]
         logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
         ctx.mark_non_differentiable(logprobs, entropy)
         return loss, logprobs, entropy
@@ -210,7 +264,7 @@ def fused_loss(hidden, weight, targets, loss_of, temperature=1.0, banned=None, b
     Returns (loss, logprobs (N,), entropy (N,)); only loss carries gradients, for one backward. Memory: one chunk beside the
     gradients (and, for a half-precision head, float32 copies of it and its gradient).
     """
-    if not torch.is_grad_enabled():                                       # the forward would make their gradients
+    if not torch.is_grad_enabled():  # the forward would make their gradients
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
         return FusedLoss.apply(hidden, weight, bias, targets, temperature, banned, loss_of)
@@ -224,36 +278,50 @@ def draw(logits, uniform):
     """
     rows = torch.arange(len(logits), device=logits.device)
     peak, likeliest = logits.max(1) if uniform is None else (logits.amax(1), None)
-    p = logits.sub_(peak[:, None]).exp_()                                 # times a constant
+    p = logits.sub_(peak[:, None]).exp_()  # times a constant
     if p.shape[1] % 128:
         p = F.pad(p, (0, -p.shape[1] % 128))
-    blocks = p.unflatten(1, (-1, 128))                                    # (R, V / 128, 128)
+    blocks = p.unflatten(1, (-1, 128))  # (R, V / 128, 128)
     mass = blocks.sum(2).double()
     cdf = mass.cumsum(1)
     if uniform is None:
         token = likeliest
     else:
         goal = uniform[:, None] * cdf[:, -1:]
-        block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)             # (R, 1)
-        share = (goal - cdf.gather(1, block)) / mass.gather(1, block) + 1                         # how far into the block
-        within = blocks[rows, block[:, 0]].double().cumsum(1)             # (R, 128)
-        goal = share.clamp(0, 1 - 1e-9) * within[:, -1:]                  # below its end, where only ids of probability 0 may be
-        token = (128 * block + torch.searchsorted(within, goal, right=True))[:, 0].clamp(max=logits.shape[1] - 1)      # of NaN: anything
+        block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (R, 1)
+        share = (goal - cdf.gather(1, block)) / mass.gather(1, block) + 1  # how far into the block
+        within = blocks[rows, block[:, 0]].double().cumsum(1)  # (R, 128)
+        goal = (
+            share.clamp(0, 1 - 1e-9) * within[:, -1:]
+        )  # below its end, where only ids of probability 0 may be
+        token = (128 * block + torch.searchsorted(within, goal, right=True))[:, 0].clamp(
+            max=logits.shape[1] - 1
+        )  # of NaN: anything
     return token, p[rows, token].log() - cdf[:, -1].log().float()
 
 
 # ---------------------------------------------------------------------------------------------- attention to shared prompts
 
-SHARING = {"qwen3_vl", "qwen2_5_vl", "qwen2_vl"}    # model types whose attention takes the argument `shared`; SharedDecoder knows their layers
-ANY_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)         # a 4-D mask is passed on untouched, and `shared` needs none
-ROWS_TOGETHER = 12                      # from so many completions on, the long and the short ones attend apart
-ROOM = 64                               # tokens by which the keys of the completions grow at a time
+SHARING = {
+    "qwen3_vl",
+    "qwen2_5_vl",
+    "qwen2_vl",
+}  # model types whose attention takes the argument `shared`; SharedDecoder knows their layers
+ANY_MASK = torch.ones(
+    1, 1, 1, 1, dtype=torch.bool
+)  # a 4-D mask is passed on untouched, and `shared` needs none
+ROWS_TOGETHER = 12  # from so many completions on, the long and the short ones attend apart
+ROOM = 64  # tokens by which the keys of the completions grow at a time
 
 
-def shared_attention(module, query, key, value, attention_mask, scaling=None, shared=None, **options):
+def shared_attention(
+    module, query, key, value, attention_mask, scaling=None, shared=None, **options
+):
     """An attention function of transformers: query (B, H, L, d), key and value (B, h, L, d) -> (B, L, H, d)."""
     if shared is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
     return shared.attend(query, key, value, scaling), None
 
 
@@ -270,37 +338,77 @@ class PackedAttention:
         """(B,) and (R,) token counts; owner (R,): the prompt of each row. Prompts are sorted by length, rows by the length of
         their prompts and then by their own, so that what attends together stands together."""
         self.prompts, self.parts, self.sizes, first, device = [], [], [], 0, owner.device
-        for block, (length, count) in enumerate(zip(*(t.tolist() for t in prompt_lengths.unique_consecutive(return_counts=True)))):
+        for block, (length, count) in enumerate(
+            zip(*(t.tolist() for t in prompt_lengths.unique_consecutive(return_counts=True)))
+        ):
             self.prompts.append((count, length))
             self.sizes.append(count * length)
             rows = ((owner >= first) & (owner < first + count)).nonzero()[:, 0]
-            for some in rows.tensor_split(min(4, len(rows) // ROWS_TOGETHER + 1)):        # rows of similar length: little padding
-                places = torch.arange(int(row_lengths[some].max()) if len(some) else 0, device=device)      # (T,)
-                real = places < row_lengths[some, None]                                   # (r, T)
-                mask = F.pad(places <= places[:, None], (length, 0), value=True)          # (T, P + T)
+            for some in rows.tensor_split(
+                min(4, len(rows) // ROWS_TOGETHER + 1)
+            ):  # rows of similar length: little padding
+                places = torch.arange(
+                    int(row_lengths[some].max()) if len(some) else 0, device=device
+                )  # (T,)
+                real = places < row_lengths[some, None]  # (r, T)
+                mask = F.pad(places <= places[:, None], (length, 0), value=True)  # (T, P + T)
                 if len(places):
                     own = None if real.all() else real.flatten().nonzero()[:, 0]
                     self.parts.append((block, owner[some] - first, own, mask))
             first += count
-        self.sizes += [len(owner) * len(mask) if own is None else len(own) for _, owner, own, mask in self.parts]
+        self.sizes += [
+            len(owner) * len(mask) if own is None else len(own)
+            for _, owner, own, mask in self.parts
+        ]
 
     def attend(self, query, key, value, scaling):
-        if query.is_cuda and query.shape[1] != key.shape[1]:              # its fast kernels take a mask or grouped heads, not both
-            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        if (
+            query.is_cuda and query.shape[1] != key.shape[1]
+        ):  # its fast kernels take a mask or grouped heads, not both
+            key, value = (
+                t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value)
+            )
         options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-        pieces = list(zip(*(t[0].transpose(0, 1).split(self.sizes) for t in (query, key, value))))         # (n, H | h, d) each
+        pieces = list(
+            zip(*(t[0].transpose(0, 1).split(self.sizes) for t in (query, key, value)))
+        )  # (n, H | h, d) each
         prompts, outs = [], []
         for (b, length), piece in zip(self.prompts, pieces):
-            q, *past = (t.unflatten(0, (b, length)).transpose(1, 2) for t in piece)       # (b, H | h, P, d)
+            q, *past = (
+                t.unflatten(0, (b, length)).transpose(1, 2) for t in piece
+            )  # (b, H | h, P, d)
             prompts.append(past)
-            outs.append(F.scaled_dot_product_attention(q, *past, is_causal=True, **options).transpose(1, 2).flatten(0, 1))
-        for (block, owner, own, mask), piece in zip(self.parts, pieces[len(prompts):]):
-            if own is not None:                                           # padded to (r * T, H | h, d)
-                piece = (t.new_zeros(len(owner) * len(mask), *t.shape[1:]).index_copy(0, own, t) for t in piece)
-            q, k, v = (t.unflatten(0, (len(owner), -1)).transpose(1, 2) for t in piece)   # (r, H | h, T, d)
-            k, v = (torch.cat([t.expand(len(owner), -1, -1, -1) if len(t) == 1 else t.index_select(0, owner), new], 2)
-                    for t, new in zip(prompts[block], (k, v)))            # (r, h, P + T, d)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2).flatten(0, 1)
+            outs.append(
+                F.scaled_dot_product_attention(q, *past, is_causal=True, **options)
+                .transpose(1, 2)
+                .flatten(0, 1)
+            )
+        for (block, owner, own, mask), piece in zip(self.parts, pieces[len(prompts) :]):
+            if own is not None:  # padded to (r * T, H | h, d)
+                piece = (
+                    t.new_zeros(len(owner) * len(mask), *t.shape[1:]).index_copy(0, own, t)
+                    for t in piece
+                )
+            q, k, v = (
+                t.unflatten(0, (len(owner), -1)).transpose(1, 2) for t in piece
+            )  # (r, H | h, T, d)
+            k, v = (
+                torch.cat(
+                    [
+                        t.expand(len(owner), -1, -1, -1)
+                        if len(t) == 1
+                        else t.index_select(0, owner),
+                        new,
+                    ],
+                    2,
+                )
+                for t, new in zip(prompts[block], (k, v))
+            )  # (r, h, P + T, d)
+            out = (
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+                .transpose(1, 2)
+                .flatten(0, 1)
+            )
             outs.append(out if own is None else out.index_select(0, own))
         return torch.cat(outs)[None]
 
@@ -322,32 +430,52 @@ class SharedDecoder:
 
     def __init__(self, base, cache, mask, start, group_size):
         """The prompts' cache, (B, h, P, d) per layer, mask (B, P), and the position that follows each, (B,)."""
-        self.text, self.length, self.start = base.language_model, 0, start.repeat_interleave(group_size)
+        self.text, self.length, self.start = (
+            base.language_model,
+            0,
+            start.repeat_interleave(group_size),
+        )
         self.prompts = [tuple(map(half, (layer.keys, layer.values))) for layer in cache.layers]
-        self.own = [tuple(t[:, :, :0].repeat_interleave(group_size, 0) for t in layer) for layer in self.prompts]
-        self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)[:, None, None]
+        self.own = [
+            tuple(t[:, :, :0].repeat_interleave(group_size, 0) for t in layer)
+            for layer in self.prompts
+        ]
+        self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)[
+            :, None, None
+        ]
         self.seat(torch.arange(len(mask), device=mask.device).repeat_interleave(group_size))
 
     def seat(self, owner):
         """owner (R,), ascending: the prompt of each row. Every prompt gets as many seats as the one with the most rows needs."""
-        place = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)       # which of its prompt's rows
+        place = torch.arange(len(owner), device=owner.device) - torch.searchsorted(
+            owner, owner
+        )  # which of its prompt's rows
         self.owner, self.seats = owner, int(place.max()) + 1
-        self.seated = None if len(owner) == len(self.bias) * self.seats else owner * self.seats + place
+        self.seated = (
+            None if len(owner) == len(self.bias) * self.seats else owner * self.seats + place
+        )
 
     def keep(self, live):
         """Retires all rows but `live` (R,), and prompts without any."""
         rows = live.nonzero()[:, 0]
-        self.start, self.own = self.start[rows], [tuple(t.index_select(0, rows) for t in layer) for layer in self.own]
+        self.start, self.own = (
+            self.start[rows],
+            [tuple(t.index_select(0, rows) for t in layer) for layer in self.own],
+        )
         prompts, owner = self.owner[rows].unique(return_inverse=True)
         if len(prompts) < len(self.bias):
-            self.prompts = [tuple(t.index_select(0, prompts) for t in layer) for layer in self.prompts]
+            self.prompts = [
+                tuple(t.index_select(0, prompts) for t in layer) for layer in self.prompts
+            ]
             self.bias = self.bias[prompts]
         self.seat(owner)
 
     def side_by_side(self, rows):
         """(R, h, n, k) -> (B, h, seats * n, k): the rows of a prompt meet its keys in one product. Empty seats hold zeros."""
         if self.seated is not None:
-            rows = rows.new_zeros(len(self.bias) * self.seats, *rows.shape[1:]).index_copy_(0, self.seated, rows)
+            rows = rows.new_zeros(len(self.bias) * self.seats, *rows.shape[1:]).index_copy_(
+                0, self.seated, rows
+            )
         return rows.unflatten(0, (-1, self.seats)).transpose(1, 2).flatten(2, 3)
 
     def apart(self, slots):
@@ -357,8 +485,8 @@ class SharedDecoder:
 
     def step(self, tokens):
         """The last hidden states (R, H) after tokens (R,)."""
-        rotary = self.text.rotary_emb                                     # text has one position on all axes of M-RoPE
-        angles = (self.start + self.length)[:, None, None] * rotary.inv_freq                           # (R, 1, d / 2)
+        rotary = self.text.rotary_emb  # text has one position on all axes of M-RoPE
+        angles = (self.start + self.length)[:, None, None] * rotary.inv_freq  # (R, 1, d / 2)
         cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
         rotation = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         x = self.text.embed_tokens(tokens)
@@ -370,19 +498,28 @@ class SharedDecoder:
 
     def attend(self, i, layer, x, cos, sin):
         """x (R, H) -> (R, H); the new keys and values join those of layer i."""
-        q, k, v = (project(x).view(len(x), -1, layer.head_dim) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
-        if hasattr(layer, "q_norm"):                                      # Qwen3
+        q, k, v = (
+            project(x).view(len(x), -1, layer.head_dim)
+            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        if hasattr(layer, "q_norm"):  # Qwen3
             q, k = normed(layer.q_norm, q), normed(layer.k_norm, k)
-        q, k = (torch.addcmul(t * cos, t.roll(layer.head_dim // 2, -1), sin) for t in (q, k))          # rotated, (R, H | h, d)
+        q, k = (
+            torch.addcmul(t * cos, t.roll(layer.head_dim // 2, -1), sin) for t in (q, k)
+        )  # rotated, (R, H | h, d)
         if self.own[i][0].shape[2] == self.length:
             self.own[i] = tuple(F.pad(t, (0, 0, 0, ROOM)) for t in self.own[i])
         for buffer, new in zip(self.own[i], (k, v)):
             buffer[:, :, self.length] = new
-        own_k, own_v = (buffer[:, :, :self.length + 1] for buffer in self.own[i])
+        own_k, own_v = (buffer[:, :, : self.length + 1] for buffer in self.own[i])
         past_k, past_v = self.prompts[i]
-        q = (q * layer.scaling).view(len(x), k.shape[1], -1, layer.head_dim)         # (R, h, H / h, d): heads that share keys together
+        q = (q * layer.scaling).view(
+            len(x), k.shape[1], -1, layer.head_dim
+        )  # (R, h, H / h, d): heads that share keys together
         scores = self.apart(self.side_by_side(q) @ past_k.mT + self.bias)
-        weights = torch.cat([scores, q @ own_k.mT], -1).softmax(-1, torch.float32).to(q.dtype)         # (R, h, H / h, P + t)
+        weights = (
+            torch.cat([scores, q @ own_k.mT], -1).softmax(-1, torch.float32).to(q.dtype)
+        )  # (R, h, H / h, P + t)
         past, own = weights.split([past_k.shape[2], own_k.shape[2]], -1)
         return layer.o_proj((self.apart(self.side_by_side(past) @ past_v) + own @ own_v).flatten(1))
 
@@ -403,15 +540,23 @@ class PlainDecoder:
         self.mask = F.pad(self.mask, (0, 1), value=1)
         positions = (self.start + self.length)[:, None]
         self.length += 1
-        return self.base(input_ids=tokens[:, None], attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
-                         position_ids=positions.expand(3, -1, -1) if hasattr(self.base, "get_rope_index") else positions
-                         ).last_hidden_state[:, 0]
+        return self.base(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            position_ids=positions.expand(3, -1, -1)
+            if hasattr(self.base, "get_rope_index")
+            else positions,
+        ).last_hidden_state[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------- low-rank adapters
 
+
 class LoRALinear(torch.nn.Linear):
     """y = W x + (alpha / r) B A x with a frozen W (Hu et al. 2021, equation 3); alpha = 2 r."""
+
     scale, on = 2.0, True
 
     def forward(self, x):
@@ -421,23 +566,26 @@ class LoRALinear(torch.nn.Linear):
 
 # ---------------------------------------------------------------------------------------------- the policy
 
-FEATURES = "image features"             # where a prompt keeps the output of a frozen vision tower
+FEATURES = "image features"  # where a prompt keeps the output of a frozen vision tower
 
 
 @dataclass
 class Rollout:
     """G sampled completions of one prompt, with the prompt's image held once."""
+
     example: Example
-    prompt: dict                        # the processor's tensors for this prompt
-    tokens: list                        # G tensors (T_g,) of sampled ids, the end-of-turn token included
-    logprobs: list                      # G tensors (T_g,): log-probabilities under which they were sampled
-    texts: list                         # G decoded strings
-    finished: list                      # G bools: ended by itself rather than at max_new_tokens
-    parts: dict = field(default_factory=dict)       # reward part -> (G,), filled in by scoring
-    old_logprobs: list | None = None    # like logprobs, under the policy before the first of several updates
-    ref_logprobs: list | None = None    # like logprobs, under the frozen reference
-    rewards: torch.Tensor | None = None             # (G,)
-    advantages: torch.Tensor | None = None          # (G,)
+    prompt: dict  # the processor's tensors for this prompt
+    tokens: list  # G tensors (T_g,) of sampled ids, the end-of-turn token included
+    logprobs: list  # G tensors (T_g,): log-probabilities under which they were sampled
+    texts: list  # G decoded strings
+    finished: list  # G bools: ended by itself rather than at max_new_tokens
+    parts: dict = field(default_factory=dict)  # reward part -> (G,), filled in by scoring
+    old_logprobs: list | None = (
+        None  # like logprobs, under the policy before the first of several updates
+    )
+    ref_logprobs: list | None = None  # like logprobs, under the frozen reference
+    rewards: torch.Tensor | None = None  # (G,)
+    advantages: torch.Tensor | None = None  # (G,)
 
 
 def unflatten(flat, mask):
@@ -454,61 +602,109 @@ def collate(prompts):
         tensors = [p[name] for p in prompts]
         if tensors[0].shape == prompts[0]["input_ids"].shape:
             return torch.cat([F.pad(t, (length - t.shape[1], 0)) for t in tensors])
-        out = tensors[0].new_zeros(sum(map(len, tensors)), *map(max, zip(*(t.shape[1:] for t in tensors))))
+        out = tensors[0].new_zeros(
+            sum(map(len, tensors)), *map(max, zip(*(t.shape[1:] for t in tensors)))
+        )
         for part, t in zip(out.split([len(t) for t in tensors]), tensors):
             part[(slice(None), *map(slice, t.shape[1:]))] = t
         return out
+
     return {name: joined(name) for name in prompts[0] if name != FEATURES}
 
 
 def inside(method):
     """A method of Policy that runs within the forward of its model, which is what gathers the root's weights if they are sharded."""
+
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        return self.model.run(lambda: method(self, *args, **kwargs)) if self.sharded else method(self, *args, **kwargs)
+        return (
+            self.model.run(lambda: method(self, *args, **kwargs))
+            if self.sharded
+            else method(self, *args, **kwargs)
+        )
+
     return wrapped
 
 
 class Policy:
     """A Hugging Face vision-language model with its processor."""
 
-    sharded, spare, start = False, None, ""         # spare: a prompt for `idle`; start: the checkpoint that training began at
+    sharded, spare, start = (
+        False,
+        None,
+        "",
+    )  # spare: a prompt for `idle`; start: the checkpoint that training began at
 
     def __init__(self, model, processor, config, path=""):
         self.config, self.path = config, path
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        self.model, self.processor, self.tokenizer = model.float().eval(), processor, processor.tokenizer
+        self.device = torch.device(
+            f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        )
+        self.model, self.processor, self.tokenizer = (
+            model.float().eval(),
+            processor,
+            processor.tokenizer,
+        )
         if not self.head[0].is_meta:
             self.model.to(self.device)
-        self.base = model.model                                           # without the language-model head
-        sliding = "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
-        rotation = (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
-        by_length = rotation in ("dynamic", "longrope")                   # positions turn by angles that depend on the longest row
-        self.shared = config.model.shared_prefix and model.config.model_type in SHARING and not sliding and not by_length
+        self.base = model.model  # without the language-model head
+        sliding = "sliding_attention" in (
+            getattr(model.config.get_text_config(), "layer_types", None) or ()
+        )
+        rotation = (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get(
+            "rope_type"
+        )
+        by_length = rotation in (
+            "dynamic",
+            "longrope",
+        )  # positions turn by angles that depend on the longest row
+        self.shared = (
+            config.model.shared_prefix
+            and model.config.model_type in SHARING
+            and not sliding
+            and not by_length
+        )
         if self.shared:
             model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
         elif config.model.shared_prefix:
-            say(f"model.shared_prefix: {model.config.model_type} is none of {', '.join(sorted(SHARING))}, or its attention has windows, or "
+            say(
+                f"model.shared_prefix: {model.config.model_type} is none of {', '.join(sorted(SHARING))}, or its attention has windows, or "
                 f"its rotation changes with the length: "
-                f"each completion runs its prompt")
+                f"each completion runs its prompt"
+            )
         model.requires_grad_(True)
-        self.vision_frozen, self.adapted = False, {}                      # {name: layer with adapters}
+        self.vision_frozen, self.adapted = False, {}  # {name: layer with adapters}
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in model.modules():                                # it is active in train mode only, where there
-                for name in ("p", "dropout", "attention_dropout"):        # must be no dropout: old and new log-probs
-                    if isinstance(vars(module).get(name), float):         # have to agree
+            for module in model.modules():  # it is active in train mode only, where there
+                for name in (
+                    "p",
+                    "dropout",
+                    "attention_dropout",
+                ):  # must be no dropout: old and new log-probs
+                    if isinstance(vars(module).get(name), float):  # have to agree
                         setattr(module, name, 0.0)
         stop = model.generation_config.eos_token_id
         stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
         added = self.tokenizer.added_tokens_decoder
-        turns = [{"role": role, "content": [{"type": "text", "text": "ANSWER"}]} for role in ("user", "assistant")]
+        turns = [
+            {"role": role, "content": [{"type": "text", "text": "ANSWER"}]}
+            for role in ("user", "assistant")
+        ]
         after = processor.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
         after = self.tokenizer(after, add_special_tokens=False)["input_ids"]
-        self.end_id = next((i for i in after if i in added), self.tokenizer.eos_token_id)    # Gemma's turns end with another
-        self.stop_ids = torch.tensor(sorted({*stop, self.end_id, self.tokenizer.eos_token_id}), device=self.device)
+        self.end_id = next(
+            (i for i in after if i in added), self.tokenizer.eos_token_id
+        )  # Gemma's turns end with another
+        self.stop_ids = torch.tensor(
+            sorted({*stop, self.end_id, self.tokenizer.eos_token_id}), device=self.device
+        )
         # A sampled image token could not be scored again (no image belongs to it): banned in sampling and scoring alike.
-        vision = {i for i, token in added.items() if re.search(r"image|img|vision|video|^<row_\d", token.content, re.IGNORECASE)}
+        vision = {
+            i
+            for i, token in added.items()
+            if re.search(r"image|img|vision|video|^<row_\d", token.content, re.IGNORECASE)
+        }
         vision = sorted(i for i in {*vision, model.config.image_token_id} if i < len(self.head[0]))
         self.banned = torch.tensor(vision, dtype=torch.long, device=self.device)
 
@@ -543,46 +739,73 @@ class Policy:
     def chat(self, example):
         """The user turn up to where the assistant begins, with one placeholder per image."""
         turns = [text for turn in example.history for text in turn] + [data.prompt_text(example)]
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for text, role in zip(turns, itertools.cycle(["user", "assistant"]))]
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for text, role in zip(turns, itertools.cycle(["user", "assistant"]))
+        ]
         messages[0]["content"][:0] = [{"type": "image"}] * len(example.images)
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
 
     def encode(self, example):
         """The model inputs for one prompt: a dict of tensors (1, P) plus pixel values. Raises InputError."""
         images = data.open_images(example)
         try:
             text, begin = self.chat(example), self.tokenizer.bos_token
-            inputs = dict(self.processor(text=[text], images=[images], return_tensors="pt",          # not a second begin token
-                                         add_special_tokens=not (begin and text.startswith(begin))))
+            inputs = dict(
+                self.processor(
+                    text=[text],
+                    images=[images],
+                    return_tensors="pt",  # not a second begin token
+                    add_special_tokens=not (begin and text.startswith(begin)),
+                )
+            )
         except ValueError as error:
             sizes = ", ".join(f"{i.width}x{i.height}" for i in images)
-            raise InputError(f"{example.id}: the processor refuses its images ({sizes}): {error}") from None
+            raise InputError(
+                f"{example.id}: the processor refuses its images ({sizes}): {error}"
+            ) from None
         length, limit = inputs["input_ids"].shape[1], self.config.model.max_prompt_tokens
         if length > limit:
-            raise InputError(f"{example.id}: the prompt with its images takes {length} tokens, more than "
-                             f"model.max_prompt_tokens={limit}; raise it or lower model.max_pixels")
+            raise InputError(
+                f"{example.id}: the prompt with its images takes {length} tokens, more than "
+                f"model.max_prompt_tokens={limit}; raise it or lower model.max_pixels"
+            )
         return {k: v.to(self.device) for k, v in inputs.items()}
 
     def split_at_images(self, prompt):
         """(prompt up to its last image token, the ids (Q,) after it): the part that all questions on an image share."""
         end = int((prompt["input_ids"][0] == self.model.config.image_token_id).nonzero()[-1]) + 1
         shape = prompt["input_ids"].shape
-        return {k: v[:, :end] if v.shape == shape else v for k, v in prompt.items()}, prompt["input_ids"][0, end:]
+        return {k: v[:, :end] if v.shape == shape else v for k, v in prompt.items()}, prompt[
+            "input_ids"
+        ][0, end:]
 
     def question_ids(self, example):
         """(Q,) ids of the prompt after its last image token, without opening the images."""
         chat, token = self.chat(example), self.processor.image_token
         if chat.count(token) > len(example.images):
-            raise InputError(f"{example.id}: its question contains {token}, which only stands for an image; take it out")
+            raise InputError(
+                f"{example.id}: its question contains {token}, which only stands for an image; take it out"
+            )
         text = self.image_end + chat.rpartition(token)[2]
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], device=self.device)
+        return torch.tensor(
+            self.tokenizer(text, add_special_tokens=False)["input_ids"], device=self.device
+        )
 
     @cached_property
     def image_end(self):
         """What the processor writes after the tokens of an image, e.g. Gemma's <end_of_image> and two newlines."""
-        ids = self.processor(text=[self.processor.image_token], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt",
-                             add_special_tokens=False)["input_ids"][0]
-        return self.tokenizer.decode(ids[int((ids == self.model.config.image_token_id).nonzero()[-1]) + 1:])
+        ids = self.processor(
+            text=[self.processor.image_token],
+            images=[[Image.new("RGB", (64, 64))]],
+            return_tensors="pt",
+            add_special_tokens=False,
+        )["input_ids"][0]
+        return self.tokenizer.decode(
+            ids[int((ids == self.model.config.image_token_id).nonzero()[-1]) + 1 :]
+        )
 
     def encode_all(self, examples, encode=None):
         """(example, inputs, or what `encode` gives) for each usable example. data.on_error=skip leaves the others out and says so."""
@@ -601,8 +824,10 @@ class Policy:
         ids = self.tokenizer(data.target_text(example), add_special_tokens=False)["input_ids"]
         ids = torch.tensor(ids + [self.end_id], device=self.device)
         if torch.isin(ids, self.banned).any():
-            raise InputError(f"{example.id}: its answer contains {self.tokenizer.decode(ids[torch.isin(ids, self.banned)][:1])}, which "
-                             f"only stands for an image; take it out")
+            raise InputError(
+                f"{example.id}: its answer contains {self.tokenizer.decode(ids[torch.isin(ids, self.banned)][:1])}, which "
+                f"only stands for an image; take it out"
+            )
         return ids
 
     def positions(self, batch):
@@ -612,7 +837,11 @@ class Policy:
         """
         mask = batch["attention_mask"]
         if hasattr(self.base, "get_rope_index"):
-            kinds = {k: batch[k] for k in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask") if k in batch}
+            kinds = {
+                k: batch[k]
+                for k in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+                if k in batch
+            }
             positions, _ = self.base.get_rope_index(**kinds)
             return positions, positions.amax((0, 2)) + 1
         return (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
@@ -638,17 +867,31 @@ class Policy:
         The tower runs once per prompt: sampling, reference (which starts from the same tower) and update share the result.
         """
         new = [p for p in prompts if FEATURES not in p]
-        if new and not (self.vision_frozen and "image_grid_thw" in new[0]            # Qwen-VL: others lay features out otherwise
-                        and "mm_encoder_outputs" in inspect.signature(self.base.forward).parameters):
+        if new and not (
+            self.vision_frozen
+            and "image_grid_thw" in new[0]  # Qwen-VL: others lay features out otherwise
+            and "mm_encoder_outputs" in inspect.signature(self.base.forward).parameters
+        ):
             return {}
         if new:
             batch = collate(new)
-            out = self.base.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
-            levels = [iter(level) for level in (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))]
-            for p in new:                                                 # level -> one tensor per image
-                p[FEATURES] = [list(itertools.islice(level, len(p["image_grid_thw"]))) for level in levels]
+            out = self.base.get_image_features(
+                batch["pixel_values"], batch["image_grid_thw"], return_dict=True
+            )
+            levels = [
+                iter(level)
+                for level in (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
+            ]
+            for p in new:  # level -> one tensor per image
+                p[FEATURES] = [
+                    list(itertools.islice(level, len(p["image_grid_thw"]))) for level in levels
+                ]
         embeddings, *deepstack = (sum(level, []) for level in zip(*(p[FEATURES] for p in prompts)))
-        return {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=embeddings, deepstack_features=deepstack)}}
+        return {
+            "mm_encoder_outputs": {
+                "image": SimpleNamespace(pooler_output=embeddings, deepstack_features=deepstack)
+            }
+        }
 
     # -- sampling
 
@@ -662,17 +905,35 @@ class Policy:
         self.model.eval()
         if not (pairs := self.encode_all(examples)):
             return []
-        uniform = torch.from_numpy(np.stack([
-            np.random.default_rng([*stream, int(hashlib.sha1(e.id.encode()).hexdigest()[:12], 16), g]).random(max_new_tokens)
-            for e, _ in pairs for g in range(group_size)])).to(self.device)                # (R, max_new_tokens)
+        uniform = torch.from_numpy(
+            np.stack(
+                [
+                    np.random.default_rng(
+                        [*stream, int(hashlib.sha1(e.id.encode()).hexdigest()[:12], 16), g]
+                    ).random(max_new_tokens)
+                    for e, _ in pairs
+                    for g in range(group_size)
+                ]
+            )
+        ).to(self.device)  # (R, max_new_tokens)
         with self.autocast(), self.cast_once():
-            tokens, logprobs, lengths, finished = self.decode_groups([p for _, p in pairs], group_size, uniform, temperature)
+            tokens, logprobs, lengths, finished = self.decode_groups(
+                [p for _, p in pairs], group_size, uniform, temperature
+            )
         rollouts = []
         for i, (example, prompt) in enumerate(pairs):
             group = range(i * group_size, (i + 1) * group_size)
-            ids = [tokens[r, :lengths[r]] for r in group]
-            rollouts.append(Rollout(example, prompt, ids, [logprobs[r, :lengths[r]] for r in group],
-                                    [self.decode(row) for row in ids], finished[group.start:group.stop].tolist()))
+            ids = [tokens[r, : lengths[r]] for r in group]
+            rollouts.append(
+                Rollout(
+                    example,
+                    prompt,
+                    ids,
+                    [logprobs[r, : lengths[r]] for r in group],
+                    [self.decode(row) for row in ids],
+                    finished[group.start : group.stop].tolist(),
+                )
+            )
         return rollouts
 
     @inside
@@ -683,16 +944,22 @@ class Policy:
         each row ended by itself (R,).
         """
         hidden, *prefilled = self.prefill(prompts)
-        decoder = (SharedDecoder if self.shared else PlainDecoder)(self.base, *prefilled, group_size)
-        hidden = hidden.repeat_interleave(group_size, 0)                                                   # (R, H)
-        rows = torch.arange(len(uniform), device=self.device)             # which completion each live row belongs to
+        decoder = (SharedDecoder if self.shared else PlainDecoder)(
+            self.base, *prefilled, group_size
+        )
+        hidden = hidden.repeat_interleave(group_size, 0)  # (R, H)
+        rows = torch.arange(
+            len(uniform), device=self.device
+        )  # which completion each live row belongs to
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(uniform.shape, device=self.device)
         lengths = torch.full_like(rows, uniform.shape[1])
         finished = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(uniform.shape[1]):
             with torch.autocast(self.device.type, enabled=False):
-                logits = head_logits(hidden.float(), *self.head, temperature or 1, self.banned)             # (live, V)
+                logits = head_logits(
+                    hidden.float(), *self.head, temperature or 1, self.banned
+                )  # (live, V)
             token, logp = draw(logits, uniform[rows, t] if temperature else None)
             tokens[rows, t], logprobs[rows, t] = token, logp
             ended = torch.isin(token, self.stop_ids) & ~finished[rows]
@@ -705,13 +972,17 @@ class Policy:
                 rows, token = rows[live], token[live]
             hidden = decoder.step(token)
         if not logprobs.isfinite().all():
-            raise InputError("the model's logits are not finite: its weights have overflowed. Go back to an earlier checkpoint and lower lr, or try "
-                             "model.precision=float32")
+            raise InputError(
+                "the model's logits are not finite: its weights have overflowed. Go back to an earlier checkpoint and lower lr, or try "
+                "model.precision=float32"
+            )
         return tokens, logprobs, lengths, finished
 
     def decode(self, ids):
         """Text of sampled ids without the end-of-turn token; other special tokens stay visible to the rewards."""
-        return self.tokenizer.decode(ids[~torch.isin(ids, self.stop_ids)], skip_special_tokens=False)
+        return self.tokenizer.decode(
+            ids[~torch.isin(ids, self.stop_ids)], skip_special_tokens=False
+        )
 
     # -- scoring
 
@@ -741,14 +1012,22 @@ class Policy:
         """Hidden states (N, H) that predict the scored tokens, these tokens (N,), and where they are (R, T_max)."""
         self.model.train(self.config.model.gradient_checkpointing)
         rows = [ids for group in completions for ids in group]
-        owner = torch.tensor([b for b, group in enumerate(completions) for _ in group], device=self.device)       # (R,)
-        ids = pad_sequence(rows, batch_first=True)                                                                # (R, T)
+        owner = torch.tensor(
+            [b for b, group in enumerate(completions) for _ in group], device=self.device
+        )  # (R,)
+        ids = pad_sequence(rows, batch_first=True)  # (R, T)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)[:, None]
         places = torch.arange(ids.shape[1], device=self.device)
-        mask = places < lengths                                                                                   # (R, T)
-        scored = mask if n_scored is None else mask & (places >= lengths - torch.tensor(n_scored, device=self.device)[:, None])
+        mask = places < lengths  # (R, T)
+        scored = (
+            mask
+            if n_scored is None
+            else mask & (places >= lengths - torch.tensor(n_scored, device=self.device)[:, None])
+        )
         with self.autocast():
-            hidden = (self.packed_hidden if self.shared else self.plain_hidden)(prompts, ids, mask, owner, scored)
+            hidden = (self.packed_hidden if self.shared else self.plain_hidden)(
+                prompts, ids, mask, owner, scored
+            )
         return hidden, ids[scored], scored
 
     def packed_hidden(self, prompts, ids, mask, owner, scored):
@@ -756,25 +1035,50 @@ class Policy:
 
         Every prompt (and image) runs once for all of its rows. A row's last token predicts nothing and is left out.
         """
-        sizes = torch.tensor([p["input_ids"].shape[1] for p in prompts], device=ids.device)                  # (B,)
-        order, lengths = sizes.argsort(stable=True), mask.sum(1) - 1                                         # as PackedAttention wants them
+        sizes = torch.tensor([p["input_ids"].shape[1] for p in prompts], device=ids.device)  # (B,)
+        order, lengths = (
+            sizes.argsort(stable=True),
+            mask.sum(1) - 1,
+        )  # as PackedAttention wants them
         prompts, owner, sizes = [prompts[b] for b in order], order.argsort()[owner], sizes[order]
         rows = (sizes[owner] * ids.shape[1] + lengths).argsort(stable=True)
         ids, owner, lengths = ids[rows], owner[rows], lengths[rows]
         batch = collate(prompts)
         positions, start = self.positions(batch)
-        real, places = batch["attention_mask"].bool(), torch.arange(ids.shape[1], device=ids.device)         # (B, P), (T,)
-        inputs = places < lengths[:, None]                                                                   # (R, T)
-        stream = {k: torch.cat([v[real], (ids if k == "input_ids" else torch.zeros_like(ids))[inputs].to(v.dtype)])[None]
-                  for k, v in batch.items() if v.shape == real.shape and k != "attention_mask"}              # (1, N)
+        real, places = (
+            batch["attention_mask"].bool(),
+            torch.arange(ids.shape[1], device=ids.device),
+        )  # (B, P), (T,)
+        inputs = places < lengths[:, None]  # (R, T)
+        stream = {
+            k: torch.cat(
+                [v[real], (ids if k == "input_ids" else torch.zeros_like(ids))[inputs].to(v.dtype)]
+            )[None]
+            for k, v in batch.items()
+            if v.shape == real.shape and k != "attention_mask"
+        }  # (1, N)
         later = self.later_positions(start[owner], places)
-        positions = torch.cat([positions[..., real], later[..., inputs]], -1).unsqueeze(-2)                  # (3, 1, N)
+        positions = torch.cat([positions[..., real], later[..., inputs]], -1).unsqueeze(
+            -2
+        )  # (3, 1, N)
         images = self.frozen_features(prompts)
-        images |= {k: v for k, v in batch.items() if v.shape != real.shape and not (images and k == "pixel_values")}
-        out = self.base(**stream, **images, position_ids=positions, attention_mask=ANY_MASK.to(self.device), use_cache=False,
-                        shared=PackedAttention(sizes, lengths, owner)).last_hidden_state[0]
+        images |= {
+            k: v
+            for k, v in batch.items()
+            if v.shape != real.shape and not (images and k == "pixel_values")
+        }
+        out = self.base(
+            **stream,
+            **images,
+            position_ids=positions,
+            attention_mask=ANY_MASK.to(self.device),
+            use_cache=False,
+            shared=PackedAttention(sizes, lengths, owner),
+        ).last_hidden_state[0]
         ends, starts = sizes.cumsum(0), sizes.sum() + lengths.cumsum(0) - lengths
-        before = torch.where(places == 0, ends[owner, None] - 1, starts[:, None] + places - 1)               # (R, T)
+        before = torch.where(
+            places == 0, ends[owner, None] - 1, starts[:, None] + places - 1
+        )  # (R, T)
         return out[before[rows.argsort()][scored]]
 
     def plain_hidden(self, prompts, ids, mask, owner, scored):
@@ -783,12 +1087,17 @@ class Policy:
         positions, start = self.positions(batch)
         later = self.later_positions(start, torch.arange(ids.shape[1], device=ids.device))
         length = batch["input_ids"].shape[1]
-        batch |= {"input_ids": torch.cat([batch["input_ids"], ids], 1),
-                  "attention_mask": torch.cat([batch["attention_mask"], mask], 1),
-                  **{k: F.pad(v, (0, ids.shape[1])) for k, v in batch.items()
-                     if v.shape == batch["input_ids"].shape and k not in ("input_ids", "attention_mask")}}
+        batch |= {
+            "input_ids": torch.cat([batch["input_ids"], ids], 1),
+            "attention_mask": torch.cat([batch["attention_mask"], mask], 1),
+            **{
+                k: F.pad(v, (0, ids.shape[1]))
+                for k, v in batch.items()
+                if v.shape == batch["input_ids"].shape and k not in ("input_ids", "attention_mask")
+            },
+        }
         out = self.base(**batch, position_ids=torch.cat([positions, later], -1), use_cache=False)
-        return out.last_hidden_state[:, length - 1:-1][scored]
+        return out.last_hidden_state[:, length - 1 : -1][scored]
 
     # -- sharding
 
@@ -796,8 +1105,12 @@ class Policy:
         """Spreads float32 weights, and with them gradients and optimiser states, over the processes: FSDP2 (Zhao et al. 2023)
         gathers one block at a time, in the forward's precision, and sums gradients in float32."""
         half = torch.bfloat16 if self.config.model.precision == "bfloat16" else None
-        root = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)       # embedding and head stay float32
-        block = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        root = MixedPrecisionPolicy(
+            reduce_dtype=torch.float32, cast_forward_inputs=False
+        )  # embedding and head stay float32
+        block = MixedPrecisionPolicy(
+            param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         blocks = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         for module in reversed(blocks):
             fully_shard(module, mp_policy=block)
@@ -805,12 +1118,14 @@ class Policy:
         # Which block the backward gathers ahead is said here: by default it follows the trace of past forwards, in which
         # sampling leaves other steps on every process.
         for before, module in zip([self.model, *blocks], [*blocks, self.model]):
-            module.set_modules_to_backward_prefetch([before if type(before) is type(module) else module])
+            module.set_modules_to_backward_prefetch(
+                [before if type(before) is type(module) else module]
+            )
         self.model.run = lambda work: work()
         register_fsdp_forward_method(self.model, "run")
         self.sharded = True
         for part in self.parts():
-            part.set_gradient_divide_factor(1.0)                          # losses are shares of one global mean: their sum
+            part.set_gradient_divide_factor(1.0)  # losses are shares of one global mean: their sum
             part.set_force_sum_reduction_for_comms(True)
 
     def parts(self):
@@ -822,7 +1137,7 @@ class Policy:
         process: each decodes as many tokens and scores as many rows as it has."""
         if self.sharded:
             self.model.set_reshard_after_forward(False)
-            self.model.run(lambda: None)                                  # the root first
+            self.model.run(lambda: None)  # the root first
         for part in self.parts() if self.sharded else ():
             part.unshard()
         yield
@@ -830,7 +1145,9 @@ class Policy:
             part.reshard()
         if self.sharded:
             self.model.set_reshard_after_forward(True)
-            self.model.set_reshard_after_forward(False, recurse=False)    # the backward begins with it
+            self.model.set_reshard_after_forward(
+                False, recurse=False
+            )  # the backward begins with it
 
     def together(self, batches):
         """The batches one by one. Where this process has none left, it stays `idle` as often as another one has further ones:
@@ -850,19 +1167,35 @@ class Policy:
     def add_lora(self, section):
         """Freezes the model and gives its linear layers that section.lora_targets names, none in the parts section.freeze, adapters:
         A from the seed, B = 0, which changes nothing yet."""
-        linear = {name: layer for name, layer in self.model.named_modules()
-                  if isinstance(layer, torch.nn.Linear) and part_of(name) not in section.freeze}
+        linear = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, torch.nn.Linear) and part_of(name) not in section.freeze
+        }
         names = {name.rpartition(".")[2] for name in linear}
         if not section.lora_targets or set(section.lora_targets) - names:
-            raise InputError(f"lora_targets={section.lora_targets}: the linear layers of {type(self.model).__name__} are {', '.join(sorted(names))}")
+            raise InputError(
+                f"lora_targets={section.lora_targets}: the linear layers of {type(self.model).__name__} are {', '.join(sorted(names))}"
+            )
         self.model.requires_grad_(False)
-        self.adapted = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in section.lora_targets}
+        self.adapted = {
+            name: layer
+            for name, layer in linear.items()
+            if name.rpartition(".")[2] in section.lora_targets
+        }
         generator = torch.Generator().manual_seed(self.config.seed)
         for layer in self.adapted.values():
-            layer.__class__ = LoRALinear                                  # its weight keeps its name
-            a = torch.rand(section.lora_rank, layer.in_features, generator=generator).mul_(2).sub_(1) / layer.in_features ** 0.5
+            layer.__class__ = LoRALinear  # its weight keeps its name
+            a = (
+                torch.rand(section.lora_rank, layer.in_features, generator=generator)
+                .mul_(2)
+                .sub_(1)
+                / layer.in_features**0.5
+            )
             layer.lora_A = torch.nn.Parameter(a.to(layer.weight.device))
-            layer.lora_B = torch.nn.Parameter(layer.weight.new_zeros(layer.out_features, section.lora_rank))
+            layer.lora_B = torch.nn.Parameter(
+                layer.weight.new_zeros(layer.out_features, section.lora_rank)
+            )
 
     @contextmanager
     def without_adapters(self):
@@ -877,8 +1210,11 @@ class Policy:
 
     def adapters(self):
         """{name in PEFT's files: parameter}"""
-        return {f"base_model.model.{name}.{matrix}.weight": getattr(layer, matrix)
-                for name, layer in self.adapted.items() for matrix in ("lora_A", "lora_B")}
+        return {
+            f"base_model.model.{name}.{matrix}.weight": getattr(layer, matrix)
+            for name, layer in self.adapted.items()
+            for matrix in ("lora_A", "lora_B")
+        }
 
     @torch.no_grad()
     def load_adapters(self, folder):
@@ -899,8 +1235,15 @@ class Policy:
 
     def whole_weights(self):
         """(state dict with adapters merged, adapters), whole on the first process; all have to call it."""
-        every, once = ({name for name, _ in self.model.named_parameters(remove_duplicate=again)} for again in (False, True))
-        state = {name: whole(tensor) for name, tensor in self.merged().items() if name not in every - once}          # a tied weight once
+        every, once = (
+            {name for name, _ in self.model.named_parameters(remove_duplicate=again)}
+            for again in (False, True)
+        )
+        state = {
+            name: whole(tensor)
+            for name, tensor in self.merged().items()
+            if name not in every - once
+        }  # a tied weight once
         return state, {name: whole(p.detach()) for name, p in self.adapters().items()}
 
     def save(self, folder, weights=None):
@@ -913,26 +1256,47 @@ class Policy:
             lora_rank = len(next(iter(self.adapted.values())).lora_A)
             (folder / "adapter").mkdir()
             save_file(adapters, folder / "adapter" / "adapter_model.safetensors")
-            (folder / "adapter" / "adapter_config.json").write_text(json.dumps({
-                "peft_type": "LORA", "r": lora_rank, "lora_alpha": LoRALinear.scale * lora_rank, "target_modules": sorted(self.adapted),
-                "base_model_name_or_path": self.path, "bias": "none", "inference_mode": True}))
+            (folder / "adapter" / "adapter_config.json").write_text(
+                json.dumps(
+                    {
+                        "peft_type": "LORA",
+                        "r": lora_rank,
+                        "lora_alpha": LoRALinear.scale * lora_rank,
+                        "target_modules": sorted(self.adapted),
+                        "base_model_name_or_path": self.path,
+                        "bias": "none",
+                        "inference_mode": True,
+                    }
+                )
+            )
         self.processor.save_pretrained(folder)
         video = "video_processor"
-        if video in inspect.signature(type(self.processor)).parameters and not hasattr(self.processor, video):
-            images = self.processor.image_processor                       # with torchvision, transformers looks for that half
-            patch = {k: getattr(images, k) for k in ("patch_size", "temporal_patch_size", "merge_size") if hasattr(images, k)}
+        if video in inspect.signature(type(self.processor)).parameters and not hasattr(
+            self.processor, video
+        ):
+            images = (
+                self.processor.image_processor
+            )  # with torchvision, transformers looks for that half
+            patch = {
+                k: getattr(images, k)
+                for k in ("patch_size", "temporal_patch_size", "merge_size")
+                if hasattr(images, k)
+            }
             Path(folder, "video_preprocessor_config.json").write_text(json.dumps(patch))
 
 
 # ---------------------------------------------------------------------------------------------- loading
 
+
 def image_only(family):
     """The processor class `family` without its video half, which cannot be built without torchvision."""
+
     class ImageOnly(family):
         @classmethod
         def get_attributes(cls):
             return [name for name in super().get_attributes() if name != "video_processor"]
-    ImageOnly.__name__ = family.__name__                                  # which is what a saved folder says
+
+    ImageOnly.__name__ = family.__name__  # which is what a saved folder says
     return ImageOnly
 
 
@@ -944,7 +1308,9 @@ def load_policy(config, path=None, weights=True):
     if path == "tiny":
         return Policy(*build_tiny(config.seed, pixels), config, path)
     if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith(("/", "."))):
-        raise InputError(f"model {path!r}: no such folder, and not a hub id like Qwen/Qwen3-VL-2B-Instruct")
+        raise InputError(
+            f"model {path!r}: no such folder, and not a hub id like Qwen/Qwen3-VL-2B-Instruct"
+        )
     transformers.utils.logging.disable_progress_bar()
     try:
         if weights:
@@ -959,21 +1325,44 @@ def load_policy(config, path=None, weights=True):
         else:
             family = image_only(PROCESSOR_MAPPING[type(model.config)])
             settings, _ = family.get_processor_dict(path)
-            processor = family.from_args_and_dict([images, AutoTokenizer.from_pretrained(path)], settings)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"model {path!r} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
+            processor = family.from_args_and_dict(
+                [images, AutoTokenizer.from_pretrained(path)], settings
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        raise InputError(
+            f"model {path!r} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        ) from None
     if not hasattr(model.config, "image_token_id"):
-        raise InputError(f"model {path!r}: {model.config.model_type} has no image_token_id, and is none of the families that work here")
+        raise InputError(
+            f"model {path!r}: {model.config.model_type} has no image_token_id, and is none of the families that work here"
+        )
     if "max_pixels" not in images.valid_kwargs.__annotations__:
-        say(f"model.min_pixels, model.max_pixels: no effect, the image sizes of {model.config.model_type} are its own")
+        say(
+            f"model.min_pixels, model.max_pixels: no effect, the image sizes of {model.config.model_type} are its own"
+        )
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:
         raise InputError(f"model {path!r} has no chat template: take an instruction-tuned one")
     return Policy(model, processor, config, path)
 
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                  "<|video_pad|>"]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 CHAT_TEMPLATE = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
@@ -985,19 +1374,35 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 def build_tokenizer(vocabulary=1024):
     """A byte-level BPE tokenizer with Qwen's special tokens, trained on the phantoms' own texts."""
-    import tokenizers                                                     # comes with transformers
+    import tokenizers  # comes with transformers
+
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words = tokenizers.Regex(r"\p{N}|[^\s\p{L}\p{N}]+| ?\p{L}+|\s+")         # digits one by one, as in Qwen
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(words, "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = tokenizers.Regex(
+        r"\p{N}|[^\s\p{L}\p{N}]+| ?\p{L}+|\s+"
+    )  # digits one by one, as in Qwen
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(words, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     corpus = data.phantom_corpus()
-    tokenizer.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL_TOKENS), show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   additional_special_tokens=SPECIAL_TOKENS, padding_side="left")
+    tokenizer.train_from_iterator(
+        corpus,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocabulary - len(SPECIAL_TOKENS),
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS,
+        padding_side="left",
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -1005,38 +1410,90 @@ def build_tokenizer(vocabulary=1024):
 def build_tiny(seed, pixels):
     """A randomly initialised Qwen3-VL of 2.4 M parameters (deepstack on, 14-pixel patches merged 2x2) and its processor."""
     tokenizer = build_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
-           ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    }
     width, layers = 128, 3
     config = Qwen3VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=4096,
-            rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
-            eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], tie_word_embeddings=True),
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=4096,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=10_000.0,
+                mrope_section=[6, 5, 5],
+                mrope_interleaved=True,
+            ),
+            eos_token_id=ids["im_end"],
+            pad_token_id=ids["endoftext"],
+            tie_word_embeddings=True,
+        ),
         vision_config=dict(
-            depth=3, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=14, spatial_merge_size=2,
-            temporal_patch_size=2, out_hidden_size=width, num_position_embeddings=256, deepstack_visual_indexes=[0, 1]),
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
+            depth=3,
+            hidden_size=128,
+            intermediate_size=384,
+            num_heads=4,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=width,
+            num_position_embeddings=256,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["im_end"], ids["endoftext"]
-    images = Qwen2VLImageProcessorPil(patch_size=14, temporal_patch_size=2, merge_size=2, image_mean=[0.4] * 3,
-                                      image_std=[0.2] * 3, **pixels)
-    return model, image_only(Qwen3VLProcessor)(images, tokenizer, chat_template=tokenizer.chat_template)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+        ids["im_end"],
+        ids["endoftext"],
+    )
+    images = Qwen2VLImageProcessorPil(
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+        image_mean=[0.4] * 3,
+        image_std=[0.2] * 3,
+        **pixels,
+    )
+    return model, image_only(Qwen3VLProcessor)(
+        images, tokenizer, chat_template=tokenizer.chat_template
+    )
 
 
 # ---------------------------------------------------------------------------------------------- optimiser and checkpoints
 
-PROJECTORS = ("visual.merger", "visual.deepstack_merger_list", "multi_modal_projector", "connector", "image_newline")
+PROJECTORS = (
+    "visual.merger",
+    "visual.deepstack_merger_list",
+    "multi_modal_projector",
+    "connector",
+    "image_newline",
+)
 TOWERS = ("visual", "vision_tower", "vision_model")
 
 
 def part_of(name):
-    """"vision" for the parameters of the vision tower, "projector" for those of what maps its features to the language model."""
+    """ "vision" for the parameters of the vision tower, "projector" for those of what maps its features to the language model."""
     name = name.removeprefix("model.")
-    return "projector" if name.startswith(PROJECTORS) else "vision" if name.startswith(TOWERS) else None
+    return (
+        "projector"
+        if name.startswith(PROJECTORS)
+        else "vision"
+        if name.startswith(TOWERS)
+        else None
+    )
 
 
 def make_optimizers(policy, section):
@@ -1047,23 +1504,39 @@ def make_optimizers(policy, section):
     """
     parts = [(part_of(name), p) for name, p in policy.model.named_parameters()]
     if unknown := set(section.freeze) - {part for part, _ in parts}:
-        raise InputError(f"freeze={section.freeze}: {type(policy.model).__name__} has no {' or '.join(unknown)} of a known name")
+        raise InputError(
+            f"freeze={section.freeze}: {type(policy.model).__name__} has no {' or '.join(unknown)} of a known name"
+        )
     for part, p in parts:
         if part in section.freeze:
             p.requires_grad_(False)
-    policy.vision_frozen = not any(p.requires_grad for part, p in parts if part) and any(part == "vision" for part, _ in parts)
-    linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {id(policy.head[0])}
+    policy.vision_frozen = not any(p.requires_grad for part, p in parts if part) and any(
+        part == "vision" for part, _ in parts
+    )
+    linear = {id(m.weight) for m in policy.model.modules() if isinstance(m, torch.nn.Linear)} - {
+        id(policy.head[0])
+    }
     linear = [p for p in policy.parameters() if section.optimizer == "muon" and id(p) in linear]
     others = [p for p in policy.parameters() if id(p) not in set(map(id, linear))]
-    adamw = torch.optim.AdamW([{"params": [p for p in others if p.ndim >= 2], "weight_decay": section.weight_decay},
-                               {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}], lr=section.lr, fused=True)
-    return [adamw] + ([torch.optim.Muon(linear, section.lr, section.weight_decay, adjust_lr_fn="match_rms_adamw")] if linear else [])
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": section.weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=section.lr,
+        fused=True,
+    )
+    return [adamw] + (
+        [torch.optim.Muon(linear, section.lr, section.weight_decay, adjust_lr_fn="match_rms_adamw")]
+        if linear
+        else []
+    )
 
 
 def optimizer_step(policy, optimizers, lr, grad_clip):
     """Sums gradients over processes (each holds its share of one global mean; sharded ones are summed by then), clips, steps.
     Returns the gradient norm; where that is not finite, nothing is updated."""
-    for p in policy.parameters():                                         # a process without tokens still takes part
+    for p in policy.parameters():  # a process without tokens still takes part
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world_size() > 1 and not policy.sharded:
             dist.all_reduce(p.grad)
@@ -1072,7 +1545,7 @@ def optimizer_step(policy, optimizers, lr, grad_clip):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if norm.isfinite():                                               # else no update: it would destroy the weights
+        if norm.isfinite():  # else no update: it would destroy the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return float(norm)
@@ -1083,8 +1556,10 @@ def bad_steps(before, norms, config, where):
     for norm in norms:
         before = 0 if math.isfinite(norm) else before + 1
         if before >= config.model.max_bad_steps:
-            raise InputError(f"{where}: {before} optimiser steps in a row had no finite gradient and changed nothing; go on from the last "
-                             f"checkpoint with a lower lr, or with model.precision=float32")
+            raise InputError(
+                f"{where}: {before} optimiser steps in a row had no finite gradient and changed nothing; go on from the last "
+                f"checkpoint with a lower lr, or with model.precision=float32"
+            )
     return before
 
 
@@ -1118,7 +1593,11 @@ def spread(state, optimizer):
     for i, values in state["state"].items():
         for name, value in values.items():
             if isinstance(parameters[i], DTensor) and value.shape == parameters[i].shape:
-                values[name] = distribute_tensor(value.to(parameters[i].device), parameters[i].device_mesh, parameters[i].placements)
+                values[name] = distribute_tensor(
+                    value.to(parameters[i].device),
+                    parameters[i].device_mesh,
+                    parameters[i].placements,
+                )
     return state
 
 
@@ -1130,29 +1609,45 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
     """
     final, aside = run / f"step_{step:06d}", run / f"step_{step:06d}.tmp"
     if not any(gather_objects(rank() == 0 and final.exists())):
-        weights, states = policy.whole_weights(), tree_map(whole, [o.state_dict() for o in optimizers])
+        weights, states = (
+            policy.whole_weights(),
+            tree_map(whole, [o.state_dict() for o in optimizers]),
+        )
         try:
             if rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
                 policy.save(aside, weights)
-                torch.save({"step": step, "start": policy.start, "optimizers": states, **state}, aside / "training_state.pt")
+                torch.save(
+                    {"step": step, "start": policy.start, "optimizers": states, **state},
+                    aside / "training_state.pt",
+                )
                 for path in [*aside.rglob("*"), aside]:
                     sync(path)
                 os.rename(aside, final)
-        except (OSError, RuntimeError, SafetensorError) as error:         # RuntimeError is torch.save's, of a full disk
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # RuntimeError is torch.save's, of a full disk
             shutil.rmtree(aside, ignore_errors=True)
-            raise InputError(f"{final} cannot be written ({(str(error) or repr(error)).splitlines()[0]}); the checkpoint before it is whole. If the disk "
-                             f"is full, make room; then start the same command again") from None
+            raise InputError(
+                f"{final} cannot be written ({(str(error) or repr(error)).splitlines()[0]}); the checkpoint before it is whole. If the disk "
+                f"is full, make room; then start the same command again"
+            ) from None
     if rank() == 0:
         for name in ["best", "last"] if is_best else ["last"]:
             point(run / name, final)
         sync(run)
         keep = {(run / name).resolve().name for name in ("best", "last")}
-        keep |= {path.name for path in sorted(run.glob("step_??????"))[-policy.config.log.keep_last:]}
+        keep |= {
+            path.name for path in sorted(run.glob("step_??????"))[-policy.config.log.keep_last :]
+        }
         for old in [*run.glob("step_*")]:
             if old.name not in keep:
-                gone = old.with_suffix(".tmp")                            # removed by halves, it must not look like a checkpoint
+                gone = old.with_suffix(
+                    ".tmp"
+                )  # removed by halves, it must not look like a checkpoint
                 if old != gone:
                     shutil.rmtree(gone, ignore_errors=True)
                     os.rename(old, gone)
@@ -1163,12 +1658,19 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
 def check_room(run, policy, optimizers, best):
     """InputError unless the disk has room for what is still to come: the checkpoints that are kept (with `best` one more), and
     another one, as an old one goes when the new one is there."""
-    states = sum(p.numel() * (1 if isinstance(o, torch.optim.Muon) else 2) for o in optimizers for group in o.param_groups for p in group["params"])
+    states = sum(
+        p.numel() * (1 if isinstance(o, torch.optim.Muon) else 2)
+        for o in optimizers
+        for group in o.param_groups
+        for p in group["params"]
+    )
     size = 4 * (sum(p.numel() for p in policy.model.parameters()) + states)
     missing = max(1, policy.config.log.keep_last + best + 1 - len([*run.glob("step_*")]))
     if rank() == 0 and (free := shutil.disk_usage(run).free) < missing * size:
-        raise InputError(f"{run}: room for {missing} checkpoint(s) takes {missing * size / 1e9:.2g} GB and the disk has {free / 1e9:.2g} GB left; make room, "
-                         f"or choose another folder with out=...")
+        raise InputError(
+            f"{run}: room for {missing} checkpoint(s) takes {missing * size / 1e9:.2g} GB and the disk has {free / 1e9:.2g} GB left; make room, "
+            f"or choose another folder with out=..."
+        )
 
 
 def last_step(run):
@@ -1176,7 +1678,9 @@ def last_step(run):
     if not (run / "last").exists():
         return 0
     if not (run / "last").is_symlink():
-        raise InputError(f"{run}/last is a folder where a link was: copy runs with their links (cp -a, rsync -a), or replace it by one to a step_N")
+        raise InputError(
+            f"{run}/last is a folder where a link was: copy runs with their links (cp -a, rsync -a), or replace it by one to a step_N"
+        )
     return int((run / "last").resolve().name.removeprefix("step_"))
 
 
@@ -1197,9 +1701,13 @@ def resume(run, config, start, section):
     if path is None:
         return policy, optimizers, {"step": 0}
     state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)
-    if (began := state.pop("start", policy.start)) != policy.start:       # it is the reference, and what adapters belong to
-        raise InputError(f"{run} began at {began} of {Path(start).parent}, and {Path(start).name} is {policy.start} there by now; "
-                         f"point it back, or choose another folder with out=...")
+    if (
+        began := state.pop("start", policy.start)
+    ) != policy.start:  # it is the reference, and what adapters belong to
+        raise InputError(
+            f"{run} began at {began} of {Path(start).parent}, and {Path(start).name} is {policy.start} there by now; "
+            f"point it back, or choose another folder with out=..."
+        )
     for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
         optimizer.load_state_dict(spread(saved, optimizer))
     return policy, optimizers, state
@@ -1211,17 +1719,42 @@ def open_run(run, config, sections):
     What may change: how often to save, how much to do at once, how long GRPO runs, how much is evaluated.
     """
     text = data.config_text(config)
-    free = {"sft.more_steps"} if run.name != "more" else set()            # in `more` it sets the learning rates
-    free |= {"grpo.steps", "grpo.save_every", "grpo.micro_batch", "grpo.sample_batch", "sft.micro_batch", "sft.save_every",
-            "data.val_size", "data.test_size", "data.on_error", "grpo.stop_if",
-            "model.shared_prefix", "model.parallel", "model.gradient_checkpointing", "model.max_bad_steps"}
+    free = (
+        {"sft.more_steps"} if run.name != "more" else set()
+    )  # in `more` it sets the learning rates
+    free |= {
+        "grpo.steps",
+        "grpo.save_every",
+        "grpo.micro_batch",
+        "grpo.sample_batch",
+        "sft.micro_batch",
+        "sft.save_every",
+        "data.val_size",
+        "data.test_size",
+        "data.on_error",
+        "grpo.stop_if",
+        "model.shared_prefix",
+        "model.parallel",
+        "model.gradient_checkpointing",
+        "model.max_bad_steps",
+    }
     path = run / "config.yaml"
     if path.exists() and (run / "last").exists():
         before = data.load_config(path)
-        mine = [key for key in data.known_keys() if (key == "seed" or key.split(".")[0] in sections) and key not in free]
+        mine = [
+            key
+            for key in data.known_keys()
+            if (key == "seed" or key.split(".")[0] in sections) and key not in free
+        ]
         if changed := [key for key in mine if attrgetter(key)(before) != attrgetter(key)(config)]:
-            raise InputError(f"{run} was made with " + ", ".join(f"{key}={attrgetter(key)(before)} (now {attrgetter(key)(config)})" for key in changed)
-                             + f"; choose another folder with out=..., or delete this one. What may change: {', '.join(sorted(free))}")
+            raise InputError(
+                f"{run} was made with "
+                + ", ".join(
+                    f"{key}={attrgetter(key)(before)} (now {attrgetter(key)(config)})"
+                    for key in changed
+                )
+                + f"; choose another folder with out=..., or delete this one. What may change: {', '.join(sorted(free))}"
+            )
     if rank() == 0:
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -1230,7 +1763,9 @@ def open_run(run, config, sections):
         except OSError as error:
             raise InputError(f"out={config.out}: cannot write there ({error.strerror})") from None
     if len(set(gather_objects(last_step(run)))) > 1:
-        raise InputError(f"{run}: processes find different checkpoints there; it has to be on a file system that all machines share")
+        raise InputError(
+            f"{run}: processes find different checkpoints there; it has to be on a file system that all machines share"
+        )
 
 
 def step_of(line):
@@ -1258,12 +1793,18 @@ class Log:
         try:
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
+
                 self.board = SummaryWriter(run)
             if config.log.wandb:
                 import wandb
-                self.wandb = wandb.init(project="chest-xray-grpo", name=str(run), config=asdict(config))
+
+                self.wandb = wandb.init(
+                    project="chest-xray-grpo", name=str(run), config=asdict(config)
+                )
         except ImportError as error:
-            raise InputError(f"log.tensorboard, log.wandb: {error}; install the package or leave the option off") from None
+            raise InputError(
+                f"log.tensorboard, log.wandb: {error}; install the package or leave the option off"
+            ) from None
 
     def metrics(self, step, values):
         if rank() == 0:
@@ -1281,11 +1822,20 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------- what a run needs
 
+
 def prompt_size(config, vision):
     """(patches, tokens) of a prompt whose images are as large as model.max_pixels allows, for a model's `vision_config`."""
-    images = max(2 if source.source in ("iu_xray", "mimic_cxr") and source.views == "all" else 1 for source in data.sources(config, "train"))
-    patches = images * config.model.max_pixels // int(np.max(getattr(vision, "patch_size", 14))) ** 2           # InternVL's has two sides
-    return patches, min(config.model.max_prompt_tokens, patches // getattr(vision, "spatial_merge_size", 2) ** 2 + 64)
+    images = max(
+        2 if source.source in ("iu_xray", "mimic_cxr") and source.views == "all" else 1
+        for source in data.sources(config, "train")
+    )
+    patches = (
+        images * config.model.max_pixels // int(np.max(getattr(vision, "patch_size", 14))) ** 2
+    )  # InternVL's has two sides
+    return patches, min(
+        config.model.max_prompt_tokens,
+        patches // getattr(vision, "spatial_merge_size", 2) ** 2 + 64,
+    )
 
 
 def memory_plan(policy, config, section, gpus=None):
@@ -1298,36 +1848,71 @@ def memory_plan(policy, config, section, gpus=None):
     model = policy.model
     text = model.config.get_text_config()
     hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    heads, shared_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads, shared_heads = (
+        text.num_attention_heads,
+        getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+    )
     size = getattr(text, "head_dim", None) or hidden // heads
     a, k, b = heads * size, shared_heads * size, 2 if config.model.precision == "bfloat16" else 4
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (True, False))
+    total, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or everything)
+        for everything in (True, False)
+    )
     gpus = gpus or world_size()
     shares = gpus if config.model.parallel == "shard" else 1
     vision = getattr(model.config, "vision_config", None)
     patches, prompt = prompt_size(config, vision)
     grpo = section is config.grpo
-    rows, length = (section.group_size, section.max_new_tokens) if grpo else (1, 256)            # an answer
-    together = min(section.micro_batch, -(-(section.prompts if grpo else section.batch_size) // gpus))
+    rows, length = (section.group_size, section.max_new_tokens) if grpo else (1, 256)  # an answer
+    together = min(
+        section.micro_batch, -(-(section.prompts if grpo else section.batch_size) // gpus)
+    )
     tokens = together * (prompt + rows * length if policy.shared else rows * (prompt + length))
-    per_token = 24 * hidden + 12 * (a + k) + b * 4 * (a + k + wide)       # norms in float32; projections, attention, MLP
+    per_token = (
+        24 * hidden + 12 * (a + k) + b * 4 * (a + k + wide)
+    )  # norms in float32; projections, attention, MLP
     activations = tokens * per_token * layers
     if config.model.gradient_checkpointing:
         activations = tokens * (4 * hidden * layers + per_token)
     if vision is not None and not policy.vision_frozen:
-        depth, width = getattr(vision, "depth", None) or vision.num_hidden_layers, vision.hidden_size
+        depth, width = (
+            getattr(vision, "depth", None) or vision.num_hidden_layers,
+            vision.hidden_size,
+        )
         per_patch = 4 * (12 * width + 4 * (getattr(vision, "intermediate_size", None) or 4 * width))
-        kept = 4 * width * depth + per_patch if config.model.gradient_checkpointing else per_patch * depth
+        kept = (
+            4 * width * depth + per_patch
+            if config.model.gradient_checkpointing
+            else per_patch * depth
+        )
         activations += together * patches * kept
-    parts = {"weights": 4 * total / shares, "gradients": 4 * trained / shares, "optimizer": 8 * trained / shares, "activations": activations,
-             "logits": 4 * max(3 * BUFFER, CHUNK * text.vocab_size)}
+    parts = {
+        "weights": 4 * total / shares,
+        "gradients": 4 * trained / shares,
+        "optimizer": 8 * trained / shares,
+        "activations": activations,
+        "logits": 4 * max(3 * BUFFER, CHUNK * text.vocab_size),
+    }
     if b == 2 and shares == 1:
         parts["half-precision weights"] = 2 * total
     if shares > 1:
-        blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        parts["gathered weights"] = 4 * (total - sum(blocks)) + b * (sum(blocks) if grpo else 2 * max(blocks))     # GRPO: to sample
+        blocks = [
+            sum(p.numel() for p in m.parameters())
+            for m in model.modules()
+            if isinstance(m, GradientCheckpointingLayer)
+        ]
+        parts["gathered weights"] = 4 * (total - sum(blocks)) + b * (
+            sum(blocks) if grpo else 2 * max(blocks)
+        )  # GRPO: to sample
     if grpo:
-        parts["keys and values"] = min(section.sample_batch, -(-section.prompts // gpus)) * (prompt + rows * length) * 2 * k * layers * b
+        parts["keys and values"] = (
+            min(section.sample_batch, -(-section.prompts // gpus))
+            * (prompt + rows * length)
+            * 2
+            * k
+            * layers
+            * b
+        )
         if section.kl_coef and not section.lora_rank:
             parts["reference"] = 4 * total / shares
     return parts
@@ -1341,24 +1926,39 @@ def time_plan(policy, config, gpus, flops, bandwidth):
     vision = sum(p.numel() for name, p in policy.model.named_parameters() if part_of(name))
     weights = sum(p.numel() for p in policy.model.parameters()) - vision
     patches, prompt = prompt_size(config, policy.model.config.vision_config)
-    prompts, length, half = -(-grpo.prompts // gpus), grpo.max_new_tokens, 2 if config.model.precision == "bfloat16" else 4
+    prompts, length, half = (
+        -(-grpo.prompts // gpus),
+        grpo.max_new_tokens,
+        2 if config.model.precision == "bfloat16" else 4,
+    )
     together = min(prompts, grpo.sample_batch)
-    per_prompt = 2 * (weights * prompt + vision * patches)                # a forward of what all completions share
+    per_prompt = 2 * (
+        weights * prompt + vision * patches
+    )  # a forward of what all completions share
     score = prompts * (per_prompt + 2 * weights * grpo.group_size * length)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * half * heads * size * text.num_hidden_layers              # bytes of a token's keys and values
+    cache = 2 * half * heads * size * text.num_hidden_layers  # bytes of a token's keys and values
     read = half * weights + together * cache * (prompt + grpo.group_size * length / 2)
-    decode = max(2 * weights * together * grpo.group_size / flops, read / bandwidth) * length * -(-prompts // together)
+    decode = (
+        max(2 * weights * together * grpo.group_size / flops, read / bandwidth)
+        * length
+        * -(-prompts // together)
+    )
     backward = 4 if config.model.gradient_checkpointing else 3
-    return {"sample": prompts * per_prompt / flops + decode, "reference": score / flops if grpo.kl_coef else 0,
-            "update": grpo.epochs * backward * score / flops}
+    return {
+        "sample": prompts * per_prompt / flops + decode,
+        "reference": score / flops if grpo.kl_coef else 0,
+        "update": grpo.epochs * backward * score / flops,
+    }
 
 
 def memory_text(parts):
     """One line: the sum in GB and its parts, the largest first."""
     parts = sorted(parts.items(), key=lambda part: -part[1])
-    return f"about {sum(n for _, n in parts) / 1e9:.1f} GB per process: " + ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts)
+    return f"about {sum(n for _, n in parts) / 1e9:.1f} GB per process: " + ", ".join(
+        f"{name} {n / 1e9:.1f}" for name, n in parts
+    )
 
 
 def plan(config, gpus=1, tflops=400, bandwidth=2):
@@ -1370,15 +1970,23 @@ def plan(config, gpus=1, tflops=400, bandwidth=2):
         if section.lora_rank:
             policy.add_lora(section)
         make_optimizers(policy, section)
-        size, trained = (sum(p.numel() for p in some) / 1e6 for some in (policy.model.parameters(), policy.parameters()))
-        lines.append(f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy, config, section, gpus))}")
+        size, trained = (
+            sum(p.numel() for p in some) / 1e6
+            for some in (policy.model.parameters(), policy.parameters())
+        )
+        lines.append(
+            f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy, config, section, gpus))}"
+        )
     times = time_plan(policy, config, gpus, tflops * 1e12, bandwidth * 1e12)
-    lines.append(f"GRPO: about {sum(times.values()):.3g} s a step at {tflops:g} TFLOP/s and {bandwidth:g} TB/s per GPU, communication and launch overheads left out: "
-                 + ", ".join(f"{name} {seconds:.3g}" for name, seconds in times.items()))
+    lines.append(
+        f"GRPO: about {sum(times.values()):.3g} s a step at {tflops:g} TFLOP/s and {bandwidth:g} TB/s per GPU, communication and launch overheads left out: "
+        + ", ".join(f"{name} {seconds:.3g}" for name, seconds in times.items())
+    )
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- processes and signals
+
 
 def main():
     parser = argparse.ArgumentParser(description="Says what a run would need, without its weights.")
@@ -1386,17 +1994,28 @@ def main():
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--tflops", type=float, default=400, help="1e12 operations per second that matrix products reach on one (400)")
-    parser.add_argument("--bandwidth", type=float, default=2, help="1e12 bytes per second that its memory gives (2)")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=400,
+        help="1e12 operations per second that matrix products reach on one (400)",
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=2, help="1e12 bytes per second that its memory gives (2)"
+    )
     args = parser.parse_args()
-    print(plan(data.load_config(args.config, args.overrides), args.gpus, args.tflops, args.bandwidth))
+    print(
+        plan(data.load_config(args.config, args.overrides), args.gpus, args.tflops, args.bandwidth)
+    )
 
 
 def start(usage):
     """Reads the command line `CONFIG [key=value ...]`, joins the other processes, prints the resolved configuration.
 
     Returns (config, stop request)."""
-    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_args()
@@ -1412,9 +2031,13 @@ def setup():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise InputError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
+                raise InputError(
+                    f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine"
+                )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2)
+        )
 
 
 def rank():
@@ -1432,7 +2055,9 @@ def gather_objects(value):
         try:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
-            raise InputError(f"another process has stopped, see its message ({str(error).splitlines()[0]})") from None
+            raise InputError(
+                f"another process has stopped, see its message ({str(error).splitlines()[0]})"
+            ) from None
     return values
 
 
@@ -1467,10 +2092,12 @@ class StopRequest:
 
     def release(self):
         """From here on, where nothing is left to be saved, a signal ends the process at once."""
+
         def leave(*_):
             if rank() == 0:
                 os.write(1, b"\nstopped while evaluating; the same command evaluates again\n")
             os._exit(0)
+
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, leave)
 

@@ -16,6 +16,7 @@ In order of appearance
 Whatever a model writes, nothing here raises, and every regular expression takes linear time. torch is imported where a
 network runs, in chexbert and bertscore; everything else does without.
 """
+
 import argparse
 import csv
 import difflib
@@ -32,12 +33,31 @@ from functools import lru_cache
 
 import numpy as np
 
-LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Lesion", "Lung Opacity", "Edema",
-          "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
-          "Support Devices")
+LABELS = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Lesion",
+    "Lung Opacity",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
 TAGS = ("<think>", "</think>", "<report>", "</report>", "<answer>", "</answer>")
-CHEXBERT_HEADS = (*LABELS[1:3], "Lung Opacity", "Lung Lesion", *LABELS[5:], "No Finding")  # its own order
+CHEXBERT_HEADS = (
+    *LABELS[1:3],
+    "Lung Opacity",
+    "Lung Lesion",
+    *LABELS[5:],
+    "No Finding",
+)  # its own order
 CACHED = 1 << 14  # texts whose CheXbert labels are kept
 MAX_MATCHED = 64  # predicted boxes that enter the assignment; further ones are false positives
 
@@ -50,26 +70,46 @@ class RewardError(ValueError):
 # any ending; gaps are bounded, which keeps matching linear.
 MENTIONS = {  # label: what names it, and, if need be, what only looks like it
     "Enlarged Cardiomediastinum": (
-        r"(?:cardio)?mediastinal (?:widen|enlarge|prominence)|(?:widened|prominent|wide) (?:superior )?mediastin",),
-    "Cardiomegaly": (r"cardiomegaly|cardiac enlargement|enlarge(?:d|ment of the) (?:heart|cardiac)",),
-    "Lung Lesion": (r"mass(?:es)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|carcinoma|neoplas|"
-                    r"tumou?r|malignan|metasta|cancer", r"(?:breast|body) mass|mass effect|nipple"),
+        r"(?:cardio)?mediastinal (?:widen|enlarge|prominence)|(?:widened|prominent|wide) (?:superior )?mediastin",
+    ),
+    "Cardiomegaly": (
+        r"cardiomegaly|cardiac enlargement|enlarge(?:d|ment of the) (?:heart|cardiac)",
+    ),
+    "Lung Lesion": (
+        r"mass(?:es)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|carcinoma|neoplas|"
+        r"tumou?r|malignan|metasta|cancer",
+        r"(?:breast|body) mass|mass effect|nipple",
+    ),
     "Lung Opacity": (
         r"opaci|(?:decreased|reduced) translucency|(?:increased|hazy|patchy|streaky) densit|infiltrat|haziness|"
         r"scar(?:s|red|ring)?\b|air ?-?space (?:\w+ )?(?:disease|process)|reticul(?:ation|ar (?:pattern|marking))|interstitial (?:\w+ )?"
-        r"(?:marking|pattern|lung|promin|thicken|disease|change)|(?:peri)?bronchial (?:wall )?(?:thicken|cuff)",),
-    "Edema": (r"o?edema|(?:heart|cardiac) failure|chf\b|(?:vascular|venous|pulmonary) congestion|congestive|kerley|"
-              r"cephalization|vascular (?:indistinctness|prominence)", r"(?:soft tissue|peripheral|ankle|leg) edema"),
+        r"(?:marking|pattern|lung|promin|thicken|disease|change)|(?:peri)?bronchial (?:wall )?(?:thicken|cuff)",
+    ),
+    "Edema": (
+        r"o?edema|(?:heart|cardiac) failure|chf\b|(?:vascular|venous|pulmonary) congestion|congestive|kerley|"
+        r"cephalization|vascular (?:indistinctness|prominence)",
+        r"(?:soft tissue|peripheral|ankle|leg) edema",
+    ),
     "Consolidation": (r"consolidat",),
-    "Pneumonia": (r"(?:broncho)?pneumonia|infecti|pneumonitis", r"(?:granulomatous|prior|previous|old) (?:\w+ )?infec"),
-    "Atelectasis": (r"(?:micro)?ateleca?t|collapse|volume loss", r"collapsed? (?:of (?:the |a )?)?vertebra"),
+    "Pneumonia": (
+        r"(?:broncho)?pneumonia|infecti|pneumonitis",
+        r"(?:granulomatous|prior|previous|old) (?:\w+ )?infec",
+    ),
+    "Atelectasis": (
+        r"(?:micro)?ateleca?t|collapse|volume loss",
+        r"collapsed? (?:of (?:the |a )?)?vertebra",
+    ),
     "Pneumothorax": (r"(?:hydro)?pneumothora",),
-    "Pleural Effusion": (r"effusion|pleural fluid|hydrothorax|blunt\w* of (?:\w+ ){0,4}costophrenic|"
-                         r"costophrenic (?:\w+ ){0,2}blunt|blunted (?:\w+ ){0,2}costophrenic",
-                         r"(?:pericardial|joint) effusion"),
-    "Pleural Other": (r"pleural (?:\w+ ){0,2}(?:thickening|scar|plaque|calcif|mass|abnormalit)|fibrothorax|fibrosis|"
-                      r"pleur(?:al|o)[ -]?(?:parenchymal|peripheral|based)|thickening of (?:\w+ ){0,2}pleura|"
-                      r"(?:bi)?apical (?:cap|thickening)",),
+    "Pleural Effusion": (
+        r"effusion|pleural fluid|hydrothorax|blunt\w* of (?:\w+ ){0,4}costophrenic|"
+        r"costophrenic (?:\w+ ){0,2}blunt|blunted (?:\w+ ){0,2}costophrenic",
+        r"(?:pericardial|joint) effusion",
+    ),
+    "Pleural Other": (
+        r"pleural (?:\w+ ){0,2}(?:thickening|scar|plaque|calcif|mass|abnormalit)|fibrothorax|fibrosis|"
+        r"pleur(?:al|o)[ -]?(?:parenchymal|peripheral|based)|thickening of (?:\w+ ){0,2}pleura|"
+        r"(?:bi)?apical (?:cap|thickening)",
+    ),
     "Fracture": (r"fractur|compression deformit|(?:rib|clavic\w+|wedge) deformit",),
     "Support Devices": (
         r"pace(?:r\b|maker)|(?:\w+ )?(?:lines?|tubes?|tubing)\b|picc|valve|(?:porta)?catheter|hardware|arthroplast|"
@@ -77,61 +117,93 @@ MENTIONS = {  # label: what names it, and, if need be, what only looks like it
         r"leads?\b|stimulator|generator|tracheostomy|xxxx-a-xxxx|"
         r"tips?\b (?:[\w-]+ ){0,6}(?:svc|cavoatrial|carina|atri|ventric)",
         r"(?:air|fat|mid|base|(?:kerley )?b|midclavicular|fissur\w*|pleural|paratracheal|fracture|lung)[ -]lines?\b|"
-        r"end ?plate|plate ?-?like"),
+        r"end ?plate|plate ?-?like",
+    ),
 }
 ANATOMY = {  # what has a size: normal is a negative, enlarged a positive
-    "Enlarged Cardiomediastinum": (r"(?:cardio ?-?)?mediastin|contours?\b|cardiopulmonary silhouette",
-                                   r"mediastinal (?:and hilar )?lymph|hilar contour"),
-    "Cardiomegaly": (r"heart\b|cardiac (?:silhouette|size|contour|shadow|and)|cardio(?: ?-?mediastin|pulmonary silh)",),
+    "Enlarged Cardiomediastinum": (
+        r"(?:cardio ?-?)?mediastin|contours?\b|cardiopulmonary silhouette",
+        r"mediastinal (?:and hilar )?lymph|hilar contour",
+    ),
+    "Cardiomegaly": (
+        r"heart\b|cardiac (?:silhouette|size|contour|shadow|and)|cardio(?: ?-?mediastin|pulmonary silh)",
+    ),
 }
 NORMAL = r"normal|unremarkable|within|clear|intact|maintained|upper limit|not? (?:\w+ ){0,3}(?:enlarge|widen|promin)"
-ENLARGED = r"not (?:\w+ )?normal|above normal|borderline|enlarge|prominent|increased|widen|large\b|big\b"
+ENLARGED = (
+    r"not (?:\w+ )?normal|above normal|borderline|enlarge|prominent|increased|widen|large\b|big\b"
+)
 OTHER = (  # findings outside the 13 observations: they only cancel No Finding
     r"granulom|scolio|kypho|degenerat|spondyl|arthri|osteophyt|hyper(?:inflat|expan|lucen|aerat)|emphysem|copd|chronic|"
-    r"scar|hernia|tortuo|atheroscl|ectasia|aneurysm|calcif|fibro|elevat|eventrat|bronchiect|osteopen|deformit|flatten")
+    r"scar|hernia|tortuo|atheroscl|ectasia|aneurysm|calcif|fibro|elevat|eventrat|bronchiect|osteopen|deformit|flatten"
+)
 # Cues before a mention, then cues after it. The first that fits is taken: "not excluded" is a hedge and no negation.
 NO_CUE = r"(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease)|not (?:\w+ )?(?:change|only|increas|decreas)"
-HEDGE = (r"(?:can ?not|can't|could not|difficult to|not|never|to) (?:\w+ ){0,2}(?:exclude|rule out|be excluded)|may\b|"
-         r"might|could|possib|probab|question|suspect|suspicious (?:for|of)|concern|worrisome|suggest|likely|vs\b|"
-         r"versus|presum|equivocal|differential|potential|perhaps|apparent|rule out|"
-         r"(?:evaluat|assess|correlat)\w* (?:\w+ )?for")
-NEGATION = (r"no\b|not\b|without|free (?:of|from)|negative for|absence of|absent|never|neither|nor\b|denies|resolution of|"
-            r"clear of|rather than|ruled? out|exclude[sd]?|remov(?:al|ed)")
-HEDGE_AFTER = (r"(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|(?:is|are) (?:\w+ )?limited|consideration|"
-               r"in the differential|(?:is|are) (?:\w+ ){0,2}(?:possible|suspected|questioned|difficult)")
-NEGATION_AFTER = (r"(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not\b|no longer|cleared|absent|excluded|removed)|"
-                  r"none\b|absent|resolved|not (?:\w+ )?(?:seen|identified|present|visuali)|unlikely|negative")
+HEDGE = (
+    r"(?:can ?not|can't|could not|difficult to|not|never|to) (?:\w+ ){0,2}(?:exclude|rule out|be excluded)|may\b|"
+    r"might|could|possib|probab|question|suspect|suspicious (?:for|of)|concern|worrisome|suggest|likely|vs\b|"
+    r"versus|presum|equivocal|differential|potential|perhaps|apparent|rule out|"
+    r"(?:evaluat|assess|correlat)\w* (?:\w+ )?for"
+)
+NEGATION = (
+    r"no\b|not\b|without|free (?:of|from)|negative for|absence of|absent|never|neither|nor\b|denies|resolution of|"
+    r"clear of|rather than|ruled? out|exclude[sd]?|remov(?:al|ed)"
+)
+HEDGE_AFTER = (
+    r"(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|(?:is|are) (?:\w+ )?limited|consideration|"
+    r"in the differential|(?:is|are) (?:\w+ ){0,2}(?:possible|suspected|questioned|difficult)"
+)
+NEGATION_AFTER = (
+    r"(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not\b|no longer|cleared|absent|excluded|removed)|"
+    r"none\b|absent|resolved|not (?:\w+ )?(?:seen|identified|present|visuali)|unlikely|negative"
+)
 MASK = re.compile(r"\bx{3,}\b|_{2,}")  # a word removed by de-identification
 ASCII = str.maketrans({0x2019: "'"} | dict.fromkeys(range(0x2010, 0x2015), "-"))
 SPACES, LINE_HYPHEN = re.compile(r"[^\S\n]+"), re.compile(r"(?<=\w-) ?\n ?(?=\w)")
 ASKED = re.compile(  # sections on what was asked, not on what was seen, up to the next section or paragraph
     r"(?:^|(?<=[\n.])|(?<=[\n.] ))(?:indications?|(?:clinical )?(?:history|information)|reason for (?:the )?(?:exam|study)\w*):"
-    r".*?(?=\b(?:exam\w*|comparison|technique|findings?|impressions?|conclusions?|report)\s?:|\n ?\n|\Z)", re.S)
-NO_CLAIM = re.compile(r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited")
+    r".*?(?=\b(?:exam\w*|comparison|technique|findings?|impressions?|conclusions?|report)\s?:|\n ?\n|\Z)",
+    re.S,
+)
+NO_CLAIM = re.compile(
+    r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited"
+)
 SENTENCE_END = re.compile(r"[.;!?]+(?!\d)|\n\s*\n|\n(?=[-*\u2022]|\d+[.)])")
 CLAUSE_END = re.compile(  # where cues stop: a contrast, or a conjunction or comma that opens a new statement
     r"\b(?:but|however|although|though|which|that|otherwise|except|aside|apart|while|whereas|given|(?:and|with) (?="
     r"(?:there|the|mild|small|bilateral|is|are|has|have|(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast))\b))|"
     r", (?=(?:and )?(?:there|the|stable|mild|small|minimal|moderate|severe|persistent|bilateral|unchanged|old|healed|"
-    r"possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with)\b)")
+    r"possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with)\b)"
+)
 
 
 def _compiled(table):
-    return [(LABELS.index(label), re.compile(rf"\b(?:{''.join(f'{d}|' for d in decoy)}(?P<it>{pattern}))"))
-            for label, (pattern, *decoy) in table.items()]
+    return [
+        (
+            LABELS.index(label),
+            re.compile(rf"\b(?:{''.join(f'{d}|' for d in decoy)}(?P<it>{pattern}))"),
+        )
+        for label, (pattern, *decoy) in table.items()
+    ]
 
 
 _MENTIONS, _ANATOMY, _OTHER = _compiled(MENTIONS), _compiled(ANATOMY), re.compile(rf"\b(?:{OTHER})")
 _BEFORE = re.compile(rf"\b(?:(?P<skip>{NO_CUE})|(?P<hedge>{HEDGE})|(?P<no>{NEGATION}))")
 _AFTER = re.compile(rf"\b(?:(?P<hedge>{HEDGE_AFTER})|(?P<no>{NEGATION_AFTER}))")
-_SIZE = re.compile(rf"\b(?:(?P<normal>{NORMAL})|(?P<large>{ENLARGED})|(?P<same>stable|unchanged|similar))")
-_SIZE_STATE = {"normal": NEGATIVE, "large": POSITIVE, "same": UNCERTAIN}  # "stable" hedges, as in the CheXpert labeler
+_SIZE = re.compile(
+    rf"\b(?:(?P<normal>{NORMAL})|(?P<large>{ENLARGED})|(?P<same>stable|unchanged|similar))"
+)
+_SIZE_STATE = {
+    "normal": NEGATIVE,
+    "large": POSITIVE,
+    "same": UNCERTAIN,
+}  # "stable" hedges, as in the CheXpert labeler
 
 
 @lru_cache(maxsize=1 << 14)
 def _clause_mentions(clause):
     """[(label index, state, phrase, cue)] of every mention; a finding outside the 13 observations is (0, NEGATIVE, .., ..)."""
-    first, last = {}, {}                    # the first cue before, and the last cue after, that begin to act
+    first, last = {}, {}  # the first cue before, and the last cue after, that begin to act
     for cue in _BEFORE.finditer(clause):
         first.setdefault(cue.lastgroup, cue)
     for cue in _AFTER.finditer(clause):
@@ -147,7 +219,9 @@ def _clause_mentions(clause):
                 return state, last[kind][0]
         return POSITIVE, ""
 
-    mentions = [(label, m) for label, pattern in _MENTIONS for m in pattern.finditer(clause) if m["it"]]
+    mentions = [
+        (label, m) for label, pattern in _MENTIONS for m in pattern.finditer(clause) if m["it"]
+    ]
     found = [(label, state, m[0], cue) for label, m in mentions for state, cue in [judged(m)]]
     found += [(0, NEGATIVE, m[0], "") for m in _OTHER.finditer(clause) if judged(m)[0] != NEGATIVE]
     sizes = list(_SIZE.finditer(clause))
@@ -156,19 +230,35 @@ def _clause_mentions(clause):
     for label, pattern in _ANATOMY if sizes else ():
         for part in filter(lambda match: match["it"], pattern.finditer(clause)):
             place = bisect(starts, part.start())
-            nearest = min(sizes[max(place - 1, 0):place + 1], key=lambda size: max(
-                size.start() - part.end(), part.start() - size.end()))
-            if nearest.lastgroup != "same" or LABELS[label] != "Cardiomegaly" or "mediast" not in part[0]:
+            nearest = min(
+                sizes[max(place - 1, 0) : place + 1],
+                key=lambda size: max(size.start() - part.end(), part.start() - size.end()),
+            )
+            if (
+                nearest.lastgroup != "same"
+                or LABELS[label] != "Cardiomegaly"
+                or "mediast" not in part[0]
+            ):
                 hedged = nearest.lastgroup == "large" and judged(part)[0] == UNCERTAIN
-                found.append((label, UNCERTAIN if hedged else _SIZE_STATE[nearest.lastgroup], part[0], nearest[0]))
+                found.append(
+                    (
+                        label,
+                        UNCERTAIN if hedged else _SIZE_STATE[nearest.lastgroup],
+                        part[0],
+                        nearest[0],
+                    )
+                )
     return found
 
 
 def evidence(text):
     """[(label, state, phrase, cue, clause)] of every mention in a report, in order; what extract_labels decides on."""
     text = ASKED.sub("\n\n", LINE_HYPHEN.sub("", SPACES.sub(" ", text.lower().translate(ASCII))))
-    clauses = [clause for sentence in SENTENCE_END.split(MASK.sub("xxxx", text))
-               for clause in CLAUSE_END.split(NO_CLAIM.sub("", " ".join(sentence.split())))]
+    clauses = [
+        clause
+        for sentence in SENTENCE_END.split(MASK.sub("xxxx", text))
+        for clause in CLAUSE_END.split(NO_CLAIM.sub("", " ".join(sentence.split())))
+    ]
     return [(*mention, clause) for clause in clauses for mention in _clause_mentions(clause)]
 
 
@@ -177,7 +267,10 @@ def _labels(text):
     found = [set() for _ in LABELS]
     for label, state, *_ in evidence(text):
         found[label].add(state)
-    states = [next((state for state in (POSITIVE, UNCERTAIN, NEGATIVE) if state in seen), BLANK) for seen in found]
+    states = [
+        next((state for state in (POSITIVE, UNCERTAIN, NEGATIVE) if state in seen), BLANK)
+        for seen in found
+    ]
     abnormal = found[0] or POSITIVE in states[1:-1] or UNCERTAIN in states[1:-1]
     states[0] = POSITIVE if re.search(r"\w", text) and not abnormal else BLANK
     return tuple(states)
@@ -203,14 +296,26 @@ def label_file(path, output, show_evidence=False):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RewardError(f"{path}: cannot read ({getattr(error, 'strerror', None) or error})") from None
-    rows = rows[1:] if rows and rows[0] and rows[0][0].strip().lower() in ("reports", "report", "report impression") else rows
+        raise RewardError(
+            f"{path}: cannot read ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    rows = (
+        rows[1:]
+        if rows
+        and rows[0]
+        and rows[0][0].strip().lower() in ("reports", "report", "report impression")
+        else rows
+    )
     if wide := [n for n, row in enumerate(rows, 1) if len(row) > 1]:
-        raise RewardError(f"{path}: report {wide[0]} has {len(rows[wide[0] - 1])} cells; put quotes around a report with commas")
+        raise RewardError(
+            f"{path}: report {wide[0]} has {len(rows[wide[0] - 1])} cells; put quotes around a report with commas"
+        )
     reports = [row[0] if row else "" for row in rows]
     values = {BLANK: "", POSITIVE: "1.0", NEGATIVE: "0.0", UNCERTAIN: "-1.0"}
-    table = [("Reports", *LABELS)] + [(report, *(values[state] for state in states))
-                                      for report, states in zip(reports, extract_labels(reports).tolist())]
+    table = [("Reports", *LABELS)] + [
+        (report, *(values[state] for state in states))
+        for report, states in zip(reports, extract_labels(reports).tolist())
+    ]
     try:
         with open(f"{output}.new", "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(table)
@@ -218,16 +323,22 @@ def label_file(path, output, show_evidence=False):
     except OSError as error:
         raise RewardError(f"{output}: cannot write ({error.strerror})") from None
     states = ("blank", "positive", "negative", "uncertain")
-    lines = [f"{n} | {LABELS[label]} | {states[state]} | {phrase}" + (f" <- {cue}" if cue else "") + f" | {clause.strip()}"
-             for n, report in enumerate(reports if show_evidence else (), 1)
-             for label, state, phrase, cue, clause in evidence(report)]
+    lines = [
+        f"{n} | {LABELS[label]} | {states[state]} | {phrase}"
+        + (f" <- {cue}" if cue else "")
+        + f" | {clause.strip()}"
+        for n, report in enumerate(reports if show_evidence else (), 1)
+        for label, state, phrase, cue, clause in evidence(report)
+    ]
     return "\n".join([*lines, f"{output}: labels of {len(reports)} reports"])
 
 
 def _padded(texts, tokenizer, longest, net):
     """Token ids (n, T) and their mask (n, T), without lone surrogates: tokenizers refuse them."""
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
-    inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(net.device)
+    inputs = tokenizer(
+        texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    ).to(net.device)
     return inputs["input_ids"], inputs["attention_mask"]
 
 
@@ -242,47 +353,70 @@ def chexbert(path, bert):
     """
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
         state = {key.removeprefix("module."): value for key, value in state.items()}
         words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
         config = BertConfig(
-            vocab_size=words, hidden_size=hidden, num_attention_heads=max(hidden // 64, 1),
-            num_hidden_layers=1 + max(int(key.split(".")[3]) for key in state if key.startswith("bert.encoder.layer.")),
+            vocab_size=words,
+            hidden_size=hidden,
+            num_attention_heads=max(hidden // 64, 1),
+            num_hidden_layers=1
+            + max(int(key.split(".")[3]) for key in state if key.startswith("bert.encoder.layer.")),
             intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
-            max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]))
+            max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]),
+        )
         heads = torch.nn.ModuleList(torch.nn.Linear(hidden, classes) for classes in [4] * 13 + [2])
-        net = torch.nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False), "linear_heads": heads})
-        if missing := net.load_state_dict(state, strict=False).missing_keys:  # it has more: a pooler, position_ids
+        net = torch.nn.ModuleDict(
+            {"bert": BertModel(config, add_pooling_layer=False), "linear_heads": heads}
+        )
+        if missing := net.load_state_dict(
+            state, strict=False
+        ).missing_keys:  # it has more: a pooler, position_ids
             raise KeyError(missing[0])
     except Exception as error:
-        why = {"FileNotFoundError": "no such file", "UnpicklingError": "it does not hold weights alone",
-               "KeyError": f"it lacks {error}"}.get(type(error).__name__, f"{error!r:.160}")
-        raise RewardError(f"rewards.chexbert={path!r}: not a CheXbert checkpoint ({why}); give chexbert.pth as "
-                         "published (github.com/stanfordmlgroup/CheXbert)") from None
+        why = {
+            "FileNotFoundError": "no such file",
+            "UnpicklingError": "it does not hold weights alone",
+            "KeyError": f"it lacks {error}",
+        }.get(type(error).__name__, f"{error!r:.160}")
+        raise RewardError(
+            f"rewards.chexbert={path!r}: not a CheXbert checkpoint ({why}); give chexbert.pth as "
+            "published (github.com/stanfordmlgroup/CheXbert)"
+        ) from None
     try:
         tokenizer = BertTokenizer.from_pretrained(bert)
-        if len(tokenizer) != words:         # where there is no vocabulary, from_pretrained makes up one of 5 words
+        if (
+            len(tokenizer) != words
+        ):  # where there is no vocabulary, from_pretrained makes up one of 5 words
             raise ValueError(f"{len(tokenizer)} words instead of {words}")
     except Exception as error:
-        raise RewardError(f"rewards.bert={bert!r}: no tokenizer for rewards.chexbert={path!r} there ({error!r:.160}); "
-                         "give a folder with bert-base-uncased's, or its hub id") from None
+        raise RewardError(
+            f"rewards.bert={bert!r}: no tokenizer for rewards.chexbert={path!r} there ({error!r:.160}); "
+            "give a folder with bert-base-uncased's, or its hub id"
+        ) from None
     net.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     columns, known = [CHEXBERT_HEADS.index(label) for label in LABELS], {}
 
     @torch.no_grad()
     def label(texts):
         texts = [" ".join(text.split()) for text in texts]
-        new = sorted(dict.fromkeys(text for text in texts if text not in known), key=len)  # little padding
-        for batch in (new[i:i + 64] for i in range(0, len(new), 64)):
+        new = sorted(
+            dict.fromkeys(text for text in texts if text not in known), key=len
+        )  # little padding
+        for batch in (new[i : i + 64] for i in range(0, len(new), 64)):
             ids, mask = _padded(batch, tokenizer, config.max_position_embeddings, net["bert"])
-            first = net["bert"](ids, attention_mask=mask).last_hidden_state[:, 0]   # (n, hidden)
-            states = torch.stack([head(first).argmax(1) for head in heads], 1)      # (n, 14), in its own order
+            first = net["bert"](ids, attention_mask=mask).last_hidden_state[:, 0]  # (n, hidden)
+            states = torch.stack(
+                [head(first).argmax(1) for head in heads], 1
+            )  # (n, 14), in its own order
             known.update(zip(batch, states[:, columns].tolist()))
         states = np.array([known[text] for text in texts], np.int8).reshape(-1, len(LABELS))
         for text in list(known)[:-CACHED]:
             del known[text]
         return states
+
     return label
 
 
@@ -303,7 +437,10 @@ def mccs(generated, reference, margin=0.5):
 def label_f1(generated, reference):
     """(N,) F1 of the positive or uncertain observations without No Finding. Without any on either side it is 0, as in
     scikit-learn: normal studies then have no say, which weighs against the pull of MCCS to the normal template."""
-    a, b = (np.isin(np.asarray(labels)[:, 1:], (POSITIVE, UNCERTAIN)) for labels in (generated, reference))
+    a, b = (
+        np.isin(np.asarray(labels)[:, 1:], (POSITIVE, UNCERTAIN))
+        for labels in (generated, reference)
+    )
     return 2 * (a & b).sum(1) / np.maximum(a.sum(1) + b.sum(1), 1)
 
 
@@ -319,7 +456,10 @@ def ngrams(tokens, n):
 
 def gleu(candidate, reference):
     """Google's sentence GLEU: matching n-grams, n = 1..4, over the larger number of n-grams (Wu et al. 2016)."""
-    a, b = (sum((ngrams(tokenize(text), n) for n in range(1, 5)), Counter()) for text in (candidate, reference))
+    a, b = (
+        sum((ngrams(tokenize(text), n) for n in range(1, 5)), Counter())
+        for text in (candidate, reference)
+    )
     return (a & b).total() / max(a.total(), b.total(), 1)
 
 
@@ -329,17 +469,19 @@ def bleu4(candidate, reference):
     if not set(a) & set(b):
         return 0.0
     grams = [(ngrams(a, n), ngrams(b, n), n > 1) for n in range(1, 5)]
-    precisions = [((x & y).total() + smooth) / (max(x.total(), 1) + smooth) for x, y, smooth in grams]
+    precisions = [
+        ((x & y).total() + smooth) / (max(x.total(), 1) + smooth) for x, y, smooth in grams
+    ]
     return math.exp(min(0, 1 - len(b) / len(a)) + sum(map(math.log, precisions)) / 4)
 
 
 def rouge_l(candidate, reference):
     """ROUGE-L F1 (Lin 2004); the longest common subsequence is bit-parallel (Hyyro 2004), fast on any length."""
     a, b = sorted((tokenize(candidate), tokenize(reference)), key=len)
-    places = {}                             # token -> bit mask of its places in a
+    places = {}  # token -> bit mask of its places in a
     for i, token in enumerate(a):
         places[token] = places.get(token, 0) | 1 << i
-    full = row = (1 << len(a)) - 1          # a zero bit is a place where the subsequence grew
+    full = row = (1 << len(a)) - 1  # a zero bit is a place where the subsequence grew
     for token in b:
         match = row & places.get(token, 0)
         row = (row + match | row - match) & full
@@ -351,15 +493,20 @@ def _encoder(path, layer):
     """(tokenizer, its longest text, network) in `path`. Raises RewardError."""
     import torch
     from transformers import AutoModel, AutoTokenizer
+
     try:
         net = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
         longest = min(tokenizer.model_max_length, net.config.max_position_embeddings)
     except Exception as error:
-        raise RewardError(f"rewards.bertscore={path!r}: no encoder and tokenizer for the reward bertscore "
-                         f"({error!r:.160}); give a local folder or hub id") from None
+        raise RewardError(
+            f"rewards.bertscore={path!r}: no encoder and tokenizer for the reward bertscore "
+            f"({error!r:.160}); give a local folder or hub id"
+        ) from None
     if layer > net.config.num_hidden_layers:
-        raise RewardError(f"rewards.bertscore_layer={layer}: {path} has {net.config.num_hidden_layers} layers")
+        raise RewardError(
+            f"rewards.bertscore_layer={layer}: {path} has {net.config.num_hidden_layers} layers"
+        )
     return tokenizer, longest, net.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -370,21 +517,26 @@ def bertscore(candidates, references, path, layer=0):
     Precision and recall are means over all tokens but [CLS] and [SEP], which others may take. An empty text scores 0.
     """
     import torch
+
     tokenizer, longest, net = _encoder(path, layer)
 
-    def embed(texts):                       # unit vectors (n, T, D), and (n, T): is it a token, does it count?
+    def embed(texts):  # unit vectors (n, T, D), and (n, T): is it a token, does it count?
         ids, mask = _padded([text.strip() for text in texts], tokenizer, longest, net)
         hidden = net(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer or -1]
         special = (ids == tokenizer.cls_token_id) | (ids == tokenizer.sep_token_id)
         return torch.nn.functional.normalize(hidden, dim=-1), mask.bool(), mask.bool() & ~special
 
-    def best(similarity, others, counts):   # (n, S, T), (n, T), (n, S) -> (n,) mean over what counts
-        return (similarity.masked_fill(~others[:, None], -math.inf).amax(2) * counts).sum(1) / counts.sum(1)
+    def best(similarity, others, counts):  # (n, S, T), (n, T), (n, S) -> (n,) mean over what counts
+        return (similarity.masked_fill(~others[:, None], -math.inf).amax(2) * counts).sum(
+            1
+        ) / counts.sum(1)
 
     scores = []
     with torch.no_grad():
         for i in range(0, len(candidates), 64):
-            (a, a_mask, a_counts), (b, b_mask, b_counts) = (embed(t[i:i + 64]) for t in (candidates, references))
+            (a, a_mask, a_counts), (b, b_mask, b_counts) = (
+                embed(t[i : i + 64]) for t in (candidates, references)
+            )
             precision, recall = best(a @ b.mT, b_mask, a_counts), best(b @ a.mT, a_mask, b_counts)
             scores += (2 * precision * recall / (precision + recall)).nan_to_num(0, 0, 0).tolist()
     return scores
@@ -413,7 +565,13 @@ def parse_output(text, task, style):
     if not rest.count(start) == rest.count(end) == block.count(end) == 1:
         answer = ""
     once = all(count[tag] == (tag in ("<think>", "</think>", start, end)) for tag in TAGS)
-    valid = once and thinking.startswith("<think>") and not between.strip() and not after and bool(answer)
+    valid = (
+        once
+        and thinking.startswith("<think>")
+        and not between.strip()
+        and not after
+        and bool(answer)
+    )
     return valid, thinking.removeprefix("<think>").strip(), answer
 
 
@@ -429,8 +587,10 @@ def parse_boxes(text):
 
 def iou(a, b):
     """Intersection over union of two (x1, y1, x2, y2) boxes; an empty or inverted box has area 0."""
+
     def area(x1, y1, x2, y2):
         return max(x2 - x1, 0.0) * max(y2 - y1, 0.0)
+
     both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
     union = area(*a) + area(*b) - both
     return both / union if union > 0 else 0.0  # nan, where areas overflow, is not > 0
@@ -439,11 +599,19 @@ def iou(a, b):
 def _assign(cost):
     """The row given to each column (-1: none) in the cheapest assignment of all n rows, n <= m: Hungarian, O(n^2 m)."""
     n, m = cost.shape
-    u, v, row_of = np.zeros(n), np.zeros(m + 1), np.full(m + 1, -1)  # potentials; column m is where each path starts
+    u, v, row_of = (
+        np.zeros(n),
+        np.zeros(m + 1),
+        np.full(m + 1, -1),
+    )  # potentials; column m is where each path starts
     for row in range(n):
         row_of[m], column = row, m
-        slack, previous, visited = np.full(m + 1, np.inf), np.zeros(m + 1, int), np.zeros(m + 1, bool)
-        while row_of[column] >= 0:          # grow the cheapest alternating path to a free column
+        slack, previous, visited = (
+            np.full(m + 1, np.inf),
+            np.zeros(m + 1, int),
+            np.zeros(m + 1, bool),
+        )
+        while row_of[column] >= 0:  # grow the cheapest alternating path to a free column
             visited[column] = True
             reduced = np.append(cost[row_of[column]] - u[row_of[column]] - v[:m], np.inf)
             better = ~visited & (reduced < slack)
@@ -453,7 +621,7 @@ def _assign(cost):
             u[row_of[visited]] += step
             v[visited] -= step
             slack[~visited] -= step
-        while column != m:                  # flip it
+        while column != m:  # flip it
             row_of[column] = row_of[previous[column]]
             column = previous[column]
     return row_of[:m]
@@ -468,7 +636,11 @@ def match_boxes(predicted, reference):
         pairs = ((i, j) for j, i in enumerate(_assign(-overlap)))
     else:
         pairs = enumerate(_assign(-overlap.T))
-    return sorted((int(i), int(j), float(overlap[i, j])) for i, j in pairs if min(i, j) >= 0 and overlap[i, j] > 0)
+    return sorted(
+        (int(i), int(j), float(overlap[i, j]))
+        for i, j in pairs
+        if min(i, j) >= 0 and overlap[i, j] > 0
+    )
 
 
 def soft_f1(predicted, reference, mode="radvlm", match_empty=False):
@@ -482,7 +654,10 @@ def soft_f1(predicted, reference, mode="radvlm", match_empty=False):
         return float(match_empty and not predicted and not reference)
     pairs = match_boxes(predicted[:MAX_MATCHED], reference)
     total = sum(overlap for _, _, overlap in pairs)
-    size = {"radvlm": len(reference) + total + len(predicted) - len(pairs), "pq": len(predicted) + len(reference)}
+    size = {
+        "radvlm": len(reference) + total + len(predicted) - len(pairs),
+        "pq": len(predicted) + len(reference),
+    }
     return 2 * total / size[mode]
 
 
@@ -493,14 +668,16 @@ def says_nothing_there(answer):
 
 # The reward table: f(batch, config.rewards) -> one number per completion.
 
+
 @dataclass
 class Batch:
     """N completions of one task, taken apart."""
-    completions: list                       # whole texts
-    token_ids: list                         # their tokens (of words, where a text has none)
-    valid: np.ndarray                       # (N,) do they have the format?
-    answers: list                           # the report, or the text with the boxes
-    examples: list                          # data.Example: the references
+
+    completions: list  # whole texts
+    token_ids: list  # their tokens (of words, where a text has none)
+    valid: np.ndarray  # (N,) do they have the format?
+    answers: list  # the report, or the text with the boxes
+    examples: list  # data.Example: the references
 
 
 def labeler(cfg):
@@ -510,20 +687,32 @@ def labeler(cfg):
 
 def _on_labels(score):
     def reward(batch, cfg):
-        says_something = np.array([re.search(r"\w", answer) is not None for answer in batch.answers], bool)
+        says_something = np.array(
+            [re.search(r"\w", answer) is not None for answer in batch.answers], bool
+        )
         label = labeler(cfg)
         scores = score(label(batch.answers), label([e.answer for e in batch.examples]), cfg)
         return np.where(says_something, scores, 0)  # CheXbert may read labels in an empty text
+
     return reward
 
 
 def _on_text(score):
-    return lambda batch, cfg: [score(a, e.answer) for a, e in zip(batch.answers, batch.examples, strict=True)]
+    return lambda batch, cfg: [
+        score(a, e.answer) for a, e in zip(batch.answers, batch.examples, strict=True)
+    ]
 
 
 def _soft_f1_reward(batch, cfg):
-    return [soft_f1(parse_boxes(answer), example.boxes, cfg.soft_f1_mode, cfg.match_empty and says_nothing_there(answer))
-            for answer, example in zip(batch.answers, batch.examples)]
+    return [
+        soft_f1(
+            parse_boxes(answer),
+            example.boxes,
+            cfg.soft_f1_mode,
+            cfg.match_empty and says_nothing_there(answer),
+        )
+        for answer, example in zip(batch.answers, batch.examples)
+    ]
 
 
 def overlong(length, start, end):
@@ -532,16 +721,26 @@ def overlong(length, start, end):
 
 
 REWARDS = {
-    "mccs": _on_labels(lambda generated, reference, cfg: mccs(generated, reference, cfg.mccs_margin)),
+    "mccs": _on_labels(
+        lambda generated, reference, cfg: mccs(generated, reference, cfg.mccs_margin)
+    ),
     "label_f1": _on_labels(lambda generated, reference, cfg: label_f1(generated, reference)),
-    "gleu": _on_text(gleu), "bleu4": _on_text(bleu4), "rouge_l": _on_text(rouge_l),
-    "bertscore": lambda batch, cfg: bertscore(batch.answers, [e.answer for e in batch.examples], cfg.bertscore,
-                                              cfg.bertscore_layer),
+    "gleu": _on_text(gleu),
+    "bleu4": _on_text(bleu4),
+    "rouge_l": _on_text(rouge_l),
+    "bertscore": lambda batch, cfg: bertscore(
+        batch.answers, [e.answer for e in batch.examples], cfg.bertscore, cfg.bertscore_layer
+    ),
     "soft_f1": _soft_f1_reward,
     "format": lambda batch, cfg: batch.valid,
-    "overlong": lambda batch, cfg: [overlong(len(ids), cfg.overlong_start, cfg.overlong_end) for ids in batch.token_ids],
+    "overlong": lambda batch, cfg: [
+        overlong(len(ids), cfg.overlong_start, cfg.overlong_end) for ids in batch.token_ids
+    ],
 }
-APPLIES = {"report": [name for name in REWARDS if name != "soft_f1"], "grounding": ["soft_f1", "format", "overlong"]}
+APPLIES = {
+    "report": [name for name in REWARDS if name != "soft_f1"],
+    "grounding": ["soft_f1", "format", "overlong"],
+}
 
 
 @lru_cache
@@ -550,7 +749,7 @@ def external_reward(name):
     path, _, function = name.rpartition(":")
     if not os.path.isfile(path):
         raise RewardError(f"rewards: {name}: no file {path}")
-    sys.path.append(os.path.dirname(os.path.abspath(path)))                   # it may import files beside it
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # it may import files beside it
     try:
         namespace = runpy.run_path(path)
     except Exception as error:
@@ -567,22 +766,42 @@ def call_external(name, batch, cfg):
     reference, boxes, label, patient, each a list of N, and returns N numbers; None: does not apply (nan here). What raises
     or is not finite stops the run, or counts as 0 where rewards.on_error=zero.
     """
-    columns = {key: [getattr(e, key) for e in batch.examples] for key in ("id", "task", "question", "boxes", "label", "patient")}
+    columns = {
+        key: [getattr(e, key) for e in batch.examples]
+        for key in ("id", "task", "question", "boxes", "label", "patient")
+    }
     try:
         given = external_reward(name)(
-            prompts=columns["question"], completions=batch.completions, completion_ids=batch.token_ids,
-            answer=batch.answers, reference=[e.answer for e in batch.examples], **columns)
+            prompts=columns["question"],
+            completions=batch.completions,
+            completion_ids=batch.token_ids,
+            answer=batch.answers,
+            reference=[e.answer for e in batch.examples],
+            **columns,
+        )
         values = np.array([math.nan if value is None else value for value in given], float)
         if values.shape != (len(batch.examples),):
             raise ValueError(f"{values.shape} values for {len(batch.examples)} completions")
         failed = ~np.isfinite(values) & np.array([value is not None for value in given])
         if failed.any() and cfg.on_error == "stop":
-            raise ValueError(f"{values[failed][0]} for completion {batch.completions[failed.argmax()]!r}")
+            raise ValueError(
+                f"{values[failed][0]} for completion {batch.completions[failed.argmax()]!r}"
+            )
     except Exception as error:
         if cfg.on_error == "stop":
-            own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == name.rpartition(":")[0]]
-            line = f", line {own[-1]}" if own else ", which returns a number per completion and ends its arguments with **columns"
-            raise RewardError(f"reward {name}{line}: {error!r} (rewards.on_error=zero counts such rewards as 0)") from None
+            own = [
+                f.lineno
+                for f in traceback.extract_tb(error.__traceback__)
+                if f.filename == name.rpartition(":")[0]
+            ]
+            line = (
+                f", line {own[-1]}"
+                if own
+                else ", which returns a number per completion and ends its arguments with **columns"
+            )
+            raise RewardError(
+                f"reward {name}{line}: {error!r} (rewards.on_error=zero counts such rewards as 0)"
+            ) from None
         values, failed = np.zeros(len(batch.examples)), np.ones(len(batch.examples), bool)
     return np.where(failed, 0.0, values), failed.astype(float)
 
@@ -595,8 +814,10 @@ def check_rewards(rewards_cfg):
                 external_reward(name)
             elif name not in names:
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-                raise RewardError(f"rewards.{task}.{name}: no such reward for this task; did you mean {nearest!r}? "
-                                 f"(there are {', '.join(names)}, and your own: path/to/file.py:function)")
+                raise RewardError(
+                    f"rewards.{task}.{name}: no such reward for this task; did you mean {nearest!r}? "
+                    f"(there are {', '.join(names)}, and your own: path/to/file.py:function)"
+                )
     labeler(rewards_cfg)
     if "bertscore" in rewards_cfg.report:
         _encoder(rewards_cfg.bertscore, rewards_cfg.bertscore_layer)
@@ -608,13 +829,20 @@ def score_completions(completions, examples, rewards_cfg, style, token_ids=None)
     Tasks may be mixed: a part is nan where it does not apply to the row. A weight of 0 only logs a part. Raises
     RewardError if a reward is not finite.
     """
-    parsed = [parse_output(text, e.task, style) for text, e in zip(completions, examples, strict=True)]
+    parsed = [
+        parse_output(text, e.task, style) for text, e in zip(completions, examples, strict=True)
+    ]
     token_ids = token_ids or [tokenize(text) for text in completions]
     total, parts = np.zeros(len(examples)), {}
     for task in APPLIES:
         rows = [i for i, example in enumerate(examples) if example.task == task]
-        batch = Batch([completions[i] for i in rows], [token_ids[i] for i in rows],
-                      np.array([parsed[i][0] for i in rows], bool), [parsed[i][2] for i in rows], [examples[i] for i in rows])
+        batch = Batch(
+            [completions[i] for i in rows],
+            [token_ids[i] for i in rows],
+            np.array([parsed[i][0] for i in rows], bool),
+            [parsed[i][2] for i in rows],
+            [examples[i] for i in rows],
+        )
         for name, weight in getattr(rewards_cfg, task).items() if rows else ():
             if ".py:" in name:
                 values, failed = call_external(name, batch, rewards_cfg)
@@ -622,7 +850,9 @@ def score_completions(completions, examples, rewards_cfg, style, token_ids=None)
             else:
                 values = np.asarray(REWARDS[name](batch, rewards_cfg), float)
                 if not np.isfinite(values).all():
-                    raise RewardError(f"reward {name!r} gave a value that is not finite: {values[~np.isfinite(values)][0]}")
+                    raise RewardError(
+                        f"reward {name!r} gave a value that is not finite: {values[~np.isfinite(values)][0]}"
+                    )
             parts.setdefault(name, np.full(len(examples), np.nan))[rows] = values
             total[rows] += weight * np.nan_to_num(values)
     return total, parts
@@ -632,21 +862,35 @@ def score_completions(completions, examples, rewards_cfg, style, token_ids=None)
 # Policies find their sentences with extract_labels, whichever labeler the rewards read with.
 
 FINDINGS = {label: label.lower() for label in LABELS[1:]} | {  # as policies name them
-    "Enlarged Cardiomediastinum": "mediastinal widening", "Pleural Other": "pleural thickening",
-    "Support Devices": "pacemaker"}
-NORMAL_REPORT = ("The heart size and mediastinal contours are normal. The lungs are clear. There is no focal "
-                 "consolidation, pleural effusion, or pneumothorax. No acute bony abnormality.")
+    "Enlarged Cardiomediastinum": "mediastinal widening",
+    "Pleural Other": "pleural thickening",
+    "Support Devices": "pacemaker",
+}
+NORMAL_REPORT = (
+    "The heart size and mediastinal contours are normal. The lungs are clear. There is no focal "
+    "consolidation, pleural effusion, or pneumothorax. No acute bony abnormality."
+)
 WHAT = r"((?:(?! (?:is|are|which|that|there)\b).)+)"  # no further verb: the words around it can change places
 PARAPHRASES = (  # the first that fits a lower-case sentence rewords it
     (rf"^there (is|are) (no )?(?:evidence of )?{WHAT}\.$", r"\2\3 \1 seen."),
     (rf"^(no )?(?:evidence of )?{WHAT} (is|are) (?:seen|present|identified)\.$", r"there \3 \1\2."),
-    (r"^no evidence of ", "no "), (r"^no ", "no evidence of "), (r"^possible ", "there may be "),
-    (r"^there may be ", "possible "), (r"size is normal\.$", "is normal in size."),
-    (r"normal in size\.$", "of normal size."), (r"lungs are clear(?! of)", "lungs appear clear"),
-    (r"\bwithin normal limits|\bunremarkable", "normal"))
+    (r"^no evidence of ", "no "),
+    (r"^no ", "no evidence of "),
+    (r"^possible ", "there may be "),
+    (r"^there may be ", "possible "),
+    (r"size is normal\.$", "is normal in size."),
+    (r"normal in size\.$", "of normal size."),
+    (r"lungs are clear(?! of)", "lungs appear clear"),
+    (r"\bwithin normal limits|\bunremarkable", "normal"),
+)
 OTHER_REWARDS = {  # column: rewards.report, and rewards.mccs_margin where it is not the configured one
-    "mccs": [{"mccs": 1}], "mccs, margin 0": [{"mccs": 1}, 0], "mccs, margin .7": [{"mccs": 1}, .7],
-    "label_f1": [{"label_f1": 1}], "mccs .3, label_f1 .7": [{"mccs": .3, "label_f1": .7}], "gleu": [{"gleu": 1}]}
+    "mccs": [{"mccs": 1}],
+    "mccs, margin 0": [{"mccs": 1}, 0],
+    "mccs, margin .7": [{"mccs": 1}, 0.7],
+    "label_f1": [{"label_f1": 1}],
+    "mccs .3, label_f1 .7": [{"mccs": 0.3, "label_f1": 0.7}],
+    "gleu": [{"gleu": 1}],
+}
 
 
 def sentences(text):
@@ -664,7 +908,10 @@ def without(text, *states):
 def reword(text, table):
     """A report, each sentence changed by the first (pattern, replacement) of the table that fits it."""
     parts = [part.lower() for part in sentences(text)]
-    parts = [next((re.sub(old, new, part) for old, new in table if re.search(old, part)), part) for part in parts]
+    parts = [
+        next((re.sub(old, new, part) for old, new in table if re.search(old, part)), part)
+        for part in parts
+    ]
     return " ".join(part.capitalize() for part in parts)
 
 
@@ -686,19 +933,30 @@ def _each(edit):
 
 POLICIES = {  # name: (what it is, the policy)
     "reference": ("right", _each(str)),
-    "sentences shuffled": ("right", lambda texts, rng: [" ".join(rng.permutation(sentences(text))) for text in texts]),
+    "sentences shuffled": (
+        "right",
+        lambda texts, rng: [" ".join(rng.permutation(sentences(text))) for text in texts],
+    ),
     "paraphrase": ("right", _each(lambda text: reword(text, PARAPHRASES))),
     "empty": ("wrong, blind, omits", _each(lambda text: "")),
     "always normal": ("wrong, blind, omits", _each(lambda text: NORMAL_REPORT)),
-    "most frequent report": ("wrong, blind", lambda texts, rng: [max(texts, key=Counter(texts).get)] * len(texts)),
+    "most frequent report": (
+        "wrong, blind",
+        lambda texts, rng: [max(texts, key=Counter(texts).get)] * len(texts),
+    ),
     "another study's report": ("wrong, blind", exchange),
     "every finding listed": ("wrong, blind", _each(lambda text: state_all("There is {}."))),
-    "every finding negated": ("wrong, blind, omits", _each(lambda text: state_all("There is no {}."))),
+    "every finding negated": (
+        "wrong, blind, omits",
+        _each(lambda text: state_all("There is no {}.")),
+    ),
     "positives dropped": ("wrong, omits", _each(lambda text: without(text, POSITIVE, UNCERTAIN))),
     "negations dropped": ("wrong", _each(lambda text: without(text, NEGATIVE))),
     "first sentence 50 times": ("wrong", _each(lambda text: " ".join(sentences(text)[:1] * 50))),
-    "findings contradicted": ("wrong", _each(
-        lambda text: f"{text} {state_all('There is no {}.', extract_labels([text])[0, 1:])}")),
+    "findings contradicted": (
+        "wrong",
+        _each(lambda text: f"{text} {state_all('There is no {}.', extract_labels([text])[0, 1:])}"),
+    ),
     "everything hedged": ("wrong", _each(lambda text: reword(text, [("^", "possibly ")]))),
 }
 
@@ -716,14 +974,22 @@ def _share(paid, name, rows):
 
 def name_exploit(kind, paid, others, rows):
     """Which of the policies of a kind earns most over the studies `rows`, and which of the `others` pays it least."""
-    earned = {name: _mean(paid[name][0][rows]) for name, (kinds, _) in POLICIES.items() if kind in kinds}
+    earned = {
+        name: _mean(paid[name][0][rows]) for name, (kinds, _) in POLICIES.items() if kind in kinds
+    }
     best = [name for name in earned if not earned[name] < max(earned.values()) - 1e-9]
     share = _share(paid, best[0], rows)
     if math.isnan(share):
         return "- (the reference earns nothing there)"
-    shares = {column: max(_share(other, name, rows) for name in best) for column, other in others.items()}
+    shares = {
+        column: max(_share(other, name, rows) for name in best) for column, other in others.items()
+    }
     least = min(shares, key=lambda column: (math.isnan(shares[column]), shares[column]))
-    narrower = f"under {least} {_cell(shares[least])}" if shares[least] < share else "no other reward above pays less"
+    narrower = (
+        f"under {least} {_cell(shares[least])}"
+        if shares[least] < share
+        else "no other reward above pays less"
+    )
     return f"{', '.join(best)} ({_cell(share)} of what the reference earns; {narrower})"
 
 
@@ -732,27 +998,58 @@ def audit(config):
 
     No image is opened. Rewards that count tokens count words."""
     import data
+
     check_rewards(config.rewards)
-    examples = [e for e in data.load_split(config, config.eval.split) if e.task == "report"][:config.eval.limit or None]
+    examples = [e for e in data.load_split(config, config.eval.split) if e.task == "report"][
+        : config.eval.limit or None
+    ]
     if len(examples) < 2:
-        raise RewardError(f"audit: split {config.eval.split!r} has {len(examples)} reports; it takes two")
+        raise RewardError(
+            f"audit: split {config.eval.split!r} has {len(examples)} reports; it takes two"
+        )
     references, texts = [e.answer for e in examples], {}
     for name, (_, policy) in POLICIES.items():
         pairs = zip(examples, policy(references, np.random.default_rng(config.seed)))
-        texts[name] = [data.target_text(replace(e, answer=report)) if report else "" for e, report in pairs]
+        texts[name] = [
+            data.target_text(replace(e, answer=report)) if report else "" for e, report in pairs
+        ]
 
     def pay(report, margin=config.rewards.mccs_margin):
         cfg = replace(config.rewards, report=report, mccs_margin=margin)
-        return {name: score_completions(given, examples, cfg, data.style_of(config)) for name, given in texts.items()}
+        return {
+            name: score_completions(given, examples, cfg, data.style_of(config))
+            for name, given in texts.items()
+        }
 
-    paid, others = pay(config.rewards.report), {column: pay(*how) for column, how in OTHER_REWARDS.items()}
-    abnormal, every = np.isin(labeler(config.rewards)(references)[:, 1:], (POSITIVE, UNCERTAIN)).any(1), slice(None)
+    paid, others = (
+        pay(config.rewards.report),
+        {column: pay(*how) for column, how in OTHER_REWARDS.items()},
+    )
+    abnormal, every = (
+        np.isin(labeler(config.rewards)(references)[:, 1:], (POSITIVE, UNCERTAIN)).any(1),
+        slice(None),
+    )
     rewards = [["policy", "reward", "share", "abnormal", "normal", *paid["reference"][1]]] + [
-        [name, _mean(total), _share(paid, name, every), _mean(total[abnormal]), _mean(total[~abnormal]),
-         *map(_mean, parts.values())] for name, (total, parts) in paid.items()]
-    shares = [["share, all / abnormal", *others]] + [[name, *(
-        " / ".join(_cell(_share(other, name, rows)) for rows in (every, abnormal)) for other in others.values())]
-        for name in POLICIES]
+        [
+            name,
+            _mean(total),
+            _share(paid, name, every),
+            _mean(total[abnormal]),
+            _mean(total[~abnormal]),
+            *map(_mean, parts.values()),
+        ]
+        for name, (total, parts) in paid.items()
+    ]
+    shares = [["share, all / abnormal", *others]] + [
+        [
+            name,
+            *(
+                " / ".join(_cell(_share(other, name, rows)) for rows in (every, abnormal))
+                for other in others.values()
+            ),
+        ]
+        for name in POLICIES
+    ]
     return f"""split {config.eval.split}: {len(examples)} reports, {abnormal.sum()} abnormal
 rewards.report={config.rewards.report}
 
@@ -773,16 +1070,23 @@ def _cell(value):
 
 def main():
     import data
+
     parser = argparse.ArgumentParser(description="Tries rewards out without training.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("audit", help="what the configured report reward pays to policies that cheat")
+    command = commands.add_parser(
+        "audit", help="what the configured report reward pays to policies that cheat"
+    )
     command.add_argument("config")
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.set_defaults(run=lambda args: audit(data.load_config(args.config, args.overrides)))
-    command = commands.add_parser("label", help="CheXpert labels of a CSV file of reports, as a CSV file")
+    command = commands.add_parser(
+        "label", help="CheXpert labels of a CSV file of reports, as a CSV file"
+    )
     command.add_argument("reports", help="a report per row; a header `Reports` is optional")
     command.add_argument("-o", "--output", required=True, metavar="LABELS.csv")
-    command.add_argument("--evidence", action="store_true", help="print the phrase and the cue behind each label")
+    command.add_argument(
+        "--evidence", action="store_true", help="print the phrase and the cue behind each label"
+    )
     command.set_defaults(run=lambda args: label_file(args.reports, args.output, args.evidence))
     args = parser.parse_args()
     print(args.run(args))
@@ -790,4 +1094,5 @@ def main():
 
 if __name__ == "__main__":
     from data import run_main
+
     run_main(main, RewardError)

@@ -7,6 +7,7 @@
 Writes OUT/STAGE/: config.yaml, metrics.jsonl, step_N/ (Hugging Face folders), best -> lowest validation loss, last.
 Started again, the same command continues from `last`.
 """
+
 import dataclasses
 import math
 import time
@@ -36,10 +37,23 @@ def encode_studies(policy, studies):
         for first, prompt in policy.encode_all(examples[:1]):
             prefix, rest = policy.split_at_images(prompt)
             if not torch.equal(rest, policy.question_ids(first)):
-                raise InputError(f"the chat template of model.path={policy.config.model.path} does not end its images as expected")
-            pairs = [pair for _, pair in policy.encode_all(examples, lambda e: (policy.question_ids(e), policy.encode_target(e)))]
+                raise InputError(
+                    f"the chat template of model.path={policy.config.model.path} does not end its images as expected"
+                )
+            pairs = [
+                pair
+                for _, pair in policy.encode_all(
+                    examples, lambda e: (policy.question_ids(e), policy.encode_target(e))
+                )
+            ]
             if pairs:
-                encoded.append((prefix, [torch.cat(pair) for pair in pairs], [len(answer) for _, answer in pairs]))
+                encoded.append(
+                    (
+                        prefix,
+                        [torch.cat(pair) for pair in pairs],
+                        [len(answer) for _, answer in pairs],
+                    )
+                )
     return encoded
 
 
@@ -53,17 +67,19 @@ def sft_loss(policy, studies, n_tokens):
     studies: from encode_studies. Each image runs once for all questions about it; questions carry no loss.
     """
     prompts, rows, lengths = zip(*studies)
-    return policy.loss(prompts, rows, lambda logp, _: -logp.sum() / n_tokens, n_scored=sum(lengths, []))[0]
+    return policy.loss(
+        prompts, rows, lambda logp, _: -logp.sum() / n_tokens, n_scored=sum(lengths, [])
+    )[0]
 
 
 @torch.no_grad()
 def validation_loss(policy, studies, size):
     """Mean loss per answer token over `studies` (lists of examples), split over the processes."""
     total, count = 0.0, 0
-    mine = studies[model.rank()::model.world_size()]
+    mine = studies[model.rank() :: model.world_size()]
     with policy.gathered():
         for i in range(0, len(mine), size):
-            if some := encode_studies(policy, mine[i:i + size]):
+            if some := encode_studies(policy, mine[i : i + size]):
                 count += answer_tokens(some)
                 total += float(sft_loss(policy, some, 1))
     totals = model.gather_objects((total, count))
@@ -81,8 +97,10 @@ def starting_point(config):
         return None
     path = Path(config.out, "sft", "best") if init == "auto" else Path(evaluation.resolve(init))
     if not path.is_dir():
-        raise InputError(f"sft.stage={stage} starts from {path}, which does not exist; run sft.stage=sft first, or set "
-                         f"sft.init to a checkpoint folder or to base")
+        raise InputError(
+            f"sft.stage={stage} starts from {path}, which does not exist; run sft.stage=sft first, or set "
+            f"sft.init to a checkpoint folder or to base"
+        )
     return path
 
 
@@ -92,7 +110,9 @@ def stage_examples(config, examples):
         return examples
     traced = [e for e in examples if e.thinking]
     if not traced:
-        raise InputError(f"sft.stage=cold_start needs thinking traces; data.source={config.data.source} has none")
+        raise InputError(
+            f"sft.stage=cold_start needs thinking traces; data.source={config.data.source} has none"
+        )
     plain = np.random.default_rng([config.seed, 11]).random(len(traced)) < config.sft.plain_share
     return [dataclasses.replace(e, style="plain") if p else e for e, p in zip(traced, plain)]
 
@@ -100,36 +120,64 @@ def stage_examples(config, examples):
 def train(config, stop):
     """Trains one supervised stage, or continues it. Returns its best checkpoint, or None when asked to stop before the end."""
     if config.sft.stage != "cold_start":
-        plain = dataclasses.replace(config.data, thinking=False, think_format="tags", report_share=0.5)
-        config = dataclasses.replace(config, data=plain)                  # settings that plain answers do not depend on
+        plain = dataclasses.replace(
+            config.data, thinking=False, think_format="tags", report_share=0.5
+        )
+        config = dataclasses.replace(
+            config, data=plain
+        )  # settings that plain answers do not depend on
     run = Path(config.out, config.sft.stage)
-    sft = dataclasses.replace(config.sft, steps=config.sft.more_steps) if config.sft.stage == "more" else config.sft
+    sft = (
+        dataclasses.replace(config.sft, steps=config.sft.more_steps)
+        if config.sft.stage == "more"
+        else config.sft
+    )
     start = starting_point(config)
     model.open_run(run, config, ["model", "data", "sft"])
     if model.last_step(run) >= sft.steps:
         return run / "best"
-    studies, held_out = (data.by_study(stage_examples(config, data.load_split(config, split))) for split in ("train", "val"))
+    studies, held_out = (
+        data.by_study(stage_examples(config, data.load_split(config, split)))
+        for split in ("train", "val")
+    )
     policy, optimizers, state = model.resume(run, config, start, sft)
     best = state.get("best", math.inf)
     log = model.Log(run, state["step"], config)
     size = sum(p.numel() for p in policy.parameters()) / 1e6
-    model.say(f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
-              f"steps {state['step']} to {sft.steps}; {model.memory_text(model.memory_plan(policy, config, config.sft))}")
+    model.say(
+        f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
+        f"steps {state['step']} to {sft.steps}; {model.memory_text(model.memory_plan(policy, config, config.sft))}"
+    )
     if policy.sharded:
-        usable = (dict(prompt) for study in studies for prompt, _, _ in encode_studies(policy, [study]))
+        usable = (
+            dict(prompt) for study in studies for prompt, _, _ in encode_studies(policy, [study])
+        )
         policy.spare = next(usable, None)
     bad = 0
-    bar = tqdm(range(state["step"], sft.steps), run.name, initial=state["step"], total=sft.steps, disable=model.rank() != 0)
+    bar = tqdm(
+        range(state["step"], sft.steps),
+        run.name,
+        initial=state["step"],
+        total=sft.steps,
+        disable=model.rank() != 0,
+    )
     for step in bar:
         began = time.perf_counter()
         # Which studies, in which order: a pure function of seed and step, so that a resumed run goes on where it was.
-        chosen = [studies[i] for i in data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)]
-        encoded = encode_studies(policy, chosen[model.rank()::model.world_size()])
+        chosen = [
+            studies[i]
+            for i in data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)
+        ]
+        encoded = encode_studies(policy, chosen[model.rank() :: model.world_size()])
         n_tokens = sum(model.gather_objects(answer_tokens(encoded)))
         if not n_tokens:
-            raise InputError(f"step {step + 1}: none of its {len(chosen)} studies can be used (see the messages above)")
+            raise InputError(
+                f"step {step + 1}: none of its {len(chosen)} studies can be used (see the messages above)"
+            )
         loss_sum = 0.0
-        for some in policy.together([encoded[i:i + sft.micro_batch] for i in range(0, len(encoded), sft.micro_batch)]):
+        for some in policy.together(
+            [encoded[i : i + sft.micro_batch] for i in range(0, len(encoded), sft.micro_batch)]
+        ):
             loss = sft_loss(policy, some, n_tokens)
             loss.backward()
             loss_sum += float(loss.detach())
@@ -137,13 +185,21 @@ def train(config, stop):
         norm = model.optimizer_step(policy, optimizers, rate, sft.grad_clip)
         bad = model.bad_steps(bad, [norm], config, f"{run}, step {step + 1}")
         done = step + 1
-        values = {"loss": sum(model.gather_objects(loss_sum)), "grad_norm": norm, "learning_rate": rate,
-                  "num_tokens": n_tokens, "step_time": time.perf_counter() - began}
+        values = {
+            "loss": sum(model.gather_objects(loss_sum)),
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "num_tokens": n_tokens,
+            "step_time": time.perf_counter() - began,
+        }
         stopping = bool(stop)
         improved = False
         if done % sft.eval_every == 0 or done == sft.steps:
             values["eval_loss"] = validation_loss(policy, held_out, sft.micro_batch)
-            improved, best = values["eval_loss"] < best or best == math.inf, min(best, values["eval_loss"])
+            improved, best = (
+                values["eval_loss"] < best or best == math.inf,
+                min(best, values["eval_loss"]),
+            )
         log.metrics(done, values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", best=f"{best:.3f}")
         if improved or stopping or done % sft.save_every == 0 or done == sft.steps:

@@ -1,4 +1,5 @@
 """What the benchmarks share: the clock, peak memory, and a Qwen3-VL somewhat larger than the built-in one."""
+
 import copy
 import os
 import platform
@@ -21,7 +22,9 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def machine():
-    name = torch.cuda.get_device_name() if CUDA else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name() if CUDA else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
     return f"{name}, torch {torch.__version__}"
 
 
@@ -60,7 +63,7 @@ def peak_memory(work):
         before = torch.cuda.memory_allocated() / 2**20
         work()
         return before, torch.cuda.max_memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")                         # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
     work()
     return before, resident("VmHWM")
@@ -68,8 +71,13 @@ def peak_memory(work):
 
 def own_process(file, *arguments):
     """The last line that `python file arguments` prints, as floats."""
-    back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}            # glibc gives freed memory back at once
-    done = subprocess.run([sys.executable, file, *map(str, arguments)], capture_output=True, text=True, env=back)
+    back = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+    }  # glibc gives freed memory back at once
+    done = subprocess.run(
+        [sys.executable, file, *map(str, arguments)], capture_output=True, text=True, env=back
+    )
     if done.returncode:
         raise SystemExit(f"{file} {arguments}: {done.stderr[-2000:]}")
     return [float(word) for word in done.stdout.split("\n")[-2].split()]
@@ -80,11 +88,24 @@ def save_model(folder, vocabulary, side):
     of side x side pixels (side / 28 squared tokens)."""
     small, processor = model.build_tiny(0, {"min_pixels": side * side, "max_pixels": side * side})
     config = copy.deepcopy(small.config)
-    config.text_config.update(dict(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, tie_word_embeddings=False))
+    config.text_config.update(
+        dict(
+            vocab_size=vocabulary,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            tie_word_embeddings=False,
+        )
+    )
     config.text_config.rope_parameters |= {"mrope_section": [12, 10, 10]}
-    config.vision_config.update(dict(depth=4, intermediate_size=512, out_hidden_size=256, deepstack_visual_indexes=[0, 1, 2]))
+    config.vision_config.update(
+        dict(
+            depth=4, intermediate_size=512, out_hidden_size=256, deepstack_visual_indexes=[0, 1, 2]
+        )
+    )
     config.tie_word_embeddings = False
     torch.manual_seed(0)
     large = type(small)(config)
@@ -95,4 +116,7 @@ def save_model(folder, vocabulary, side):
 def questions(config, count, words):
     """`count` report examples on different images, the question made longer by `words` words."""
     examples = [e for e in data.load_split(config, "train") if e.task == "report"][:count]
-    return [data.dataclasses.replace(e, question=" ".join([e.question] + ["heart"] * words)) for e in examples]
+    return [
+        data.dataclasses.replace(e, question=" ".join([e.question] + ["heart"] * words))
+        for e in examples
+    ]

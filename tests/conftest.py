@@ -1,4 +1,5 @@
 """Shared by all tests: the modules on the path, one thread (faster for tiny models), one tiny policy."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The GRPO mathematics against hand-computed numbers, exact enumeration and brute-force loops in float64."""
+
 import copy
 import math
 
@@ -21,18 +22,26 @@ def ragged(rng, rows=6, length=7):
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
-    std = math.sqrt(4 * 0.25 / 3)                                          # of the first group, with n - 1
+    std = math.sqrt(4 * 0.25 / 3)  # of the first group, with n - 1
     expected = 0.5 / (std + 1e-4)
-    assert torch.allclose(group_advantages(rewards, "group"), torch.tensor([[expected, -expected, -expected, expected], [0.0] * 4]))
-    assert torch.equal(group_advantages(rewards, "none"), torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4]))
+    assert torch.allclose(
+        group_advantages(rewards, "group"),
+        torch.tensor([[expected, -expected, -expected, expected], [0.0] * 4]),
+    )
+    assert torch.equal(
+        group_advantages(rewards, "none"), torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4])
+    )
     batch_std = float(np.std(rewards.numpy(), ddof=1))
-    assert torch.allclose(group_advantages(rewards, "batch")[0], torch.tensor([0.5, -0.5, -0.5, 0.5]) / (batch_std + 1e-4))
+    assert torch.allclose(
+        group_advantages(rewards, "batch")[0],
+        torch.tensor([0.5, -0.5, -0.5, 0.5]) / (batch_std + 1e-4),
+    )
 
 
 @pytest.mark.parametrize("norm", ["group", "none", "batch"])
 def test_advantages_of_degenerate_groups(norm):
-    assert not group_advantages(torch.tensor([[0.7], [0.1]]), norm).any()                    # G = 1: no NaN
-    nearly = torch.tensor([[0.3, 0.3 + 3e-8, 0.3, 0.3]])                                     # rounding is no difference
+    assert not group_advantages(torch.tensor([[0.7], [0.1]]), norm).any()  # G = 1: no NaN
+    nearly = torch.tensor([[0.3, 0.3 + 3e-8, 0.3, 0.3]])  # rounding is no difference
     assert not group_advantages(nearly, norm).any()
     assert group_advantages(torch.tensor([[0.3, 0.31, 0.3, 0.3]]), norm).any()
 
@@ -44,7 +53,9 @@ def test_loss_equals_loops(importance, agg):
     mask = ragged(rng)
     logp, old, ref = (torch.tensor(rng.normal(-2, 0.6, mask.shape)) for _ in range(3))
     advantages = torch.tensor(rng.normal(size=len(mask)))
-    grpo = data.GRPOConfig(importance=importance, loss_agg=agg, kl_coef=0.1, kl_estimator="k3", max_new_tokens=9)
+    grpo = data.GRPOConfig(
+        importance=importance, loss_agg=agg, kl_coef=0.1, kl_estimator="k3", max_new_tokens=9
+    )
     weights = token_weights(mask, agg, int(mask.sum()), len(mask), grpo.max_new_tokens)
     loss, values = grpo_loss(logp, old, ref, advantages, mask, weights, grpo)
     sums = {name: float(value[mask].sum()) for name, value in values.items()}
@@ -63,9 +74,11 @@ def test_loss_equals_loops(importance, agg):
             terms.append(-surrogate + 0.1 * (math.exp(d) - d - 1))
             clipped_low += ratios[t] < 0.8 and a < 0
         per_sequence.append(terms)
-    expected = {"token": np.mean([x for terms in per_sequence for x in terms]),
-                "sequence": np.mean([np.mean(terms) for terms in per_sequence]),
-                "constant": sum(sum(terms) for terms in per_sequence) / (len(mask) * 9)}[agg]
+    expected = {
+        "token": np.mean([x for terms in per_sequence for x in terms]),
+        "sequence": np.mean([np.mean(terms) for terms in per_sequence]),
+        "constant": sum(sum(terms) for terms in per_sequence) / (len(mask) * 9),
+    }[agg]
     assert float(loss) == pytest.approx(expected, rel=1e-6)
     assert sums["clip_ratio/low_mean"] == clipped_low and (clipped_low or importance == "sequence")
 
@@ -77,7 +90,7 @@ def test_gradient_of_the_clipped_objective():
     mask = torch.ones(1, 4, dtype=torch.bool)
     for sign in (1.0, -1.0):
         loss, _ = policy_loss(logp, old, torch.tensor([sign], dtype=torch.float64), mask, 0.2, 0.28)
-        gradient, = torch.autograd.grad(loss.sum(), logp)
+        (gradient,) = torch.autograd.grad(loss.sum(), logp)
         silent = [0, 1, 0, 0] if sign > 0 else [0, 0, 1, 0]
         expected = [[-sign * r * (1 - s) for r, s in zip([1.0, 1.5, 0.5, 1.1], silent)]]
         assert torch.allclose(gradient, torch.tensor(expected, dtype=torch.float64))
@@ -87,11 +100,11 @@ def test_kl_estimators_against_the_exact_divergence():
     rng = np.random.default_rng(5)
     p, q = (torch.tensor(rng.normal(size=50)).log_softmax(0) for _ in range(2))
     exact = float((p.exp() * (p - q)).sum())
-    terms = kl_terms(p, q)                                                                   # every outcome once
+    terms = kl_terms(p, q)  # every outcome once
     assert float((p.exp() * terms["k1"]).sum()) == pytest.approx(exact)
     assert float((p.exp() * terms["k3"]).sum()) == pytest.approx(exact)
     assert float(terms["k3"].min()) >= 0 and torch.allclose(terms["k2"], (p - q) ** 2 / 2)
-    tiny = kl_terms(torch.zeros(1), torch.full((1,), -1e-4))["k3"]                           # expm1: no cancellation
+    tiny = kl_terms(torch.zeros(1), torch.full((1,), -1e-4))["k3"]  # expm1: no cancellation
     assert float(tiny) == pytest.approx(5e-9, rel=1e-3)
 
 
@@ -112,14 +125,16 @@ def rollouts(policy, config, examples):
     generator = torch.Generator().manual_seed(2)
     for r in rollouts:
         r.rewards = torch.rand(grpo.group_size, generator=generator)
-    rollouts[1].rewards[:] = 0.5                                                             # a degenerate group
+    rollouts[1].rewards[:] = 0.5  # a degenerate group
     train_grpo.assign_advantages(rollouts, config)
     return rollouts
 
 
 def gradients(policy, rollouts, **changes):
     """Without an optimiser, the gradients stay in place to be looked at."""
-    grpo = data.GRPOConfig(**{"group_size": 8, "micro_batch": 4, "grad_clip": 1e9, "max_new_tokens": 12, **changes})
+    grpo = data.GRPOConfig(
+        **{"group_size": 8, "micro_batch": 4, "grad_clip": 1e9, "max_new_tokens": 12, **changes}
+    )
     policy.model.zero_grad()
     sums, norm = train_grpo.update(policy, [], rollouts, 0.0, grpo)
     return [p.grad.clone() for p in policy.parameters() if p.grad is not None], sums, norm
@@ -134,10 +149,18 @@ def test_update_equals_the_plain_objective(policy, rollouts):
         for ids, a in zip(r.tokens, r.advantages):
             full = torch.cat([r.prompt["input_ids"], ids[None]], 1)
             types = torch.cat([r.prompt["mm_token_type_ids"], torch.zeros_like(ids[None])], 1)
-            out = policy.model(input_ids=full, mm_token_type_ids=types, attention_mask=torch.ones_like(full),
-                               pixel_values=r.prompt["pixel_values"], image_grid_thw=r.prompt["image_grid_thw"])
-            logits = out.logits[0, -len(ids) - 1:-1].index_fill(1, policy.banned, -torch.inf)
-            objective = objective - (a * logits.log_softmax(-1)[torch.arange(len(ids)), ids]).sum() / n_tokens
+            out = policy.model(
+                input_ids=full,
+                mm_token_type_ids=types,
+                attention_mask=torch.ones_like(full),
+                pixel_values=r.prompt["pixel_values"],
+                image_grid_thw=r.prompt["image_grid_thw"],
+            )
+            logits = out.logits[0, -len(ids) - 1 : -1].index_fill(1, policy.banned, -torch.inf)
+            objective = (
+                objective
+                - (a * logits.log_softmax(-1)[torch.arange(len(ids)), ids]).sum() / n_tokens
+            )
     objective.backward()
     expected = [p.grad for p in policy.parameters() if p.grad is not None]
     scale = max(float(g.abs().max()) for g in expected)
@@ -151,24 +174,47 @@ def test_token_by_token_equals_whole_rows(monkeypatch, policy, rollouts, agg):
     """The gradients made along with the log-probs, a few tokens at a time, against autograd through grpo_loss on whole rows,
     where ratios are clipped and the reference is another."""
     monkeypatch.setattr(model, "BUFFER", 11 * 512)
-    grpo = data.GRPOConfig(group_size=8, micro_batch=4, grad_clip=1e9, max_new_tokens=12, loss_agg=agg, kl_coef=0.3, clip_low=0.1)
+    grpo = data.GRPOConfig(
+        group_size=8,
+        micro_batch=4,
+        grad_clip=1e9,
+        max_new_tokens=12,
+        loss_agg=agg,
+        kl_coef=0.3,
+        clip_low=0.1,
+    )
     generator = torch.Generator().manual_seed(5)
     copies = [copy.copy(r) for r in rollouts]
     for r in copies:
-        r.old_logprobs, r.ref_logprobs = ([p + 0.3 * torch.randn(len(p), generator=generator) for p in r.logprobs] for _ in range(2))
+        r.old_logprobs, r.ref_logprobs = (
+            [p + 0.3 * torch.randn(len(p), generator=generator) for p in r.logprobs]
+            for _ in range(2)
+        )
     policy.model.zero_grad()
     sums, _ = train_grpo.update(policy, [], copies, 0.0, grpo)
     got = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
     policy.model.zero_grad()
     logp, _, mask = policy.logprobs([r.prompt for r in copies], [r.tokens for r in copies], 1.0)
-    old, ref = (train_grpo.padded([getattr(r, name) for r in copies]) for name in ("old_logprobs", "ref_logprobs"))
-    loss, _ = grpo_loss(logp, old, ref, torch.cat([r.advantages for r in copies]), mask,
-                        token_weights(mask, agg, int(mask.sum()), len(mask), 12), grpo)
+    old, ref = (
+        train_grpo.padded([getattr(r, name) for r in copies])
+        for name in ("old_logprobs", "ref_logprobs")
+    )
+    loss, _ = grpo_loss(
+        logp,
+        old,
+        ref,
+        torch.cat([r.advantages for r in copies]),
+        mask,
+        token_weights(mask, agg, int(mask.sum()), len(mask), 12),
+        grpo,
+    )
     loss.backward()
     expected = [p.grad for p in policy.parameters() if p.grad is not None]
     scale = max(float(g.abs().max()) for g in expected)
     assert sums["loss"] == pytest.approx(float(loss), rel=1e-4) and sums["clip_ratio/low_mean"] > 0
-    assert max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) < 1e-5 * scale
+    assert (
+        max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) < 1e-5 * scale
+    )
 
 
 def test_micro_batch_size_does_not_change_the_gradient(policy, rollouts):
@@ -179,7 +225,9 @@ def test_micro_batch_size_does_not_change_the_gradient(policy, rollouts):
 
 def test_drop_degenerate_leaves_the_group_out_of_the_denominator(policy, rollouts):
     kept, sums, _ = gradients(policy, rollouts, drop_degenerate=True)
-    without, _, _ = gradients(policy, [r for i, r in enumerate(rollouts) if i != 1], drop_degenerate=False)
+    without, _, _ = gradients(
+        policy, [r for i, r in enumerate(rollouts) if i != 1], drop_degenerate=False
+    )
     assert sums["tokens"] == sum(len(t) for i, r in enumerate(rollouts) if i != 1 for t in r.tokens)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(kept, without))
 
@@ -193,10 +241,16 @@ def test_several_updates_use_fixed_old_logprobs(policy, config, rollouts):
     for r, old in zip(copies, before):
         r.old_logprobs, r.ref_logprobs = None, old
         assert [len(x) for x in old] == [len(t) for t in r.tokens]
-    first, _ = train_grpo.update(moved, [torch.optim.SGD(moved.parameters(), 0.1)], copies, 0.1, grpo)
+    first, _ = train_grpo.update(
+        moved, [torch.optim.SGD(moved.parameters(), 0.1)], copies, 0.1, grpo
+    )
     recorded = [old for r in copies for old in r.old_logprobs]
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(recorded, sum(before, []), strict=True))
-    second, _ = train_grpo.update(moved, [torch.optim.SGD(moved.parameters(), 0.1)], copies, 0.1, grpo)
+    assert all(
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(recorded, sum(before, []), strict=True)
+    )
+    second, _ = train_grpo.update(
+        moved, [torch.optim.SGD(moved.parameters(), 0.1)], copies, 0.1, grpo
+    )
     assert all(a is b for a, b in zip(recorded, [old for r in copies for old in r.old_logprobs]))
     assert first["ratio"] == pytest.approx(first["tokens"], rel=1e-5) and abs(first["kl/k1"]) < 1e-3
     assert abs(second["ratio"] / second["tokens"] - 1) > 1e-4 and second["kl/k3"] > 1e-6
@@ -207,31 +261,61 @@ def test_parts_are_normalised_one_by_one(config, norm):
     """Each part over the groups of its own task: the other task's groups do not widen the std of the batch."""
     changed = copy.deepcopy(config)
     changed.grpo.normalize_parts, changed.grpo.group_size, changed.grpo.adv_norm = True, 4, norm
-    parts = [{"mccs": torch.tensor([0.0, 1.0, 0.0, 1.0]), "label_f1": torch.tensor([0.010, 0.020, 0.020, 0.010])},
-             {"soft_f1": torch.tensor([0.3, 0.9, 0.4, 0.4])},
-             {"mccs": torch.tensor([0.5, 0.6, 0.5, 0.5]), "label_f1": torch.tensor([0.0, 0.0, 1.0, 0.0])}]
-    rollouts = [model.Rollout(data.Example("a", task, (), "", ""), {}, [], [], [], [], part)
-                for task, part in zip(("report", "grounding", "report"), parts)]
+    parts = [
+        {
+            "mccs": torch.tensor([0.0, 1.0, 0.0, 1.0]),
+            "label_f1": torch.tensor([0.010, 0.020, 0.020, 0.010]),
+        },
+        {"soft_f1": torch.tensor([0.3, 0.9, 0.4, 0.4])},
+        {
+            "mccs": torch.tensor([0.5, 0.6, 0.5, 0.5]),
+            "label_f1": torch.tensor([0.0, 0.0, 1.0, 0.0]),
+        },
+    ]
+    rollouts = [
+        model.Rollout(data.Example("a", task, (), "", ""), {}, [], [], [], [], part)
+        for task, part in zip(("report", "grounding", "report"), parts)
+    ]
     train_grpo.assign_advantages(rollouts, changed)
     report, grounding = config.rewards.report, config.rewards.grounding
-    mccs, f1 = (group_advantages(torch.stack([parts[0][name], parts[2][name]]), norm) for name in ("mccs", "label_f1"))
+    mccs, f1 = (
+        group_advantages(torch.stack([parts[0][name], parts[2][name]]), norm)
+        for name in ("mccs", "label_f1")
+    )
     expected = report["mccs"] * mccs + report["label_f1"] * f1
     assert torch.allclose(torch.stack([rollouts[0].advantages, rollouts[2].advantages]), expected)
-    assert torch.allclose(rollouts[1].advantages, grounding["soft_f1"] * group_advantages(parts[1]["soft_f1"][None], norm)[0])
+    assert torch.allclose(
+        rollouts[1].advantages,
+        grounding["soft_f1"] * group_advantages(parts[1]["soft_f1"][None], norm)[0],
+    )
 
 
 def test_steps_without_finite_gradients_are_counted_in_a_row(config):
     limited = data.load_config(ROOT / "config.yaml", ["model.max_bad_steps=3"])
-    assert model.bad_steps(0, [1.0, math.nan, math.inf], limited, "here") == 2 and model.bad_steps(2, [1.0, math.nan], limited, "here") == 1
+    assert (
+        model.bad_steps(0, [1.0, math.nan, math.inf], limited, "here") == 2
+        and model.bad_steps(2, [1.0, math.nan], limited, "here") == 1
+    )
     with pytest.raises(data.InputError, match="here: 3 optimiser steps"):
         model.bad_steps(2, [math.nan], limited, "here")
 
 
-def test_preflight_runs_the_largest_update_and_leaves_nothing(policy, examples, config, monkeypatch):
+def test_preflight_runs_the_largest_update_and_leaves_nothing(
+    policy, examples, config, monkeypatch
+):
     seen, loss = [], policy.loss
-    monkeypatch.setattr(policy, "loss", lambda prompts, completions, *more: seen.append((len(prompts), [len(t) for g in completions for t in g])) or loss(prompts, completions, *more))
+    monkeypatch.setattr(
+        policy,
+        "loss",
+        lambda prompts, completions, *more: (
+            seen.append((len(prompts), [len(t) for g in completions for t in g]))
+            or loss(prompts, completions, *more)
+        ),
+    )
     before = [p.detach().clone() for p in policy.parameters()]
     train_grpo.preflight(policy, examples, config)
     g = config.grpo
-    assert seen == [(g.micro_batch, [g.max_new_tokens] * g.micro_batch * g.group_size)] and all(p.grad is None for p in policy.parameters())
+    assert seen == [(g.micro_batch, [g.max_new_tokens] * g.micro_batch * g.group_size)] and all(
+        p.grad is None for p in policy.parameters()
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))

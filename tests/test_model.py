@@ -1,4 +1,5 @@
 """Log-probabilities, sampling, inputs and checkpoints, each against an independent computation."""
+
 import copy
 import dataclasses
 import inspect
@@ -15,8 +16,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration,
-                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 import data
 import model
@@ -25,7 +32,9 @@ from model import fused_logprobs, fused_loss
 
 
 def naive_logprobs(hidden, weight, targets, temperature, banned, bias=None):
-    logits = (hidden.double() @ weight.double().T + (0 if bias is None else bias.double())) / temperature
+    logits = (
+        hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    ) / temperature
     if banned is not None:
         logits = logits.index_fill(1, banned, -torch.inf)
     logp = logits.log_softmax(-1)
@@ -40,16 +49,31 @@ def head_inputs(dtype, biased, ban):
     bias = torch.randn(700, generator=generator).to(dtype).requires_grad_() if biased else None
     banned = torch.tensor([*range(256), 699]) if ban else None
     targets = torch.randint(256, 699, (50,), generator=generator)
-    return [hidden, weight] + [bias] * biased, bias, banned, targets, torch.randn(50, generator=generator)
+    return (
+        [hidden, weight] + [bias] * biased,
+        bias,
+        banned,
+        targets,
+        torch.randn(50, generator=generator),
+    )
 
 
 def close(got, wanted, tolerance):
-    return all((a.double() - b.double()).abs().max() < tolerance * b.abs().max() for a, b in zip(got, wanted, strict=True))
+    return all(
+        (a.double() - b.double()).abs().max() < tolerance * b.abs().max()
+        for a, b in zip(got, wanted, strict=True)
+    )
 
 
-@pytest.mark.parametrize("dtype, tolerance, of_gradient", [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-4, 1e-2)])
-@pytest.mark.parametrize("temperature, biased, ban", [(1.0, False, False), (0.7, True, True), (1.3, False, True)])
-def test_fused_logprobs_and_loss_equal_float64(monkeypatch, dtype, tolerance, of_gradient, temperature, biased, ban):
+@pytest.mark.parametrize(
+    "dtype, tolerance, of_gradient", [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-4, 1e-2)]
+)
+@pytest.mark.parametrize(
+    "temperature, biased, ban", [(1.0, False, False), (0.7, True, True), (1.3, False, True)]
+)
+def test_fused_logprobs_and_loss_equal_float64(
+    monkeypatch, dtype, tolerance, of_gradient, temperature, biased, ban
+):
     """Values, entropies and gradients of both forms."""
     monkeypatch.setattr(model, "CHUNK", 13)
     monkeypatch.setattr(model, "BUFFER", 13 * 700 // 3)
@@ -65,24 +89,35 @@ def test_fused_logprobs_and_loss_equal_float64(monkeypatch, dtype, tolerance, of
 
     def loss_of(logp, tokens):
         return (upstream[tokens] * (0.1 * logp).exp()).sum()
+
     loss, logp, entropy = fused_loss(hidden, weight, targets, loss_of, temperature, banned, bias)
     assert not logp.requires_grad and not entropy.requires_grad
     whole = (upstream.double() * (0.1 * expected).exp()).sum()
     assert close([loss[None], logp, entropy], [whole[None], expected, expected_entropy], tolerance)
-    assert close(torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * whole, inputs), of_gradient)
+    assert close(
+        torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * whole, inputs), of_gradient
+    )
 
 
 def test_fused_memory_is_bounded(monkeypatch):
     """No tensor larger than a tile or chunk but the inputs and their gradients, whatever the number of tokens."""
     monkeypatch.setattr(model, "BUFFER", 1 << 18)
-    hidden, weight = torch.randn(600, 16, requires_grad=True), torch.randn(5000, 16, requires_grad=True)
+    hidden, weight = (
+        torch.randn(600, 16, requires_grad=True),
+        torch.randn(5000, 16, requires_grad=True),
+    )
     sizes = []
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor))
+            sizes.extend(
+                t.numel()
+                for t in (out if isinstance(out, (list, tuple)) else [out])
+                if isinstance(t, torch.Tensor)
+            )
             return out
+
     targets = torch.randint(5000, (600,))
     with Sizes():
         fused_logprobs(hidden, weight, targets)[0].sum().backward()
@@ -98,13 +133,17 @@ def test_draw_inverts_the_cumulative_distribution(vocabulary):
     logits = torch.tensor(3 * rng.normal(size=(400, vocabulary)), dtype=torch.float32)
     logits[:, [0, -1]] = model.NEVER
     uniform = torch.tensor(rng.random(400))
-    uniform[:2] = torch.tensor([0.0, 1 - 2 ** -53])
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
     token, logp = model.draw(logits.clone(), uniform)
     p = logits.double().softmax(1)
     below = p.cumsum(1)
     assert (below.gather(1, token[:, None])[:, 0] >= uniform - 1e-6).all()
-    assert (below.gather(1, token[:, None])[:, 0] - p.gather(1, token[:, None])[:, 0] <= uniform + 1e-6).all()
-    assert (token == torch.searchsorted(below, uniform[:, None], right=True)[:, 0])[2:].float().mean() > 0.99
+    assert (
+        below.gather(1, token[:, None])[:, 0] - p.gather(1, token[:, None])[:, 0] <= uniform + 1e-6
+    ).all()
+    assert (token == torch.searchsorted(below, uniform[:, None], right=True)[:, 0])[
+        2:
+    ].float().mean() > 0.99
     assert (token > 0).all() and (token < vocabulary - 1).all()
     assert (logp - p.gather(1, token[:, None])[:, 0].log()).abs().max() < 1e-5
     best, logp = model.draw(logits.clone(), None)
@@ -113,16 +152,26 @@ def test_draw_inverts_the_cumulative_distribution(vocabulary):
 
 def test_fused_logprobs_under_fsdp():
     """A sharded head takes part as its full tensor, and its gradient comes back to the shards."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         torch.manual_seed(0)
-        hidden, targets, head = torch.randn(30, 16), torch.randint(300, (30,)), torch.nn.Linear(16, 300, bias=False)
+        hidden, targets, head = (
+            torch.randn(30, 16),
+            torch.randint(300, (30,)),
+            torch.nn.Linear(16, 300, bias=False),
+        )
         expected, _ = fused_logprobs(hidden, head.weight, targets)
-        wanted, = torch.autograd.grad(expected.sum(), head.weight)
+        (wanted,) = torch.autograd.grad(expected.sum(), head.weight)
         fully_shard(head, mesh=init_device_mesh("cpu", (1,)))
         logp, _ = fused_logprobs(hidden, head.weight.full_tensor(), targets)
         logp.sum().backward()
-        assert isinstance(head.weight.grad, DTensor) and torch.equal(logp, expected) and torch.equal(head.weight.grad.full_tensor(), wanted)
+        assert (
+            isinstance(head.weight.grad, DTensor)
+            and torch.equal(logp, expected)
+            and torch.equal(head.weight.grad.full_tensor(), wanted)
+        )
     finally:
         torch.distributed.destroy_process_group()
 
@@ -131,9 +180,14 @@ def plain_logits(policy, prompt, ids):
     """The model's own logits for one row [prompt | ids], with nothing of ours but the inputs."""
     full = torch.cat([prompt["input_ids"], ids[None]], 1)
     types = torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(ids[None])], 1)
-    out = policy.model(input_ids=full, attention_mask=torch.ones_like(full), mm_token_type_ids=types,
-                       pixel_values=prompt["pixel_values"], image_grid_thw=prompt["image_grid_thw"])
-    return out.logits[0, -len(ids) - 1:-1].index_fill(1, policy.banned, -torch.inf)
+    out = policy.model(
+        input_ids=full,
+        attention_mask=torch.ones_like(full),
+        mm_token_type_ids=types,
+        pixel_values=prompt["pixel_values"],
+        image_grid_thw=prompt["image_grid_thw"],
+    )
+    return out.logits[0, -len(ids) - 1 : -1].index_fill(1, policy.banned, -torch.inf)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +201,9 @@ def mixed(examples):
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 def test_sampled_equals_rescored_equals_plain(policy, mixed, temperature):
     rollouts = policy.sample(mixed, 4, 15, temperature, (1, 2))
-    logp, entropy, mask = policy.logprobs([r.prompt for r in rollouts], [r.tokens for r in rollouts], temperature)
+    logp, entropy, mask = policy.logprobs(
+        [r.prompt for r in rollouts], [r.tokens for r in rollouts], temperature
+    )
     rows = [row[m] for row, m in zip(logp, mask)]
     assert [len(x) for x in rows] == [len(t) for r in rollouts for t in r.tokens]
     for i, r in enumerate(rollouts):
@@ -161,38 +217,107 @@ def test_sampled_equals_rescored_equals_plain(policy, mixed, temperature):
 def variant(policy, config, family):
     """Another random model behind the same processor: Qwen3-VL with shared key heads, Qwen2.5-VL, Qwen2-VL, or gradient checkpointing."""
     if family == "checkpointing":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, gradient_checkpointing=True))
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, gradient_checkpointing=True)
+        )
         return model.Policy(copy.deepcopy(policy.model), policy.processor, config)
     old = policy.model.config
-    text = {"vocab_size": old.text_config.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
-    ids = {k: getattr(old, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    text = {
+        "vocab_size": old.text_config.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+    }
+    ids = {
+        k: getattr(old, k)
+        for k in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
+    }
     torch.manual_seed(8)
     if family == "qwen3_vl":
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-        net = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-            text_config={**text, "head_dim": 8, "rope_parameters": rope},
-            vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32,
-                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}, **ids, tie_word_embeddings=False))
+        rope = {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        }
+        net = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(
+                text_config={**text, "head_dim": 8, "rope_parameters": rope},
+                vision_config={
+                    "depth": 2,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_heads": 2,
+                    "patch_size": 14,
+                    "out_hidden_size": 32,
+                    "num_position_embeddings": 64,
+                    "deepstack_visual_indexes": [0],
+                },
+                **ids,
+                tie_word_embeddings=False,
+            )
+        )
     elif family == "qwen2_vl":
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-        net = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
-            text_config={**text, "rope_parameters": rope},
-            vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
-            **ids, tie_word_embeddings=False))
+        net = Qwen2VLForConditionalGeneration(
+            Qwen2VLConfig(
+                text_config={**text, "rope_parameters": rope},
+                vision_config={
+                    "depth": 2,
+                    "embed_dim": 32,
+                    "hidden_size": 32,
+                    "num_heads": 2,
+                    "mlp_ratio": 2,
+                    "patch_size": 14,
+                },
+                **ids,
+                tie_word_embeddings=False,
+            )
+        )
     else:
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-        net = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-            text_config={**text, "rope_parameters": rope},
-            vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32,
-                           "fullatt_block_indexes": [1], "window_size": 56}, **ids, tie_word_embeddings=False))
+        net = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={**text, "rope_parameters": rope},
+                vision_config={
+                    "depth": 2,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_heads": 2,
+                    "patch_size": 14,
+                    "out_hidden_size": 32,
+                    "fullatt_block_indexes": [1],
+                    "window_size": 56,
+                },
+                **ids,
+                tie_word_embeddings=False,
+            )
+        )
     for p in net.parameters():
         p.data += 0.1 * torch.randn(p.shape)
     net.generation_config.eos_token_id = policy.tokenizer.eos_token_id
     return model.Policy(net, policy.processor, config)
 
 
-@pytest.mark.parametrize("family, group_size", [("tiny", 1), ("tiny", 8), ("qwen3_vl", 2), ("qwen2_5_vl", 5), ("qwen2_vl", 4), ("checkpointing", 3)])
+@pytest.mark.parametrize(
+    "family, group_size",
+    [
+        ("tiny", 1),
+        ("tiny", 8),
+        ("qwen3_vl", 2),
+        ("qwen2_5_vl", 5),
+        ("qwen2_vl", 4),
+        ("checkpointing", 3),
+    ],
+)
 def test_shared_prefix_equals_plain_rows(policy, config, mixed, family, group_size):
     """Log-probabilities and every parameter's gradient; prompts of one and of several lengths, completions of one token and
     of many; and the samples."""
@@ -200,19 +325,39 @@ def test_shared_prefix_equals_plain_rows(policy, config, mixed, family, group_si
     mixed = [*mixed, dataclasses.replace(mixed[0], id="same length")]
     prompts = [policy.encode(e) for e in mixed]
     generator = torch.Generator().manual_seed(0)
-    completions = [[torch.randint(10, 200, (1 + 6 * ((g + b) % 3),), generator=generator) for g in range(group_size)]
-                   for b in range(len(mixed))]
+    completions = [
+        [
+            torch.randint(10, 200, (1 + 6 * ((g + b) % 3),), generator=generator)
+            for g in range(group_size)
+        ]
+        for b in range(len(mixed))
+    ]
     results, samples, stop, ran = [], [], policy.stop_ids, []
-    hook = policy.base.language_model.layers[0].register_forward_pre_hook(lambda _, inputs: ran.append(inputs[0].shape[:-1]))
-    policy.stop_ids = torch.arange(0, len(policy.tokenizer), 8)           # rows end, and are retired, at different times
+    hook = policy.base.language_model.layers[0].register_forward_pre_hook(
+        lambda _, inputs: ran.append(inputs[0].shape[:-1])
+    )
+    policy.stop_ids = torch.arange(
+        0, len(policy.tokenizer), 8
+    )  # rows end, and are retired, at different times
     for policy.shared in (True, False):
         policy.model.zero_grad()
         logp, _, mask = policy.logprobs(prompts, completions)
         (logp * torch.linspace(-1, 1, logp.numel()).view(logp.shape)).sum().backward()
-        if policy.shared:                                                 # no padding, no prompt twice, no last token
-            n_tokens = sum(p["input_ids"].shape[1] for p in prompts) + sum(len(ids) - 1 for group in completions for ids in group)
+        if policy.shared:  # no padding, no prompt twice, no last token
+            n_tokens = sum(p["input_ids"].shape[1] for p in prompts) + sum(
+                len(ids) - 1 for group in completions for ids in group
+            )
             assert ran and set(ran) == {(1, n_tokens)}
-        results.append((logp.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}))
+        results.append(
+            (
+                logp.detach(),
+                {
+                    n: p.grad.clone()
+                    for n, p in policy.model.named_parameters()
+                    if p.grad is not None
+                },
+            )
+        )
         samples.append(policy.sample(mixed, group_size, 20, 1.0, (4, 4)))
     policy.shared, policy.stop_ids = True, stop
     hook.remove()
@@ -221,14 +366,19 @@ def test_shared_prefix_equals_plain_rows(policy, config, mixed, family, group_si
     assert grads_a.keys() == grads_b.keys() and any("visual" in name for name in grads_a)
     assert max(float((grads_a[n] - grads_b[n]).norm() / grads_b[n].norm()) for n in grads_a) < 1e-5
     for one, other in zip(*samples):
-        assert one.texts == other.texts and all((p - q).abs().max() < 1e-5 for p, q in zip(one.logprobs, other.logprobs))
+        assert one.texts == other.texts and all(
+            (p - q).abs().max() < 1e-5 for p, q in zip(one.logprobs, other.logprobs)
+        )
     assert len({len(t) for r in samples[0] for t in r.tokens}) > 2
 
 
 def test_bfloat16_forward_stays_close(policy, config, mixed):
     """Under autocast: sampled and re-scored log-probabilities agree with each other and with float32 within its precision."""
-    half = model.Policy(policy.model, policy.processor,
-                        dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bfloat16")))
+    half = model.Policy(
+        policy.model,
+        policy.processor,
+        dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bfloat16")),
+    )
     rollouts = half.sample(mixed, 3, 8, 1.0, (2, 2))
     prompts, rows = [r.prompt for r in rollouts], [r.tokens for r in rollouts]
     logp, _, mask = half.logprobs(prompts, rows)
@@ -239,10 +389,15 @@ def test_bfloat16_forward_stays_close(policy, config, mixed):
 
 class Casts(TorchDispatchMode):
     """Counts the numbers that are cast to bfloat16 out of something at least as large as `size`."""
+
     size, total = 4096, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16 and args[0].numel() >= self.size:
+        if (
+            function is torch.ops.aten._to_copy.default
+            and (kwargs or {}).get("dtype") == torch.bfloat16
+            and args[0].numel() >= self.size
+        ):
             self.total += args[0].numel()
         return function(*args, **(kwargs or {}))
 
@@ -250,7 +405,9 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_bfloat16_casts_weights_and_keys_once(config, examples, lora_rank):
     """Not once more for every token, trained or frozen; and the prompts' keys and values are kept in half precision."""
-    half = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bfloat16"))
+    half = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, precision="bfloat16")
+    )
     policy, counts = model.load_policy(half), []
     if lora_rank:
         policy.add_lora(data.GRPOConfig(lora_rank=lora_rank))
@@ -260,7 +417,10 @@ def test_bfloat16_casts_weights_and_keys_once(config, examples, lora_rank):
         with Casts() as casts:
             policy.sample(examples[:1], 2, length, 1.0)
         counts.append(casts.total)
-    assert counts[0] == counts[1] > 0 and [p.requires_grad for p in policy.model.parameters()] == needed
+    assert (
+        counts[0] == counts[1] > 0
+        and [p.requires_grad for p in policy.model.parameters()] == needed
+    )
     with torch.no_grad(), policy.autocast():
         hidden, *prefilled = policy.prefill([policy.encode(examples[0])])
         decoder = model.SharedDecoder(policy.base, *prefilled, 2)
@@ -285,43 +445,54 @@ def test_samples_do_not_depend_on_batch_or_order(policy, mixed):
         assert a.texts == b.texts
     other_step = policy.sample(mixed, 3, 10, 1.0, (7, 1))
     assert [r.texts for r in other_step] != [r.texts for r in together]
-    assert all(len(set(r.texts)) > 1 for r in together)                   # samples of a group differ
+    assert all(len(set(r.texts)) > 1 for r in together)  # samples of a group differ
     same = policy.sample([mixed[0], dataclasses.replace(mixed[0], id="other")], 3, 10, 1.0, (7, 0))
-    assert same[0].texts == together[0].texts != same[1].texts            # ... and so do examples, by their id
+    assert (
+        same[0].texts == together[0].texts != same[1].texts
+    )  # ... and so do examples, by their id
 
 
 def test_sampling_follows_the_distribution(policy, examples):
     """First tokens of 4,000 samples against the model's own probabilities (chi-square over the likelier tokens)."""
     prompt = policy.encode(examples[0])
     p = plain_logits(policy, prompt, torch.tensor([0]))[0].double().softmax(-1)
-    rollout, = policy.sample([examples[0]], 4000, 1, 1.0, (3, 3))
+    (rollout,) = policy.sample([examples[0]], 4000, 1, 1.0, (3, 3))
     counts = torch.bincount(torch.cat(rollout.tokens), minlength=len(p)).double()
     likely = p > 5 / 4000
-    observed, expected = torch.cat([counts[likely], counts[~likely].sum()[None]]), 4000 * torch.cat([p[likely], p[~likely].sum()[None]])
+    observed, expected = (
+        torch.cat([counts[likely], counts[~likely].sum()[None]]),
+        4000 * torch.cat([p[likely], p[~likely].sum()[None]]),
+    )
     chi2, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
     assert abs(chi2 - freedom) < 4 * (2 * freedom) ** 0.5
 
 
 def test_greedy_equals_generate(policy, mixed):
     for r in policy.sample(mixed, 1, 12, 0.0):
-        out = policy.model.generate(**r.prompt, do_sample=False, max_new_tokens=12, suppress_tokens=policy.banned.tolist())
-        ids = out[0, r.prompt["input_ids"].shape[1]:]
-        assert torch.equal(r.tokens[0], ids[:len(r.tokens[0])])
+        out = policy.model.generate(
+            **r.prompt, do_sample=False, max_new_tokens=12, suppress_tokens=policy.banned.tolist()
+        )
+        ids = out[0, r.prompt["input_ids"].shape[1] :]
+        assert torch.equal(r.tokens[0], ids[: len(r.tokens[0])])
 
 
 def test_end_of_turn_counts_and_padding_does_not(policy, examples):
     """The pad token is also a word the policy may sample: masks come from lengths, and the end token is scored."""
     end, pad = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id
-    completions = [[torch.tensor([50, pad, end]), torch.tensor([end]), torch.tensor([50, 51, 52, 53])]]
+    completions = [
+        [torch.tensor([50, pad, end]), torch.tensor([end]), torch.tensor([50, 51, 52, 53])]
+    ]
     logp, _, mask = policy.logprobs([policy.encode(examples[0])], completions)
-    assert mask.sum(1).tolist() == [3, 1, 4] and bool((logp[mask] < 0).all()) and not logp[~mask].any()
+    assert (
+        mask.sum(1).tolist() == [3, 1, 4] and bool((logp[mask] < 0).all()) and not logp[~mask].any()
+    )
 
 
 def test_policy_never_samples_a_vision_token(policy, examples, config):
     with torch.no_grad():
         head, _ = policy.head
         saved = head[policy.banned].clone()
-        head[policy.banned] = 50 * head.mean(0)                            # make them loud, either way
+        head[policy.banned] = 50 * head.mean(0)  # make them loud, either way
         loud = policy.sample(examples[:2], 8, 8, 1.0, (0, 0))
         logp, _, mask = policy.logprobs([r.prompt for r in loud], [r.tokens for r in loud])
         head[policy.banned] = saved
@@ -331,16 +502,21 @@ def test_policy_never_samples_a_vision_token(policy, examples, config):
 
 def test_each_patient_keeps_its_own_image(policy, examples):
     """Scores of two prompts in one batch are those of each alone: no image went to the neighbour."""
-    a, b = (dataclasses.replace(e, question=data.QUESTIONS["report"][0]) for e in (examples[0], examples[3]))
+    a, b = (
+        dataclasses.replace(e, question=data.QUESTIONS["report"][0])
+        for e in (examples[0], examples[3])
+    )
     ids = torch.tensor([60, 61, 62])
     alone = [policy.logprobs([policy.encode(e)], [[ids, ids]])[0] for e in (a, b)]
     together = policy.logprobs([policy.encode(a), policy.encode(b)], [[ids, ids], [ids, ids]])[0]
     assert (together - torch.cat(alone)).abs().max() < 1e-5
-    assert (alone[0] - alone[1]).abs().max() > 1e-3                        # and the image matters
+    assert (alone[0] - alone[1]).abs().max() > 1e-3  # and the image matters
 
 
 def test_prompt_limit_names_the_key(policy, config, examples):
-    policy.config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_prompt_tokens=20))
+    policy.config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, max_prompt_tokens=20)
+    )
     try:
         with pytest.raises(data.InputError, match="model.max_prompt_tokens=20"):
             policy.encode(examples[0])
@@ -367,11 +543,15 @@ def test_no_dropout_while_training(policy):
 def test_transformers_reads_the_saved_folder(policy, config, examples, tmp_path):
     """Without our code: model, tokenizer and image processor; and with it: the same log-probabilities."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
     policy.save(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     for (name, a), b in zip(policy.model.state_dict().items(), loaded.state_dict().values()):
         assert torch.equal(a, b), name
-    tokenizer, images = AutoTokenizer.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)
+    tokenizer, images = (
+        AutoTokenizer.from_pretrained(tmp_path),
+        AutoImageProcessor.from_pretrained(tmp_path),
+    )
     text = examples[0].answer
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text and tokenizer.chat_template
     pixels = images(images=data.open_images(examples[0]), return_tensors="pt")["pixel_values"]
@@ -392,7 +572,9 @@ def test_a_folder_that_is_no_model(config, tmp_path):
 def test_frozen_vision_tower(config, optimizer):
     frozen = model.load_policy(config)
     before = {n: p.detach().clone() for n, p in frozen.model.named_parameters()}
-    optimizers = model.make_optimizers(frozen, data.SFTConfig(optimizer=optimizer, freeze=["vision", "projector"]))
+    optimizers = model.make_optimizers(
+        frozen, data.SFTConfig(optimizer=optimizer, freeze=["vision", "projector"])
+    )
     for p in frozen.parameters():
         p.grad = torch.ones_like(p)
     model.optimizer_step(frozen, optimizers, 0.01, 1.0)
@@ -419,22 +601,31 @@ def test_a_frozen_tower_runs_once_per_prompt(config, mixed):
     got.sum().backward()
     whole.base.visual.register_forward_hook(lambda *_: calls.append("reference"))
     reference, _, _ = whole.logprobs([r.prompt for r in rollouts], rows)
-    assert calls == ["policy"] * 2                                        # once while sampling, once after the deletion
+    assert calls == ["policy"] * 2  # once while sampling, once after the deletion
     assert (got - expected).abs().max() < 1e-5 and (reference - expected).abs().max() < 1e-5
     assert (again.sum() - expected.sum()).abs() < 1e-4
-    for p, q in zip(policy.base.language_model.parameters(), whole.base.language_model.parameters()):
+    for p, q in zip(
+        policy.base.language_model.parameters(), whole.base.language_model.parameters()
+    ):
         assert (p.grad - q.grad).abs().max() < 1e-5 * max(1, q.grad.abs().max())
 
 
 def test_muon_takes_the_linear_layers_and_adamw_the_rest(config):
     policy = model.load_policy(config)
-    adamw, muon = model.make_optimizers(policy, dataclasses.replace(config.sft, optimizer="muon", weight_decay=0.0))
+    adamw, muon = model.make_optimizers(
+        policy, dataclasses.replace(config.sft, optimizer="muon", weight_decay=0.0)
+    )
     of = [{id(p) for group in o.param_groups for p in group["params"]} for o in (adamw, muon)]
     assert not of[0] & of[1] and of[0] | of[1] == set(map(id, policy.parameters()))
     names = {n for n, p in policy.model.named_parameters() if id(p) in of[1]}
-    assert len(names) == 6 * 3 + 3 * 7 and all("blocks" in n or "layers" in n or "merger" in n for n in names), names
+    assert len(names) == 6 * 3 + 3 * 7 and all(
+        "blocks" in n or "layers" in n or "merger" in n for n in names
+    ), names
     linear = muon.param_groups[0]["params"][0]
-    before, gradient = linear.detach().clone(), torch.randn(linear.shape, generator=torch.Generator().manual_seed(1))
+    before, gradient = (
+        linear.detach().clone(),
+        torch.randn(linear.shape, generator=torch.Generator().manual_seed(1)),
+    )
     for p in policy.parameters():
         p.grad = torch.zeros_like(p)
     linear.grad = gradient.clone()
@@ -457,39 +648,60 @@ def test_checkpoints_appear_whole_or_not_at_all(policy, config, tmp_path, monkey
 
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     save = torch.save
-    for limit in (1 << 20, hard):                                         # the disk is full while the model is written, or after it
+    for limit in (1 << 20, hard):  # the disk is full while the model is written, or after it
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        monkeypatch.setattr(torch, "save", lambda value, path: save({"x": torch.zeros(1 << 20)}, "/dev/full"))
+        monkeypatch.setattr(
+            torch, "save", lambda value, path: save({"x": torch.zeros(1 << 20)}, "/dev/full")
+        )
         with pytest.raises(data.InputError, match="step_000003 cannot be written"):
             model.save_checkpoint(tmp_path, 3, policy, optimizers)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step_000002"] and model.last_step(tmp_path) == 2
+        assert (
+            sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step_000002"]
+            and model.last_step(tmp_path) == 2
+        )
     monkeypatch.undo()
-    model.save_checkpoint(tmp_path, 4, policy, optimizers, best=1.0)       # best stays at 2, last moves on
+    model.save_checkpoint(
+        tmp_path, 4, policy, optimizers, best=1.0
+    )  # best stays at 2, last moves on
     assert model.last_step(tmp_path) == 4 and (tmp_path / "best").resolve().name == "step_000002"
-    again, _, state = model.resume(tmp_path, config, None, dataclasses.replace(config.sft, optimizer=optimizer))
-    assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), policy.model.state_dict().values()))
+    again, _, state = model.resume(
+        tmp_path, config, None, dataclasses.replace(config.sft, optimizer=optimizer)
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.model.state_dict().values(), policy.model.state_dict().values())
+    )
     assert state == {"step": 4, "best": 1.0}
 
 
 def test_a_start_that_has_moved_on_is_refused(policy, config, tmp_path):
     """GRPO's reference is where it began; a later `best` of the same run is another model."""
-    start, run, optimizers = tmp_path / "sft", tmp_path / "grpo", model.make_optimizers(policy, config.grpo)
+    start, run, optimizers = (
+        tmp_path / "sft",
+        tmp_path / "grpo",
+        model.make_optimizers(policy, config.grpo),
+    )
     model.save_checkpoint(start, 1, policy, optimizers, True)
     run.mkdir()
     again, optimizers, _ = model.resume(run, config, start / "best", config.grpo)
     model.save_checkpoint(run, 1, again, optimizers)
     assert model.resume(run, config, start / "best", config.grpo)[2] == {"step": 1}
     model.save_checkpoint(start, 2, policy, optimizers, True)
-    with pytest.raises(data.InputError, match="grpo began at step_000001 of .*sft, and best is step_000002 there by now"):
+    with pytest.raises(
+        data.InputError,
+        match="grpo began at step_000001 of .*sft, and best is step_000002 there by now",
+    ):
         model.resume(run, config, start / "best", config.grpo)
     folder = (run / "last").resolve()
     (run / "last").unlink()
-    folder.rename(run / "last")                                           # as a copy without its links has it
+    folder.rename(run / "last")  # as a copy without its links has it
     with pytest.raises(data.InputError, match="grpo/last is a folder where a link was"):
         model.last_step(run)
 
 
-def test_a_checkpoint_that_is_removed_by_halves_does_not_look_like_one(policy, config, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_removed_by_halves_does_not_look_like_one(
+    policy, config, tmp_path, monkeypatch
+):
     """A kill during the removal of an old step: its folder is no step any more, and the next save clears it away."""
     optimizers, remove = model.make_optimizers(policy, config.grpo), model.shutil.rmtree
     model.save_checkpoint(tmp_path, 1, policy, optimizers)
@@ -498,11 +710,14 @@ def test_a_checkpoint_that_is_removed_by_halves_does_not_look_like_one(policy, c
         if path.exists():
             (path / "training_state.pt").unlink(missing_ok=True)
             raise KeyboardInterrupt
+
     monkeypatch.setattr(model.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         model.save_checkpoint(tmp_path, 2, policy, optimizers)
     monkeypatch.setattr(model.shutil, "rmtree", remove)
-    assert [p.name for p in tmp_path.glob("step_??????")] == ["step_000002"] and model.last_step(tmp_path) == 2
+    assert [p.name for p in tmp_path.glob("step_??????")] == ["step_000002"] and model.last_step(
+        tmp_path
+    ) == 2
     model.save_checkpoint(tmp_path, 3, policy, optimizers)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_000003"]
 
@@ -512,18 +727,25 @@ def test_checkpoints_that_are_kept(config, tmp_path):
     policy = model.load_policy(kept)
     for step in range(1, 5):
         model.save_checkpoint(tmp_path, step, policy, [], is_best=step == 1)
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000001", "step_000003", "step_000004"]
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == [
+        "step_000001",
+        "step_000003",
+        "step_000004",
+    ]
 
 
 def test_no_room_is_said_before_training(config, tmp_path, monkeypatch):
     monkeypatch.setattr(model.shutil, "disk_usage", lambda _: SimpleNamespace(free=4e7))
-    everything = dataclasses.replace(config.grpo, freeze=[])              # 29 MB each
-    with pytest.raises(data.InputError, match=r"room for 2 checkpoint\(s\) takes 0.058 GB and the disk has 0.04 GB left"):
+    everything = dataclasses.replace(config.grpo, freeze=[])  # 29 MB each
+    with pytest.raises(
+        data.InputError,
+        match=r"room for 2 checkpoint\(s\) takes 0.058 GB and the disk has 0.04 GB left",
+    ):
         model.resume(tmp_path, config, None, everything)
-    assert model.resume(tmp_path, config, None, config.grpo)              # with a frozen tower less
+    assert model.resume(tmp_path, config, None, config.grpo)  # with a frozen tower less
     with pytest.raises(data.InputError, match=r"room for 3 checkpoint"):
         model.resume(tmp_path, config, None, dataclasses.replace(config.sft, optimizer="adamw"))
-    (tmp_path / "step_000001").mkdir()                                    # of two, one is there
+    (tmp_path / "step_000001").mkdir()  # of two, one is there
     assert model.resume(tmp_path, config, None, everything)
 
 
@@ -534,13 +756,20 @@ def test_changed_settings_are_refused(config, tmp_path):
     (run / "last").symlink_to("step_000001")
     longer = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, steps=999))
     model.open_run(run, longer, ["grpo"])
-    other = dataclasses.replace(config, seed=3, grpo=dataclasses.replace(config.grpo, kl_coef=0.5, steps=999))
-    with pytest.raises(data.InputError, match=r"seed=0 \(now 3\), grpo.kl_coef=0.01 \(now 0.5\); .* What may change: .*grpo.steps"):
+    other = dataclasses.replace(
+        config, seed=3, grpo=dataclasses.replace(config.grpo, kl_coef=0.5, steps=999)
+    )
+    with pytest.raises(
+        data.InputError,
+        match=r"seed=0 \(now 3\), grpo.kl_coef=0.01 \(now 0.5\); .* What may change: .*grpo.steps",
+    ):
         model.open_run(run, other, ["grpo"])
 
 
 def test_log_drops_lines_after_the_resumed_step(config, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 0}\n{"step": 2, "a": 0}\n{"step": 3, "a": 0}\n{"step": 1, "b": {}')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "a": 0}\n{"step": 2, "a": 0}\n{"step": 3, "a": 0}\n{"step": 1, "b": {}'
+    )
     log = model.Log(tmp_path, 2, config)
     log.metrics(3, {"reward": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -551,7 +780,10 @@ def test_tiny_model_is_a_real_qwen3_vl(policy):
     assert type(policy.model).__name__ == "Qwen3VLForConditionalGeneration"
     assert 1e6 <= sum(p.numel() for p in policy.model.parameters()) <= 3e6
     assert policy.model.config.vision_config.deepstack_visual_indexes
-    assert policy.tokenizer.eos_token == "<|im_end|>" and len(policy.tokenizer("0.57")["input_ids"]) == 4
+    assert (
+        policy.tokenizer.eos_token == "<|im_end|>"
+        and len(policy.tokenizer("0.57")["input_ids"]) == 4
+    )
 
 
 def test_processor_sees_any_image_mode(policy, tmp_path):
@@ -565,8 +797,16 @@ def test_processor_sees_any_image_mode(policy, tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_memory_plan_is_what_a_step_keeps(config, examples, frozen, precision):
     """Activations against what autograd saves, gradients and optimizer state byte for byte."""
-    shape = {"grpo.micro_batch": 2, "grpo.group_size": 8, "grpo.max_new_tokens": 80, "grpo.freeze": frozen, "model.precision": precision}
-    config = data.load_config(ROOT / "config.yaml", [*SMALL, *(f"{key}={value}" for key, value in shape.items())])
+    shape = {
+        "grpo.micro_batch": 2,
+        "grpo.group_size": 8,
+        "grpo.max_new_tokens": 80,
+        "grpo.freeze": frozen,
+        "model.precision": precision,
+    }
+    config = data.load_config(
+        ROOT / "config.yaml", [*SMALL, *(f"{key}={value}" for key, value in shape.items())]
+    )
     policy = model.load_policy(config)
     optimizers = model.make_optimizers(policy, config.grpo)
     plan = model.memory_plan(policy, config, config.grpo)
@@ -575,25 +815,45 @@ def test_the_memory_plan_is_what_a_step_keeps(config, examples, frozen, precisio
 
     def keep(t):
         storage = t.untyped_storage()
-        kept.update({} if storage.data_ptr() in own else {storage.data_ptr(): (storage.nbytes(), t)})
+        kept.update(
+            {} if storage.data_ptr() in own else {storage.data_ptr(): (storage.nbytes(), t)}
+        )
         return t
-    completions = [[torch.randint(10, 500, (80,), generator=generator) for _ in range(8)] for _ in range(2)]
+
+    completions = [
+        [torch.randint(10, 500, (80,), generator=generator) for _ in range(8)] for _ in range(2)
+    ]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = policy.loss([policy.encode(e) for e in examples[:2]], completions, lambda logp, _: -logp.mean())[0]
+        loss = policy.loss(
+            [policy.encode(e) for e in examples[:2]], completions, lambda logp, _: -logp.mean()
+        )[0]
     loss.backward()
     assert 0.8 < sum(n for n, _ in kept.values()) / plan["activations"] < 1.05
-    assert plan["gradients"] == sum(p.grad.nbytes for p in policy.parameters()) and plan["weights"] == sum(p.nbytes for p in policy.model.parameters())
+    assert plan["gradients"] == sum(p.grad.nbytes for p in policy.parameters()) and plan[
+        "weights"
+    ] == sum(p.nbytes for p in policy.model.parameters())
     model.optimizer_step(policy, optimizers, 1e-4, 1.0)
-    state = [t for state in optimizers[0].state_dict()["state"].values() for t in state.values() if t.ndim]
+    state = [
+        t
+        for state in optimizers[0].state_dict()["state"].values()
+        for t in state.values()
+        if t.ndim
+    ]
     assert plan["optimizer"] == sum(t.nbytes for t in state)
 
 
 def test_the_plan_of_a_model_needs_no_weights(config, policy, tmp_path):
     policy.save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(tmp_path)))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, path=str(tmp_path))
+    )
     text = model.plan(config)
-    assert "\nSFT: 2.4 of 2.4 M parameters trained; about " in text and "\nGRPO: 0.7 of 2.4" in text and "keys and values" in text
+    assert (
+        "\nSFT: 2.4 of 2.4 M parameters trained; about " in text
+        and "\nGRPO: 0.7 of 2.4" in text
+        and "keys and values" in text
+    )
     bare, example = model.load_policy(config, weights=False), data.load_split(config, "val")[0]
     assert torch.equal(bare.encode(example)["input_ids"], policy.encode(example)["input_ids"])
 
@@ -601,17 +861,39 @@ def test_the_plan_of_a_model_needs_no_weights(config, policy, tmp_path):
 def test_the_plan_of_the_time_counts_the_arithmetic(config, examples):
     """Against PyTorch's own count of operations: weights, not attention; a prompt is taken for one of the largest image."""
     policy = model.load_policy(config)
-    plan = model.time_plan(policy, data.load_config(ROOT / "config.yaml", [*SMALL, "grpo.prompts=2", "grpo.sample_batch=2"]), 1, 1.0, 1e30)
-    prompts, completions = [policy.encode(e) for e in examples[:2]], [[torch.full((80,), 9)] * 8] * 2
-    for name, work in (("reference", lambda: policy.logprobs(prompts, completions)), ("sample", lambda: policy.sample(examples[:2], 8, 80, 1.0)),
-                       ("update", lambda: policy.loss(prompts, completions, lambda logp, _: logp.sum())[0].backward())):
+    plan = model.time_plan(
+        policy,
+        data.load_config(ROOT / "config.yaml", [*SMALL, "grpo.prompts=2", "grpo.sample_batch=2"]),
+        1,
+        1.0,
+        1e30,
+    )
+    prompts, completions = (
+        [policy.encode(e) for e in examples[:2]],
+        [[torch.full((80,), 9)] * 8] * 2,
+    )
+    for name, work in (
+        ("reference", lambda: policy.logprobs(prompts, completions)),
+        ("sample", lambda: policy.sample(examples[:2], 8, 80, 1.0)),
+        (
+            "update",
+            lambda: policy.loss(prompts, completions, lambda logp, _: logp.sum())[0].backward(),
+        ),
+    ):
         with FlopCounterMode(display=False) as counter:
             work()
         assert 0.9 < plan[name] / counter.get_total_flops() < 1.4, name
     policy.model.zero_grad()
-    slow = data.load_config(ROOT / "config.yaml", [*SMALL, "grpo.prompts=8", "grpo.epochs=2", "grpo.kl_coef=0", "grpo.sample_batch=1"])
+    slow = data.load_config(
+        ROOT / "config.yaml",
+        [*SMALL, "grpo.prompts=8", "grpo.epochs=2", "grpo.kl_coef=0", "grpo.sample_batch=1"],
+    )
     four, one = (model.time_plan(policy, slow, gpus, 1e30, 1.0) for gpus in (1, 4))
     assert four["sample"] == 4 * one["sample"] and one["reference"] == 0
-    keys = 2 * 4 * 4 * 32 * 3 * (64 + 9216 // 14 ** 2 // 4 + 8 * 80 / 2)  # float32, 4 heads of 32, 3 layers
+    keys = (
+        2 * 4 * 4 * 32 * 3 * (64 + 9216 // 14**2 // 4 + 8 * 80 / 2)
+    )  # float32, 4 heads of 32, 3 layers
     text = sum(p.numel() for name, p in policy.model.named_parameters() if "visual" not in name)
-    assert one["sample"] == pytest.approx(2 * 80 * (4 * text + keys), rel=1e-6)            # two prompts, one at a time
+    assert one["sample"] == pytest.approx(
+        2 * 80 * (4 * text + keys), rel=1e-6
+    )  # two prompts, one at a time

@@ -1,4 +1,5 @@
 """The built-in phantoms: pure in (seed, index), plausible in number and company, true to their boxes and words."""
+
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -21,12 +22,20 @@ def pixels(study, without=None):
 
 
 def test_pure_function_of_seed_and_index():
-    expected = {index: (phantom(5, index), phantom(5, index).image.tobytes()) for index in range(12)}
+    expected = {
+        index: (phantom(5, index), phantom(5, index).image.tobytes()) for index in range(12)
+    }
     for index in (7, 0, 11, 3, 7):
-        study = phantom.__wrapped__(5, index)                              # made anew, not the remembered one
-        image = study.image.tobytes() if index % 2 else None             # drawn first, or only after the texts are read
+        study = phantom.__wrapped__(5, index)  # made anew, not the remembered one
+        image = (
+            study.image.tobytes() if index % 2 else None
+        )  # drawn first, or only after the texts are read
         assert (study.report, study.thinking, study.states, study.boxes) == (
-            expected[index][0].report, expected[index][0].thinking, expected[index][0].states, expected[index][0].boxes)
+            expected[index][0].report,
+            expected[index][0].thinking,
+            expected[index][0].states,
+            expected[index][0].boxes,
+        )
         assert (image or study.image.tobytes()) == expected[index][1]
     assert phantom(6, 3).image.tobytes() != expected[3][1]
 
@@ -42,19 +51,31 @@ def test_images_are_distinct_grey_and_of_varied_size():
 
 def test_prevalence_is_long_tailed(studies):
     share = {label: np.mean([label in study.boxes for study in studies]) for label in FINDINGS}
-    assert .45 < np.mean([not study.findings for study in studies]) < .58
+    assert 0.45 < np.mean([not study.findings for study in studies]) < 0.58
     for label in FINDINGS:
-        low, high = (.012, .035) if label in ("Pneumothorax", "Fracture") else (.02, .16)
+        low, high = (0.012, 0.035) if label in ("Pneumothorax", "Fracture") else (0.02, 0.16)
         assert low < share[label] < high, (label, share[label])
     assert max(share.values()) > 4 * min(share.values())
 
 
-@pytest.mark.parametrize("one, other", [
-    ("Pleural Effusion", "Atelectasis"), ("Pleural Effusion", "Edema"), ("Pleural Effusion", "Cardiomegaly"),
-    ("Pneumonia", "Consolidation"), ("Pneumonia", "Lung Opacity"), ("Support Devices", "Pleural Effusion"),
-    ("Support Devices", "Edema"), ("Support Devices", "Pneumothorax"), ("Cardiomegaly", "Edema")])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Pleural Effusion", "Atelectasis"),
+        ("Pleural Effusion", "Edema"),
+        ("Pleural Effusion", "Cardiomegaly"),
+        ("Pneumonia", "Consolidation"),
+        ("Pneumonia", "Lung Opacity"),
+        ("Support Devices", "Pleural Effusion"),
+        ("Support Devices", "Edema"),
+        ("Support Devices", "Pneumothorax"),
+        ("Cardiomegaly", "Edema"),
+    ],
+)
 def test_findings_keep_company(studies, one, other):
-    first, second = (np.array([label in study.boxes for study in studies]) for label in (one, other))
+    first, second = (
+        np.array([label in study.boxes for study in studies]) for label in (one, other)
+    )
     assert (first & second).mean() > 1.5 * first.mean() * second.mean()
 
 
@@ -64,9 +85,9 @@ def test_boxes_are_inside_the_image_and_on_the_stated_side(studies):
         for finding in study.findings:
             assert list(finding.boxes) == study.boxes[finding.label] and finding.boxes
             for x1, y1, x2, y2 in finding.boxes:
-                assert 0 <= x1 < x2 - .02 and 0 <= y1 < y2 - .02 and max(x2, y2) <= 1
+                assert 0 <= x1 < x2 - 0.02 and 0 <= y1 < y2 - 0.02 and max(x2, y2) <= 1
             centres = [(box[0] + box[2]) / 2 - study.anatomy.x for box in finding.boxes]
-            if finding.label != "Support Devices":                      # the patient's left is on the image's right
+            if finding.label != "Support Devices":  # the patient's left is on the image's right
                 assert finding.side != "left" or min(centres) > 0
                 assert finding.side != "right" or max(centres) < 0
                 assert finding.side != "both" or min(centres) < 0 < max(centres)
@@ -86,21 +107,25 @@ def test_boxes_hold_the_pixels_of_their_finding(studies):
                 window = slice(int(y1), int(np.ceil(y2))), slice(int(x1), int(np.ceil(x2)))
                 inside[window] = True
                 part = change[window]
-                rows, columns = np.nonzero(part > .25 * np.percentile(part, 98))
+                rows, columns = np.nonzero(part > 0.25 * np.percentile(part, 98))
                 filled.append(np.ptp(rows) * np.ptp(columns) / part.size)
-            seen[finding.label].append((change[inside].sum() / change.sum(), change[inside].mean(), np.mean(filled)))
+            seen[finding.label].append(
+                (change[inside].sum() / change.sum(), change[inside].mean(), np.mean(filled))
+            )
     assert set(seen) == set(FINDINGS)
     for label, rows in seen.items():
         share, visible, filled = np.transpose(rows)
-        assert share.min() > .9, label
-        assert visible.mean() > 10 and visible.min() > 3, label         # grey levels out of 255
-        assert filled.mean() > .5, label
+        assert share.min() > 0.9, label
+        assert visible.mean() > 10 and visible.min() > 3, label  # grey levels out of 255
+        assert filled.mean() > 0.5, label
 
 
 def test_states_are_what_the_report_says(studies):
     states = np.array([study.states for study in studies[:2000]])
     agree = extract_labels([study.report for study in studies[:2000]]) == states
-    assert agree.mean() >= .98 and agree.mean(0).min() >= .97, dict(zip(LABELS, agree.mean(0).round(3)))
+    assert agree.mean() >= 0.98 and agree.mean(0).min() >= 0.97, dict(
+        zip(LABELS, agree.mean(0).round(3))
+    )
     assert all((states[:, 1:] == state).any(0)[:12].all() for state in (POSITIVE, UNCERTAIN))
 
 
@@ -110,42 +135,79 @@ def test_states_follow_the_findings(studies):
         findings = {finding.label: finding for finding in study.findings}
         for label, state in zip(LABELS[1:], study.states[1:]):
             finding = findings.get(label)
-            expected = {NEGATIVE, BLANK} if finding is None else {BLANK} if not finding.mentioned else \
-                {POSITIVE if finding.certain else UNCERTAIN}
+            expected = (
+                {NEGATIVE, BLANK}
+                if finding is None
+                else {BLANK}
+                if not finding.mentioned
+                else {POSITIVE if finding.certain else UNCERTAIN}
+            )
             assert state in expected, (study.report, label)
-        assert (study.states[0] == POSITIVE) == (not {POSITIVE, UNCERTAIN} & set(study.states[1:13]))
+        assert (study.states[0] == POSITIVE) == (
+            not {POSITIVE, UNCERTAIN} & set(study.states[1:13])
+        )
         total += len(findings)
         unmentioned += sum(not finding.mentioned for finding in study.findings)
         hedged += sum(not finding.certain for finding in study.findings)
-    assert .18 < unmentioned / total < .28 and .08 < hedged / total < .25
+    assert 0.18 < unmentioned / total < 0.28 and 0.08 < hedged / total < 0.25
 
 
 def test_reports_vary_around_a_normal_template(studies):
     reports = Counter(study.report for study in studies)
     words = [len(study.report.split()) for study in studies]
     sentences = [study.report.count(". ") + 1 for study in studies]
-    vocabulary = {word.strip(".,:").lower() for study in studies for word in f"{study.report} {study.thinking}".split()}
-    assert len(reports) > .6 * len(studies) and .02 < reports.most_common(1)[0][1] / len(studies) < .15
+    vocabulary = {
+        word.strip(".,:").lower()
+        for study in studies
+        for word in f"{study.report} {study.thinking}".split()
+    }
+    assert (
+        len(reports) > 0.6 * len(studies)
+        and 0.02 < reports.most_common(1)[0][1] / len(studies) < 0.15
+    )
     assert 18 < np.median(words) < 40 and max(words) < 90 and min(words) >= 4
     assert np.percentile(sentences, 10) >= 3 and len(vocabulary) < 200
-    denied = np.mean([[state == NEGATIVE for state in study.states] for study in studies if not study.findings], 0)
-    assert .5 < denied[LABELS.index("Pneumothorax")] < .99 and denied[LABELS.index("Lung Lesion")] < .1
+    denied = np.mean(
+        [[state == NEGATIVE for state in study.states] for study in studies if not study.findings],
+        0,
+    )
+    assert (
+        0.5 < denied[LABELS.index("Pneumothorax")] < 0.99
+        and denied[LABELS.index("Lung Lesion")] < 0.1
+    )
 
 
 def test_thinking_names_what_the_report_names(studies):
-    word = {"Enlarged Cardiomediastinum": "widening", "Cardiomegaly": "cardiomegaly", "Lung Lesion": ("nodule", "mass"),
-            "Lung Opacity": "opacity", "Pleural Other": ("thickening", "plaque"), "Fracture": "fracture",
-            "Pleural Effusion": "effusion", "Support Devices": ("tube", "catheter", "pacemaker")}
+    word = {
+        "Enlarged Cardiomediastinum": "widening",
+        "Cardiomegaly": "cardiomegaly",
+        "Lung Lesion": ("nodule", "mass"),
+        "Lung Opacity": "opacity",
+        "Pleural Other": ("thickening", "plaque"),
+        "Fracture": "fracture",
+        "Pleural Effusion": "effusion",
+        "Support Devices": ("tube", "catheter", "pacemaker"),
+    }
     for study in studies:
         regions = dict(part.split(": ") for part in study.thinking.rstrip(".").split(". "))
-        assert list(regions) == ["Heart", "Mediastinum", "Right lung", "Left lung", "Pleura", "Bones", "Devices"]
+        assert list(regions) == [
+            "Heart",
+            "Mediastinum",
+            "Right lung",
+            "Left lung",
+            "Pleura",
+            "Bones",
+            "Devices",
+        ]
         for label, state in zip(LABELS[1:], study.states[1:]):
             names = np.atleast_1d(word.get(label, label.lower()))
             said = [text for text in regions.values() if any(name in text for name in names)]
             assert bool(said) == (state in (POSITIVE, UNCERTAIN)), (label, study.thinking)
         for finding in study.findings:
             if finding.mentioned and finding.zone:
-                assert f"{finding.side} {finding.zone}" in regions[f"{finding.side.capitalize()} lung"]
+                assert (
+                    f"{finding.side} {finding.zone}" in regions[f"{finding.side.capitalize()} lung"]
+                )
         assert study.thinking.count("possible") >= (UNCERTAIN in study.states)
 
 

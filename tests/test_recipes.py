@@ -1,4 +1,5 @@
 """Every file in configs/ as it is, with a tiny model and fixture data: two steps of each stage, and the evaluation."""
+
 import pytest
 
 import data
@@ -8,8 +9,22 @@ import train_grpo
 import train_sft
 from conftest import ROOT
 
-TINY = ["model.path=tiny", "model.max_pixels=9216", "model.precision=float32", "sft.steps=2", "sft.more_steps=1", "sft.batch_size=3", "sft.micro_batch=2", "sft.warmup=1",
-        "grpo.steps=2", "grpo.prompts=3", "grpo.mini_batch=0", "grpo.group_size=2", "grpo.max_new_tokens=6", "eval.bootstrap=10"]
+TINY = [
+    "model.path=tiny",
+    "model.max_pixels=9216",
+    "model.precision=float32",
+    "sft.steps=2",
+    "sft.more_steps=1",
+    "sft.batch_size=3",
+    "sft.micro_batch=2",
+    "sft.warmup=1",
+    "grpo.steps=2",
+    "grpo.prompts=3",
+    "grpo.mini_batch=0",
+    "grpo.group_size=2",
+    "grpo.max_new_tokens=6",
+    "eval.bootstrap=10",
+]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -29,13 +44,20 @@ def fixtures(tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe, fixtures, tmp_path, capsys):
-    assert load(recipe, fixtures, tmp_path).grpo.init in ("auto", "runs/radvlm/sft/best")          # which radvlm_sft.yaml makes
+    assert load(recipe, fixtures, tmp_path).grpo.init in (
+        "auto",
+        "runs/radvlm/sft/best",
+    )  # which radvlm_sft.yaml makes
     config = load(recipe, fixtures, tmp_path, "grpo.init=auto")
     checkpoints = train_grpo.train(config, Never())
-    assert [name for name in checkpoints if name != "grpo"] == ["cold_start" if config.data.thinking else "sft"]
+    assert [name for name in checkpoints if name != "grpo"] == [
+        "cold_start" if config.data.thinking else "sft"
+    ]
     text, results = evaluation.evaluate_checkpoints(config, checkpoints)
     tasks = {data.TASK_OF[task] for source in data.sources(config, "test") for task in source.tasks}
-    assert ("reports" in results) == ("report" in tasks) and ("grounding" in results) == ("grounding" in tasks)
+    assert ("reports" in results) == ("report" in tasks) and ("grounding" in results) == (
+        "grounding" in tasks
+    )
 
 
 def test_radvlm_cold_start_and_thinking(fixtures, tmp_path):

@@ -1,4 +1,5 @@
 """The supervised loss against one plain forward per question, and the schedule by hand."""
+
 import dataclasses
 
 import pytest
@@ -11,15 +12,25 @@ from test_model import plain_logits
 
 def test_loss_and_gradients_equal_plain_forwards(policy, config, examples):
     """Several studies, several questions about each: only answers count, whatever is shared."""
-    studies = sorted(data.by_study(examples), key=len)[::40]              # of one question and of several
+    studies = sorted(data.by_study(examples), key=len)[::40]  # of one question and of several
     assert len(studies[0]) < len(studies[-1])
     encoded = train_sft.encode_studies(policy, studies)
-    flat, answers = [e for study in studies for e in study], [policy.encode_target(e) for study in studies for e in study]
+    flat, answers = (
+        [e for study in studies for e in study],
+        [policy.encode_target(e) for study in studies for e in study],
+    )
     assert train_sft.answer_tokens(encoded) == sum(map(len, answers))
     weights = [p for p in policy.parameters() if p.ndim > 1]
 
-    wanted = sum(torch.nn.functional.cross_entropy(plain_logits(policy, policy.encode(e), ids), ids, reduction="sum")
-                 for e, ids in zip(flat, answers)) / 77
+    wanted = (
+        sum(
+            torch.nn.functional.cross_entropy(
+                plain_logits(policy, policy.encode(e), ids), ids, reduction="sum"
+            )
+            for e, ids in zip(flat, answers)
+        )
+        / 77
+    )
     expected = torch.autograd.grad(wanted, weights, allow_unused=True)
     loss = train_sft.sft_loss(policy, encoded, 77)
     for got, want in zip(torch.autograd.grad(loss, weights, allow_unused=True), expected):
@@ -34,13 +45,24 @@ def test_answers_that_cannot_be_used_stop_or_are_skipped(policy, config, example
     study = next(s for s in data.by_study(examples) if len(s) > 1)
     whole = train_sft.encode_studies(policy, [study])[0]
     for key, said in (("answer", "its answer contains"), ("question", "its question contains")):
-        broken = [study[0], dataclasses.replace(study[1], **{key: "here <|image_pad|> there"}), *study[2:]]
+        broken = [
+            study[0],
+            dataclasses.replace(study[1], **{key: "here <|image_pad|> there"}),
+            *study[2:],
+        ]
         with pytest.raises(data.InputError, match=said):
             train_sft.encode_studies(policy, [broken])
-        policy.config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_error="skip"))
-        (_, rows, lengths), = train_sft.encode_studies(policy, [broken])
-        assert lengths == whole[2][:1] + whole[2][2:] and all(map(torch.equal, rows, whole[1][:1] + whole[1][2:]))
-        assert train_sft.encode_studies(policy, [[broken[1]]]) == [] and said in capsys.readouterr().err
+        policy.config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, on_error="skip")
+        )
+        ((_, rows, lengths),) = train_sft.encode_studies(policy, [broken])
+        assert lengths == whole[2][:1] + whole[2][2:] and all(
+            map(torch.equal, rows, whole[1][:1] + whole[1][2:])
+        )
+        assert (
+            train_sft.encode_studies(policy, [[broken[1]]]) == []
+            and said in capsys.readouterr().err
+        )
         policy.config = config
 
 

@@ -48,7 +48,14 @@ GRPO = [
     "grpo.lr=1e-3",
     "grpo.save_every=1",
 ]
-SFT = ["sft.steps=4", "sft.batch_size=6", "sft.optimizer=adamw", "sft.lr=1e-3", "sft.warmup=2", "sft.eval_every=2"]
+SFT = [
+    "sft.steps=4",
+    "sft.batch_size=6",
+    "sft.optimizer=adamw",
+    "sft.lr=1e-3",
+    "sft.warmup=2",
+    "sft.eval_every=2",
+]
 SETTINGS = {
     "default": ["train_grpo.py", *GRPO],
     "thinking": [
@@ -129,7 +136,9 @@ def start(setting, out, args, processes, earlier):
     command = [sys.executable, *launcher, str(ROOT / "tests" / "replay.py"), str(earlier), script]
     command += [str(ROOT / "config.yaml"), *COMMON, *settings, *args, f"out={out}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def kill_after(process, log, lines):
@@ -172,16 +181,28 @@ def read(setting, out, stage):
 
     before = load_file(START / "model.safetensors")
     after = load_file(out / stage / "last" / "model.safetensors")
-    change = torch.cat([(after[name].double() - before[name].double()).flatten() for name in before])
-    moments = {"mean_abs": change.abs().mean(), "rms": change.square().mean().sqrt(), "p4": change.pow(4).mean().pow(0.25)}
-    return {"steps": steps, "tokens": tokens, "change": {name: float(value) for name, value in moments.items()}}
+    change = torch.cat(
+        [(after[name].double() - before[name].double()).flatten() for name in before]
+    )
+    moments = {
+        "mean_abs": change.abs().mean(),
+        "rms": change.square().mean().sqrt(),
+        "p4": change.pow(4).mean().pow(0.25),
+    }
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "change": {name: float(value) for name, value in moments.items()},
+    }
 
 
 def differences(new, old):
     """{name: (largest relative difference of a step, mean signed relative difference over the steps)}"""
     result = {}
     for name in old["steps"][-1]:
-        pairs = [(a[name], b[name]) for a, b in zip(new["steps"], old["steps"], strict=True) if name in b]
+        pairs = [
+            (a[name], b[name]) for a, b in zip(new["steps"], old["steps"], strict=True) if name in b
+        ]
         relative = [(a - b) / max(abs(b), SMALLEST) for a, b in pairs]
         result[name] = max(map(abs, relative)), abs(sum(relative)) / len(relative)
     for name, value in old["change"].items():
@@ -201,13 +222,19 @@ def same_samples(new, old):
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-@pytest.mark.parametrize(("setting", "way", "args", "processes"), WAYS, ids=[f"{s}, {w}" for s, w, _, _ in WAYS])
+@pytest.mark.parametrize(
+    ("setting", "way", "args", "processes"), WAYS, ids=[f"{s}, {w}" for s, w, _, _ in WAYS]
+)
 def test_trajectories(tmp_path, setting, way, args, processes):
     old = json.loads(STORED.read_text())[setting]
     new = run(setting, tmp_path, args, processes, old["tokens"], interrupt="killed" in way)
     largest = differences(new, old)
     print(setting, way, largest)
-    too_large = {name: pair for name, pair in largest.items() if pair[0] > STEP_TOLERANCE or pair[1] > MEAN_TOLERANCE}
+    too_large = {
+        name: pair
+        for name, pair in largest.items()
+        if pair[0] > STEP_TOLERANCE or pair[1] > MEAN_TOLERANCE
+    }
     assert not too_large
     if setting != "SFT":
         assert same_samples(new, old) >= SAME_SAMPLES
@@ -222,7 +249,12 @@ def test_the_settings_train():
             continue
         assert trajectory["steps"][-1]["kl"] > 1e-3, setting
         assert len({step["reward"] for step in trajectory["steps"]}) > 1, setting
-        lengths = {len(ids) for groups in trajectory["tokens"] for group in groups.values() for ids in group}
+        lengths = {
+            len(ids)
+            for groups in trajectory["tokens"]
+            for group in groups.values()
+            for ids in group
+        }
         assert len(lengths) > 3, setting
 
 
@@ -233,15 +265,31 @@ def main():
         if command == "record":
             for setting in chosen or SETTINGS:
                 stored[setting] = run(setting, Path(folder, setting))
-                print(setting, json.dumps(stored[setting]["steps"], indent=1), stored[setting]["change"])
-            text = ",\n".join(f"{json.dumps(name)}: {json.dumps(stored[name], separators=(',', ':'))}" for name in SETTINGS)
+                print(
+                    setting,
+                    json.dumps(stored[setting]["steps"], indent=1),
+                    stored[setting]["change"],
+                )
+            text = ",\n".join(
+                f"{json.dumps(name)}: {json.dumps(stored[name], separators=(',', ':'))}"
+                for name in SETTINGS
+            )
             STORED.write_text("{\n" + text + "\n}\n")
         elif command == "compare":
             for setting, way, args, processes in WAYS:
                 if not chosen or setting in chosen:
                     old = stored[setting]
-                    new = run(setting, Path(folder, setting, way), args, processes, old["tokens"], "killed" in way)
-                    print(f"{setting}, {way}: {same_samples(new, old) if setting != 'SFT' else 1:.3f} of samples the same")
+                    new = run(
+                        setting,
+                        Path(folder, setting, way),
+                        args,
+                        processes,
+                        old["tokens"],
+                        "killed" in way,
+                    )
+                    print(
+                        f"{setting}, {way}: {same_samples(new, old) if setting != 'SFT' else 1:.3f} of samples the same"
+                    )
                     for name, pair in differences(new, old).items():
                         print(f"    {name:28} step {pair[0]:.1e}, mean {pair[1]:.1e}")
 
