@@ -1,13 +1,13 @@
 """Everything that touches tensors or processes.
 
 In order of appearance
-  fused_logprobs, fused_loss      log p(token), or a loss of it, without ever holding [tokens, vocabulary] logits
+  fused_logprobs         log p(token) without ever holding [tokens, vocabulary] logits
   PackedAttention, SharedDecoder     every prompt once for all of its completions, in scoring and in sampling
   LoRALinear             a layer with low-rank adapters
   Rollout                G completions of one prompt: what passes between sampling and update
   Policy                 a vision-language model that can encode, sample, logprobs, save
     .sample              the sampler: one prefill per prompt, all completions decoded together
-    .logprobs, .loss     the same tokens scored with gradients, prompts and completions in one stream
+    .logprobs    the same tokens scored with gradients, prompts and completions in one stream
   load_policy, image_only, build_tiny     a model folder or hub id, or the built-in tiny Qwen3-VL made from scratch
   make_optimizers, optimizer_step     AdamW, or Muon beside it
   save_checkpoint, resume, open_run, Log     whole-or-nothing checkpoints and what a run folder holds
@@ -82,8 +82,7 @@ from data import Example, InputError
 
 # ---------------------------------------------------------------------------------------------- fused log-probs
 
-BUFFER = 1 << 22  # logits in a tile (16 MiB in float32); a chunk has three times as many,
-CHUNK = 128  # or those of so many tokens: with fewer, products wait for the memory
+BUFFER = 1 << 22  # logits in a tile (16 MiB in float32)
 NEVER = -1e30  # the logit of a banned id: its probability is 0, and so is 0 * NEVER
 
 
@@ -170,81 +169,6 @@ class FusedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-class FusedLoss(torch.autograd.Function):
-    """Chunk after chunk of the tokens: with their log-probs d loss / d log p is known, and the same logits give the gradients
-    at once. The gradients wait for the backward, which only scales them."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, banned, loss_of):
-        w, b = weight.float(), None if bias is None else bias.float()
-        size = min(len(targets), max(CHUNK, 3 * BUFFER // len(weight)))
-        piece = max(
-            1, (BUFFER // 8 if hidden.is_cpu else BUFFER) // len(weight)
-        )  # rows: on a CPU what its cache holds
-        buffer = torch.empty(size * len(weight), device=hidden.device)
-        grad_hidden, grad_weight, grad_bias = (
-            new(t, dtype=torch.float32) if needed else None
-            for t, needed, new in zip(
-                (hidden, weight, bias),
-                ctx.needs_input_grad,
-                (torch.empty_like, torch.empty_like, torch.zeros_like),
-            )
-        )
-        loss, logprobs, entropy = 0.0, [], []
-        for i in range(0, len(targets), size):
-            some, h, t = (
-                slice(i, i + size),
-                hidden[i : i + size].float(),
-                targets[i : i + size, None],
-            )
-            z = head_logits(
-                h,
-                w,
-                b,
-                temperature,
-                banned,
-                buffer[: len(h) * len(weight)].view(len(h), len(weight)),
-            )
-            sums = []  # for every token: z - peak of the target, sum of
-            for rows, ids in zip(
-                z.split(piece), t.split(piece)
-            ):  # e^(z - peak), of it * (z - peak)
-                rows -= rows.amax(1, keepdim=True)  # all in place
-                e = rows.exp()
-                sums.append([rows.gather(1, ids)[:, 0], e.sum(1), rows.mul_(e).sum(1)])
-                rows.copy_(e)
-            chosen, total, weighted = map(torch.cat, zip(*sums))
-            entropy.append(total.log() - weighted / total)
-            with torch.enable_grad():
-                logp = (chosen - total.log()).requires_grad_()
-                part = loss_of(logp, some)
-                slope = torch.autograd.grad(part, logp)[0][:, None] / temperature
-            loss, scale = loss + part.detach(), -slope / total[:, None]
-            logprobs.append(logp.detach())
-            # d loss / d logits = slope * (onehot(t) - p), p = z / total by now: both factors are a token's, and the products take them
-            if grad_hidden is not None:
-                torch.mm(z, w, out=grad_hidden[some]).mul_(scale).addcmul_(slope, w[t[:, 0]])
-            if grad_weight is not None:
-                grad_weight.addmm_(z.T, h * scale, beta=min(i, 1))  # the first chunk finds it empty
-                grad_weight.index_add_(0, t[:, 0], h * slope)
-            if grad_bias is not None:
-                grad_bias += (z.T @ scale)[:, 0]
-                grad_bias.index_add_(0, t[:, 0], slope[:, 0])
-        ctx.gradients = [
-            g if g is None else g.to(t.dtype)
-            for g, t in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias))
-        ]
-        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
-        ctx.mark_non_differentiable(logprobs, entropy)
-        return loss, logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        scaled = [g if g is None else g.mul_(grad) for g in ctx.gradients]
-        del ctx.gradients
-        return *scaled, None, None, None, None
-
-
 def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None, bias=None):
     """Log-probabilities of `targets` and entropies under softmax((hidden @ weight.T + bias) / temperature), in float32.
 
@@ -254,20 +178,6 @@ def fused_logprobs(hidden, weight, targets, temperature=1.0, banned=None, bias=N
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return FusedLogProbs.apply(hidden, weight, bias, targets, temperature, banned)
-
-
-def fused_loss(hidden, weight, targets, loss_of, temperature=1.0, banned=None, bias=None):
-    """A loss that is a sum over tokens of functions of their log-probabilities, as in fused_logprobs, with three matrix
-    products instead of four.
-
-    loss_of(logprobs (n,), tokens): the summed loss of the slice `tokens` of the N, called for one slice after the other.
-    Returns (loss, logprobs (N,), entropy (N,)); only loss carries gradients, for one backward. Memory: one chunk beside the
-    gradients (and, for a half-precision head, float32 copies of it and its gradient).
-    """
-    if not torch.is_grad_enabled():  # the forward would make their gradients
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    with torch.autocast(hidden.device.type, enabled=False):
-        return FusedLoss.apply(hidden, weight, bias, targets, temperature, banned, loss_of)
 
 
 def draw(logits, uniform):
@@ -998,16 +908,6 @@ class Policy:
         flat = fused_logprobs(hidden, weight, ids, temperature, self.banned, bias)
         return *unflatten(flat, scored), scored
 
-    @inside
-    def loss(self, prompts, completions, loss_of, temperature=1.0, n_scored=None):
-        """As logprobs, for a loss that is a sum over the scored tokens, completion after completion, which is cheaper:
-        loss_of(logp (n,), tokens), see fused_loss. Returns (loss, *what logprobs returns), only the loss with gradients.
-        """
-        hidden, ids, scored = self.scored_hidden(prompts, completions, n_scored)
-        weight, bias = self.head
-        loss, *flat = fused_loss(hidden, weight, ids, loss_of, temperature, self.banned, bias)
-        return loss, *unflatten(flat, scored), scored
-
     def scored_hidden(self, prompts, completions, n_scored=None):
         """Hidden states (N, H) that predict the scored tokens, these tokens (N,), and where they are (R, T_max)."""
         self.model.train(self.config.model.gradient_checkpointing)
@@ -1160,7 +1060,8 @@ class Policy:
     def idle(self):
         """Forward and backward without effect."""
         ids = torch.full((2,), int(self.stop_ids[0]), device=self.device)
-        self.loss([dict(self.spare)], [[ids]], lambda logp, _: 0 * logp.sum())[0].backward()
+        logp, _, _ = self.logprobs([dict(self.spare)], [[ids]])
+        (0 * logp.sum()).backward()
 
     # -- adapters
 
@@ -1891,7 +1792,7 @@ def memory_plan(policy, config, section, gpus=None):
         "gradients": 4 * trained / shares,
         "optimizer": 8 * trained / shares,
         "activations": activations,
-        "logits": 4 * max(3 * BUFFER, CHUNK * text.vocab_size),
+        "logits": 4 * BUFFER,
     }
     if b == 2 and shares == 1:
         parts["half-precision weights"] = 2 * total

@@ -111,21 +111,6 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo):
     return (weights * loss).sum(), values
 
 
-def by_token(old_logp, ref_logp, advantages, mask, weights, grpo):
-    """grpo_loss as model.fused_loss wants it, a function of any slice of all tokens: each is made a row of its own. Not for
-    grpo.importance=sequence, where a token's loss depends on its neighbours."""
-    rows = [
-        t if t is None else t[mask][:, None]
-        for t in (old_logp, ref_logp, advantages[:, None].expand(mask.shape), mask, weights)
-    ]
-
-    def loss_of(logp, tokens):
-        old, ref, a, real, w = (t if t is None else t[tokens] for t in rows)
-        return grpo_loss(logp[:, None], old, ref, a[:, 0], real, w, grpo)[0]
-
-    return loss_of
-
-
 # ---------------------------------------------------------------------------------------------- one step
 
 
@@ -233,21 +218,9 @@ def update(policy, optimizers, rollouts, lr, grpo):
         advantages = torch.cat([r.advantages for r in micro]).to(mask.device)  # (R,)
         old_logp = padded([r.old_logprobs for r in micro]) if micro[0].old_logprobs else None
         ref_logp = padded([r.ref_logprobs for r in micro]) if micro[0].ref_logprobs else None
-        fixed = (
-            old_logp,
-            ref_logp,
-            advantages,
-            mask,
-            token_weights(mask, grpo.loss_agg, n_tokens, n_sequences, grpo.max_new_tokens),
-        )
-        if grpo.importance == "token":  # the gradient of the head comes with its log-probs
-            loss, logp, entropy, _ = policy.loss(
-                prompts, completions, by_token(*fixed, grpo), grpo.temperature
-            )
-            _, values = grpo_loss(logp, *fixed, grpo)
-        else:
-            logp, entropy, _ = policy.logprobs(prompts, completions, grpo.temperature)
-            loss, values = grpo_loss(logp, *fixed, grpo)
+        weights = token_weights(mask, grpo.loss_agg, n_tokens, n_sequences, grpo.max_new_tokens)
+        logp, entropy, _ = policy.logprobs(prompts, completions, grpo.temperature)
+        loss, values = grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo)
         loss.backward()
         if old_logp is None:
             for r, rows in zip(micro, pieces(logp.detach(), grpo.group_size)):
@@ -354,12 +327,10 @@ def preflight(policy, examples, config):
     policy.spare = prompts[0]
     ids = torch.full((grpo.max_new_tokens,), int(policy.stop_ids[0]), device=policy.device)
     try:
-        policy.loss(
-            prompts,
-            [[ids] * grpo.group_size] * len(prompts),
-            lambda logp, _: logp.sum(),
-            grpo.temperature,
-        )[0].backward()
+        logp, _, _ = policy.logprobs(
+            prompts, [[ids] * grpo.group_size] * len(prompts), grpo.temperature
+        )
+        logp.sum().backward()
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"the largest batch that a step may need does not fit: lower grpo.micro_batch={grpo.micro_batch} or grpo.max_new_tokens="

@@ -67,9 +67,8 @@ def sft_loss(policy, studies, n_tokens):
     studies: from encode_studies. Each image runs once for all questions about it; questions carry no loss.
     """
     prompts, rows, lengths = zip(*studies)
-    return policy.loss(
-        prompts, rows, lambda logp, _: -logp.sum() / n_tokens, n_scored=sum(lengths, [])
-    )[0]
+    logp, _, _ = policy.logprobs(prompts, rows, n_scored=sum(lengths, []))
+    return -logp.sum() / n_tokens
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from transformers import (
 import data
 import model
 from conftest import ROOT, SMALL
-from model import fused_logprobs, fused_loss
+from model import fused_logprobs
 
 
 def naive_logprobs(hidden, weight, targets, temperature, banned, bias=None):
@@ -71,11 +71,10 @@ def close(got, wanted, tolerance):
 @pytest.mark.parametrize(
     "temperature, biased, ban", [(1.0, False, False), (0.7, True, True), (1.3, False, True)]
 )
-def test_fused_logprobs_and_loss_equal_float64(
+def test_fused_logprobs_equals_float64(
     monkeypatch, dtype, tolerance, of_gradient, temperature, biased, ban
 ):
-    """Values, entropies and gradients of both forms."""
-    monkeypatch.setattr(model, "CHUNK", 13)
+    """Values, entropies and gradients."""
     monkeypatch.setattr(model, "BUFFER", 13 * 700 // 3)
     inputs, bias, banned, targets, upstream = head_inputs(dtype, biased, ban)
     hidden, weight = inputs[:2]
@@ -87,20 +86,9 @@ def test_fused_logprobs_and_loss_equal_float64(
     wanted = torch.autograd.grad(expected @ upstream.double(), inputs, retain_graph=True)
     assert close(torch.autograd.grad(logp @ upstream, inputs), wanted, of_gradient)
 
-    def loss_of(logp, tokens):
-        return (upstream[tokens] * (0.1 * logp).exp()).sum()
-
-    loss, logp, entropy = fused_loss(hidden, weight, targets, loss_of, temperature, banned, bias)
-    assert not logp.requires_grad and not entropy.requires_grad
-    whole = (upstream.double() * (0.1 * expected).exp()).sum()
-    assert close([loss[None], logp, entropy], [whole[None], expected, expected_entropy], tolerance)
-    assert close(
-        torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * whole, inputs), of_gradient
-    )
-
 
 def test_fused_memory_is_bounded(monkeypatch):
-    """No tensor larger than a tile or chunk but the inputs and their gradients, whatever the number of tokens."""
+    """No tensor larger than a tile but the inputs and their gradients, whatever the number of tokens."""
     monkeypatch.setattr(model, "BUFFER", 1 << 18)
     hidden, weight = (
         torch.randn(600, 16, requires_grad=True),
@@ -121,9 +109,7 @@ def test_fused_memory_is_bounded(monkeypatch):
     targets = torch.randint(5000, (600,))
     with Sizes():
         fused_logprobs(hidden, weight, targets)[0].sum().backward()
-        general = max(sizes)
-        fused_loss(hidden, weight, targets, lambda logp, _: logp.sum())[0].backward()
-    assert 100_000 < general <= 1 << 18 and max(sizes) <= 3 << 18 < 600 * 5000
+    assert 100_000 < max(sizes) <= 1 << 18
 
 
 @pytest.mark.parametrize("vocabulary", [5, 128, 1000])
@@ -824,9 +810,8 @@ def test_the_memory_plan_is_what_a_step_keeps(config, examples, frozen, precisio
         [torch.randint(10, 500, (80,), generator=generator) for _ in range(8)] for _ in range(2)
     ]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = policy.loss(
-            [policy.encode(e) for e in examples[:2]], completions, lambda logp, _: -logp.mean()
-        )[0]
+        logp, _, _ = policy.logprobs([policy.encode(e) for e in examples[:2]], completions)
+        loss = -logp.mean()
     loss.backward()
     assert 0.8 < sum(n for n, _ in kept.values()) / plan["activations"] < 1.05
     assert plan["gradients"] == sum(p.grad.nbytes for p in policy.parameters()) and plan[
@@ -875,10 +860,7 @@ def test_the_plan_of_the_time_counts_the_arithmetic(config, examples):
     for name, work in (
         ("reference", lambda: policy.logprobs(prompts, completions)),
         ("sample", lambda: policy.sample(examples[:2], 8, 80, 1.0)),
-        (
-            "update",
-            lambda: policy.loss(prompts, completions, lambda logp, _: logp.sum())[0].backward(),
-        ),
+        ("update", lambda: policy.logprobs(prompts, completions)[0].sum().backward()),
     ):
         with FlopCounterMode(display=False) as counter:
             work()
