@@ -243,9 +243,6 @@ class GRPOConfig:
     )
     kl_coef: float = 0.01  # 0 also skips the reference model
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    stop_if: dict[str, float] = field(
-        default_factory=dict
-    )  # saves and stops when a logged value is above its limit: {kl: 0.5}
     save_every: int = 25
 
 
@@ -390,7 +387,7 @@ def checked(key, value, kind):
             "a number" if kind is float else "a whole number",
         )
         if not key.startswith(
-            ("rewards.report.", "rewards.grounding.", "grpo.stop_if.")
+            ("rewards.report.", "rewards.grounding.")
         ):  # a weight may be negative
             least = int(kind is int and key not in MAY_BE_ZERO)
             require(number >= least, f"at least {least}")

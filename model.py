@@ -29,7 +29,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -1464,14 +1463,6 @@ def bad_steps(before, norms, config, where):
     return before
 
 
-def sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def point(link, folder):
     """Makes the symbolic link `link` point to `folder` (beside it), atomically."""
     aside = link.with_name(link.name + ".new")
@@ -1523,8 +1514,6 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
                     {"step": step, "start": policy.start, "optimizers": states, **state},
                     aside / "training_state.pt",
                 )
-                for path in [*aside.rglob("*"), aside]:
-                    sync(path)
                 os.rename(aside, final)
         except (
             OSError,
@@ -1539,7 +1528,6 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
     if rank() == 0:
         for name in ["best", "last"] if is_best else ["last"]:
             point(run / name, final)
-        sync(run)
         keep = {(run / name).resolve().name for name in ("best", "last")}
         keep |= {
             path.name for path in sorted(run.glob("step_??????"))[-policy.config.log.keep_last :]
@@ -1554,24 +1542,6 @@ def save_checkpoint(run, step, policy, optimizers, is_best=False, **state):
                     os.rename(old, gone)
                 shutil.rmtree(gone, ignore_errors=True)
     gather_objects(None)
-
-
-def check_room(run, policy, optimizers, best):
-    """InputError unless the disk has room for what is still to come: the checkpoints that are kept (with `best` one more), and
-    another one, as an old one goes when the new one is there."""
-    states = sum(
-        p.numel() * (1 if isinstance(o, torch.optim.Muon) else 2)
-        for o in optimizers
-        for group in o.param_groups
-        for p in group["params"]
-    )
-    size = 4 * (sum(p.numel() for p in policy.model.parameters()) + states)
-    missing = max(1, policy.config.log.keep_last + best + 1 - len([*run.glob("step_*")]))
-    if rank() == 0 and (free := shutil.disk_usage(run).free) < missing * size:
-        raise InputError(
-            f"{run}: room for {missing} checkpoint(s) takes {missing * size / 1e9:.2g} GB and the disk has {free / 1e9:.2g} GB left; make room, "
-            f"or choose another folder with out=..."
-        )
 
 
 def last_step(run):
@@ -1598,7 +1568,6 @@ def resume(run, config, start, section):
     if config.model.parallel == "shard" and world_size() > 1:
         policy.shard()
     optimizers = make_optimizers(policy, section)
-    check_room(run, policy, optimizers, best=hasattr(section, "eval_every"))
     if path is None:
         return policy, optimizers, {"step": 0}
     state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -1633,7 +1602,6 @@ def open_run(run, config, sections):
         "data.val_size",
         "data.test_size",
         "data.on_error",
-        "grpo.stop_if",
         "model.shared_prefix",
         "model.parallel",
         "model.gradient_checkpointing",
@@ -1819,41 +1787,6 @@ def memory_plan(policy, config, section, gpus=None):
     return parts
 
 
-def time_plan(policy, config, gpus, flops, bandwidth):
-    """Seconds per phase of a GRPO step whose completions all have full length, at `flops` operations and `bandwidth` bytes per
-    second of a GPU: arithmetic (2 operations per weight and token, 6 with the backward, 8 with checkpointing, attention and
-    head left out), and in decoding the weights and keys that each token has to read. Communication and launching come on top."""
-    grpo, text = config.grpo, policy.model.config.get_text_config()
-    vision = sum(p.numel() for name, p in policy.model.named_parameters() if part_of(name))
-    weights = sum(p.numel() for p in policy.model.parameters()) - vision
-    patches, prompt = prompt_size(config, policy.model.config.vision_config)
-    prompts, length, half = (
-        -(-grpo.prompts // gpus),
-        grpo.max_new_tokens,
-        2 if config.model.precision == "bfloat16" else 4,
-    )
-    together = min(prompts, grpo.sample_batch)
-    per_prompt = 2 * (
-        weights * prompt + vision * patches
-    )  # a forward of what all completions share
-    score = prompts * (per_prompt + 2 * weights * grpo.group_size * length)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * half * heads * size * text.num_hidden_layers  # bytes of a token's keys and values
-    read = half * weights + together * cache * (prompt + grpo.group_size * length / 2)
-    decode = (
-        max(2 * weights * together * grpo.group_size / flops, read / bandwidth)
-        * length
-        * -(-prompts // together)
-    )
-    backward = 4 if config.model.gradient_checkpointing else 3
-    return {
-        "sample": prompts * per_prompt / flops + decode,
-        "reference": score / flops if grpo.kl_coef else 0,
-        "update": grpo.epochs * backward * score / flops,
-    }
-
-
 def memory_text(parts):
     """One line: the sum in GB and its parts, the largest first."""
     parts = sorted(parts.items(), key=lambda part: -part[1])
@@ -1862,9 +1795,8 @@ def memory_text(parts):
     )
 
 
-def plan(config, gpus=1, tflops=400, bandwidth=2):
-    """python model.py plan CONFIG --gpus N: memory of both stages, without loading the weights, and the time of a GRPO step at
-    `tflops` 1e12 operations and `bandwidth` 1e12 bytes per second of a GPU."""
+def plan(config, gpus=1):
+    """python model.py plan CONFIG --gpus N: memory of both stages, without loading the weights."""
     lines = [f"model.parallel={config.model.parallel} on {gpus} GPU{'s' * (gpus > 1)}"]
     for name, section in (("SFT", config.sft), ("GRPO", config.grpo)):
         policy = load_policy(config, weights=False)
@@ -1878,11 +1810,6 @@ def plan(config, gpus=1, tflops=400, bandwidth=2):
         lines.append(
             f"{name}: {trained:.1f} of {size:.1f} M parameters trained; {memory_text(memory_plan(policy, config, section, gpus))}"
         )
-    times = time_plan(policy, config, gpus, tflops * 1e12, bandwidth * 1e12)
-    lines.append(
-        f"GRPO: about {sum(times.values()):.3g} s a step at {tflops:g} TFLOP/s and {bandwidth:g} TB/s per GPU, communication and launch overheads left out: "
-        + ", ".join(f"{name} {seconds:.3g}" for name, seconds in times.items())
-    )
     return "\n".join(lines)
 
 
@@ -1895,19 +1822,8 @@ def main():
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        default=400,
-        help="1e12 operations per second that matrix products reach on one (400)",
-    )
-    parser.add_argument(
-        "--bandwidth", type=float, default=2, help="1e12 bytes per second that its memory gives (2)"
-    )
     args = parser.parse_args()
-    print(
-        plan(data.load_config(args.config, args.overrides), args.gpus, args.tflops, args.bandwidth)
-    )
+    print(plan(data.load_config(args.config, args.overrides), args.gpus))
 
 
 def start(usage):
@@ -1970,26 +1886,22 @@ def say(text):
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C asks to stop after the current step; a second one, over a second later, stops at once.
-
-    torchrun forwards a Ctrl-C that the processes have already seen (that echo is not a second request), and kills them
-    after 30 seconds: then the run goes on from its last checkpoint.
-    """
+    """SIGTERM or Ctrl-C asks to stop after the current step; a second one ends the process at once."""
 
     def __init__(self):
-        self.since = None
+        self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number, _frame):
-        now = time.monotonic()
-        if self.since is not None and now - self.since > 1:
-            os._exit(128 + number)
-        self.since = self.since or now
+        self.asked = True
+        # torchrun passes a Ctrl-C on to processes that have seen it already, and kills them after 30 seconds.
+        if not dist.is_torchelastic_launched():
+            signal.signal(number, signal.SIG_DFL)
 
     def __bool__(self):
         """True on every process as soon as one was asked. Collective: all processes ask equally often."""
-        return any(gather_objects(self.since is not None))
+        return any(gather_objects(self.asked))
 
     def release(self):
         """From here on, where nothing is left to be saved, a signal ends the process at once."""

@@ -398,7 +398,7 @@ def train(config, stop):
     log = model.Log(run, state["step"], config)
     model.say(
         f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
-        f"from {start or config.model.path}; {model.memory_text(model.memory_plan(policy, config, grpo))}"
+        f"from {start or config.model.path}"
     )
     preflight(policy, examples, config)
     bad = 0
@@ -505,31 +505,8 @@ def train(config, stop):
                 )
         bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0):.4f}")
         stopping, done = bool(stop), step + 1
-        at_times = {
-            f"rewards/{name}/{what}"
-            for name in {*config.rewards.report, *config.rewards.grounding}
-            for what in ("mean", "std")
-        }
-        at_times |= (
-            {"kl", "kl/k1", "kl/k2", "kl/k3"} if grpo.kl_coef else set()
-        )  # not of a step without their task, or any signal
-        if unknown := set(grpo.stop_if) - set(values) - at_times:
-            raise InputError(
-                f"grpo.stop_if: no value {min(unknown)!r} is logged; there are {', '.join(values)}"
-            )
-        alarms = [
-            f"{name} is {values[name]:.4g}, above {limit:g}"
-            for name, limit in grpo.stop_if.items()
-            if values.get(name, limit) > limit
-        ]
-        alarms = model.gather_objects(alarms)[0]  # times differ between processes
-        if stopping or alarms or done % grpo.save_every == 0 or done == grpo.steps:
+        if stopping or done % grpo.save_every == 0 or done == grpo.steps:
             model.save_checkpoint(run, done, policy, optimizers)
-        if alarms:
-            bar.close()
-            raise InputError(
-                f"{run}, step {done}: grpo.stop_if: {'; '.join(alarms)}. The checkpoint is saved; look at samples.jsonl, then go on with another limit"
-            )
         if stopping and done < grpo.steps:
             bar.close()
             model.say(f"{run}: stopped after step {done}; the same command continues from here")

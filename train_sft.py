@@ -145,7 +145,7 @@ def train(config, stop):
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     model.say(
         f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
-        f"steps {state['step']} to {sft.steps}; {model.memory_text(model.memory_plan(policy, config, config.sft))}"
+        f"steps {state['step']} to {sft.steps}"
     )
     if policy.sharded:
         usable = (

@@ -12,7 +12,6 @@ import importlib.util
 import platform
 
 import torch
-import torch.nn.functional as F
 
 from common import DEVICE, machine, medians, model, own_process, peak_memory
 

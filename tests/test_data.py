@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 import data
 import rewards
