@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import difflib
-import errno
 import gzip
 import hashlib
 import itertools
@@ -28,478 +26,20 @@ import os
 import re
 import sys
 import textwrap
-import typing
 import warnings
 import zlib
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
-import yaml
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message is one line that says what and what to do."""
-
-
-def run_main(main, *errors):
-    """Runs a script's main(); an InputError, or another of `errors`, becomes one line on stderr and exit status 1."""
-    try:
-        main()
-    except (InputError, *errors) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"error: {error.strerror}; make room and start the same command again",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(1)
-
-
-# ---------------------------------------------------------------------------------------------- configuration
-
-LORA_TARGETS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)  # of a language model
-
-
-@dataclass
-class ModelConfig:
-    path: str = (
-        "tiny"  # "tiny": the built-in Qwen3-VL, made from scratch; else a local folder or hub id
-    )
-    precision: Literal["float32", "bfloat16"] = (
-        "float32"  # of the forward pass; weights and optimiser stay float32
-    )
-    min_pixels: int = (
-        1024  # each image is resized to between min_pixels and max_pixels, in multiples of a
-    )
-    max_pixels: int = 451584  # merged patch; the RadVLM-GRPO values
-    max_prompt_tokens: int = 2048  # a longer prompt is an error: cutting it would cut image tokens
-    shared_prefix: bool = (
-        True  # run each prompt once for its G completions (Qwen-VL); false: plain rows
-    )
-    gradient_checkpointing: bool = False
-    parallel: Literal["replicate", "shard"] = (
-        "replicate"  # shard: weights, gradients and optimiser spread over the processes (FSDP2)
-    )
-    max_bad_steps: int = 5  # optimiser steps in a row without finite gradients (they change nothing) until a run stops
-
-
-Dataset = Literal[
-    "phantom",
-    "iu_xray",
-    "mimic_cxr",
-    "vindr_cxr",
-    "ms_cxr",
-    "padchest_gr",
-    "chest_imagenome",
-    "nih",
-    "coco",
-    "llava",
-    "jsonl",
-]
-ON_MIMIC = ("ms_cxr", "chest_imagenome")  # annotations on the images of MIMIC-CXR-JPG
-
-
-@dataclass
-class Source:
-    """One dataset of several. What is left out, the section `data` gives."""
-
-    source: Dataset = "phantom"
-    path: str = ""  # its folder, from data.path; the name of the dataset if left out
-    images: str = ""  # folder of its images where they are elsewhere, from data.path
-    tasks: list[str] = field(default_factory=list)
-    views: Literal["", "all", "frontal"] = ""
-    weight: float = 1.0  # how often its studies come up in an epoch of training
-    limit: int = 0  # the first so many studies (of jsonl, llava and phantom: examples) of each split; 0 = all
-
-    def image_root(self):
-        """The folder that all its images must lie in."""
-        beside = Path(self.path).absolute().parent / "mimic_cxr"
-        return Path(
-            self.images
-            or (
-                beside
-                if self.source in ON_MIMIC and not Path(self.path, "files").is_dir()
-                else self.path
-            )
-        )
-
-
-@dataclass
-class DataConfig:
-    source: Dataset = "phantom"
-    path: str = ""  # folder of the dataset; with several, the folder that theirs lie in
-    images: str = ""  # folder of its images where they are elsewhere
-    train: list[Source] = field(
-        default_factory=list
-    )  # several datasets: [{source: mimic_cxr, weight: 2}, {source: vindr_cxr}]
-    val: list[Source] = field(default_factory=list)  # empty: the held-out splits of the same
-    test: list[Source] = field(default_factory=list)
-    tasks: list[str] = field(
-        default_factory=lambda: ["report", "grounding", "classification"]
-    )  # the last for SFT; of grounding
-    # also one kind alone: abnormality, anatomy, phrase, detection
-    report_share: float = 0.5  # share of report prompts in a GRPO step; the rest is grounding
-    views: Literal["all", "frontal"] = "all"  # frontal: the first frontal view alone
-    dedup: bool = False  # leave out training reports that repeat a held-out one word for word
-    traces: str = ""  # cold start: JSON lines of id and thinking; empty: made from the references
-    thinking: bool = False  # think before answering
-    think_format: Literal["tags", "suffix"] = (
-        "tags"  # <think>..</think><report>..</report> (MRG-R1) | ..</think>.. (RadVLM)
-    )
-    train_size: int = 6000  # phantoms with a report, and as many with boxes (in training with a report, too), per split
-    val_size: int = 64
-    test_size: int = 768
-    on_error: Literal["stop", "skip"] = (
-        "stop"  # an unreadable example: stop, or leave it out, count it and say so
-    )
-
-
-@dataclass
-class SFTConfig:
-    stage: Literal["sft", "more", "cold_start"] = (
-        "sft"  # "more" and "cold_start" continue from the sft checkpoint
-    )
-    init: str = (
-        "auto"  # where to start: auto (see stage), base (model.path), or a checkpoint folder
-    )
-    steps: int = 300
-    more_steps: int = 150  # of sft.stage=more: about the compute of the GRPO stage
-    batch_size: int = 32  # studies per step; all questions about a study are trained together
-    micro_batch: int = 32  # studies per forward pass (and process)
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon learns more from scratch in as many steps
-    freeze: list[Literal["vision", "projector"]] = field(
-        default_factory=list
-    )  # the vision tower, what maps its features to the
-    # language model: parts that this stage leaves as they are
-    lora_rank: int = 0  # 0 trains the weights themselves; else low-rank adapters of lora_targets, alpha = 2 rank,
-    # wherever layers have these names, a vision tower that is not frozen included
-    lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
-    lr: float = 1e-5  # peak; linear warm-up, then cosine to zero
-    warmup: int = 10
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    plain_share: float = 0.5  # cold_start: share of examples trained without thinking
-    eval_every: int = 100  # validation loss
-    save_every: int = 100
-
-
-@dataclass
-class GRPOConfig:
-    init: str = (
-        "auto"  # where to start: auto (sft, or cold_start when data.thinking), base, or a folder
-    )
-    steps: int = 300
-    prompts: int = 512  # prompts per rollout, over all processes
-    group_size: int = 8  # G completions per prompt
-    mini_batch: int = 0  # prompts per optimiser step; 0 = all prompts of the rollout
-    epochs: int = 1  # passes over each rollout
-    micro_batch: int = 4  # prompts per forward pass (and process)
-    sample_batch: int = 16  # prompts sampled together (and process)
-    max_new_tokens: int = 1024
-    temperature: float = 1.0
-    optimizer: Literal["adamw", "muon"] = "adamw"  # as in sft
-    freeze: list[Literal["vision", "projector"]] = field(default_factory=list)  # as in sft
-    lora_rank: int = 0  # as in sft; the reference policy is then the policy without its adapters
-    lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
-    lr: float = 1e-6  # constant after the warm-up
-    warmup: int = 0
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    adv_norm: Literal["group", "none", "batch"] = (
-        "group"  # advantages over the std of the group, of nothing, of the batch
-    )
-    normalize_parts: bool = (
-        False  # normalise every reward part in its group before the weighted sum (GDPO)
-    )
-    drop_degenerate: bool = False  # leave out groups whose rewards are all equal
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    importance: Literal["token", "sequence"] = (
-        "token"  # "sequence": one ratio per completion (GSPO)
-    )
-    loss_agg: Literal["token", "sequence", "constant"] = (
-        "token"  # mean over tokens, of sequence means, over max_new_tokens
-    )
-    kl_coef: float = 0.01  # 0 also skips the reference model
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    save_every: int = 25
-
-
-@dataclass
-class RewardsConfig:
-    report: dict[str, float] = field(default_factory=lambda: {"mccs": 0.4, "label_f1": 0.6})
-    grounding: dict[str, float] = field(default_factory=lambda: {"soft_f1": 1.0})
-    labeler: Literal["rules", "chexbert"] = (
-        "rules"  # what mccs, label_f1 and the evaluation read labels with
-    )
-    chexbert: str = ""  # chexbert.pth as published, for labeler=chexbert
-    bert: str = "bert-base-uncased"  # its tokenizer: a local folder or hub id
-    bertscore: str = ""  # encoder of the reward bertscore: a local folder or hub id
-    bertscore_layer: int = 0  # its hidden layer that is compared; 0: the last
-    mccs_margin: float = 0.5
-    overlong_start: int = 256  # reward overlong: 0 up to so many tokens,
-    overlong_end: int = 512  # -1 from so many on
-    on_error: Literal["stop", "zero"] = (
-        "stop"  # a reward of your own that raises or is not finite: stop, or count it as 0
-    )
-    soft_f1_mode: Literal["radvlm", "pq"] = "radvlm"
-    match_empty: bool = True  # pay 1 when nothing is there and no box is given
-
-
-@dataclass
-class EvalConfig:
-    split: Literal["train", "val", "test"] = "test"
-    limit: int = 0  # examples per task; 0 = all
-    batch_size: int = 64
-    temperature: float = 0.0  # 0 decodes greedily
-    samples: int = (
-        1  # above 1: of so many samples the one that the rewards pay most, an upper bound
-    )
-    bootstrap: int = 1000  # resamples for the 95 % intervals
-    cases: int = 60  # shown in report.html
-
-
-@dataclass
-class LogConfig:
-    keep_last: int = 1  # newest checkpoints that a run keeps, beside the best
-    samples: int = 1  # prompts of each task and step whose completions go to samples.jsonl
-    tensorboard: bool = False
-    wandb: bool = False
-
-
-@dataclass
-class Config:
-    seed: int = 0
-    out: str = "runs/phantom"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
-    rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-
-
-MAY_BE_ZERO = {
-    "seed",
-    "sft.warmup",
-    "grpo.warmup",
-    "sft.lora_rank",
-    "grpo.lora_rank",
-    "grpo.mini_batch",
-    "rewards.bertscore_layer",
-    "rewards.overlong_start",
-    "eval.limit",
-    *(f"data.{split}[].limit" for split in ("train", "val", "test")),
-    "eval.bootstrap",
-    "eval.cases",
-    "log.samples",
-}
-ABOVE_ZERO = {
-    *(f"data.{split}[].weight" for split in ("train", "val", "test")),
-    "sft.lr",
-    "grpo.lr",
-    "grpo.temperature",
-    "sft.grad_clip",
-    "grpo.grad_clip",
-}
-AT_MOST_ONE = {"data.report_share", "sft.plain_share", "grpo.clip_low", "rewards.mccs_margin"}
-
-
-@cache
-def known_keys(node=Config, prefix=""):
-    """Every dotted key of the configuration with its type, e.g. {"grpo.kl_coef": float}."""
-    keys = {}
-    for name, kind in typing.get_type_hints(node).items():
-        keys |= (
-            known_keys(kind, f"{prefix}{name}.")
-            if dataclasses.is_dataclass(kind)
-            else {prefix + name: kind}
-        )
-    return keys
-
-
-def checked(key, value, kind):
-    """`value` as `kind`; InputError when it is of another type or impossible."""
-
-    def require(condition, expected):
-        if not condition:
-            raise InputError(f"{key}: expected {expected}, got {value!r}")
-
-    if typing.get_origin(kind) is Literal:
-        require(value in typing.get_args(kind), "one of " + ", ".join(typing.get_args(kind)))
-    elif typing.get_origin(kind) is dict:
-        require(isinstance(value, dict), "names with numbers, like {mccs: 1}")
-        value = {
-            str(name): checked(f"{key}.{name}", weight, float) for name, weight in value.items()
-        }
-    elif kind == list[Source]:
-        require(
-            isinstance(value, list) and all(isinstance(v, dict) for v in value),
-            "a list of sources, like [{source: iu_xray, weight: 2}]",
-        )
-        kinds = typing.get_type_hints(Source)
-        for name in (name for v in value for name in v if name not in kinds):
-            require(False, f"sources with {', '.join(kinds)} (not {name!r})")
-        value = [
-            Source(**{name: checked(f"{key}[].{name}", x, kinds[name]) for name, x in v.items()})
-            for v in value
-        ]
-    elif typing.get_origin(kind) is list:
-        require(
-            isinstance(value, list) and all(isinstance(v, str) for v in value),
-            "a list, like [a, b]",
-        )
-        value = [checked(key, v, *typing.get_args(kind)) for v in value]
-    elif kind is bool:
-        require(isinstance(value, bool), "true or false")
-    elif kind is str:
-        require(isinstance(value, (str, int, float)) and not isinstance(value, bool), "text")
-        value = str(value)
-    else:  # YAML reads 1e-4 as text: numbers are accepted in any notation
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        require(
-            math.isfinite(number) and (kind is float or number == int(number)),
-            "a number" if kind is float else "a whole number",
-        )
-        if not key.startswith(
-            ("rewards.report.", "rewards.grounding.")
-        ):  # a weight may be negative
-            least = int(kind is int and key not in MAY_BE_ZERO)
-            require(number >= least, f"at least {least}")
-        require(number > 0 or key not in ABOVE_ZERO, "more than 0")
-        require(number <= 1 or key not in AT_MOST_ONE, "at most 1")
-        require(number < 1 or key != "rewards.mccs_margin", "less than 1")
-        value = kind(number)
-    return value
-
-
-def set_key(config, key, value, origin):
-    """Sets one dotted key of `config`; InputError names the nearest valid key."""
-    keys = known_keys()
-    parent, _, name = key.rpartition(".")
-    node = config
-    for task in ("report", "grounding"):
-        if key.startswith(f"rewards.{task}."):  # one weight of a reward table
-            getattr(config.rewards, task)[key.removeprefix(f"rewards.{task}.")] = checked(
-                key, value, float
-            )
-            return
-    if key not in keys:
-        raise InputError(
-            f"{origin}: unknown key {key!r} = {value!r}; the nearest valid key is {difflib.get_close_matches(key, keys, 1, 0)[0]!r}"
-        )
-    for part in parent.split(".") if parent else []:
-        node = getattr(node, part)
-    setattr(node, name, checked(key, value, keys[key]))
-
-
-NOT_YAML = (
-    yaml.YAMLError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)  # a date that cannot be, !!int ''
-
-
-def read_yaml(path):
-    """The mapping in a YAML file."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot read the configuration ({getattr(error, 'strerror', 0) or error})"
-        ) from None
-    except NOT_YAML as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is not None and not isinstance(tree, dict):
-        raise InputError(f"{path}: expected sections like 'grpo:', got {type(tree).__name__}")
-    return tree or {}
-
-
-def load_config(path, overrides=()):
-    """Reads a YAML file over the defaults above, then `key=value` overrides (e.g. "grpo.kl_coef=0").
-
-    Raises InputError for an unknown key, a wrong type or an impossible value.
-    """
-    config = Config()
-
-    def walk(tree, prefix):
-        for name, value in tree.items():
-            key = f"{prefix}{name}"
-            if any(k.startswith(key + ".") for k in known_keys()):
-                if not isinstance(value, dict):
-                    raise InputError(f"{path}: {key}: expected a section with keys, got {value!r}")
-                walk(value, key + ".")
-            else:
-                set_key(config, key, value, path)
-
-    walk(read_yaml(path), "")
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise InputError(f"argument {item!r}: expected key=value, like grpo.kl_coef=0")
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except NOT_YAML:
-            raise InputError(f"argument {item!r}: the value is not valid YAML") from None
-        set_key(config, key, value, f"argument {item!r}")
-    for tasks in [
-        config.data.tasks or ["none"],
-        *(s.tasks for split in ("train", "val", "test") for s in getattr(config.data, split)),
-    ]:
-        if set(tasks) - set(TASK_OF):
-            raise InputError(f"data.tasks: expected some of {', '.join(TASK_OF)}, got {tasks}")
-    if config.model.min_pixels > config.model.max_pixels:
-        raise InputError("model.min_pixels is larger than model.max_pixels")
-    if config.grpo.group_size < 2:
-        raise InputError(
-            "grpo.group_size=1: a completion is compared with the others of its group; it takes two"
-        )
-    if config.eval.samples > 1 and not config.eval.temperature:
-        raise InputError(
-            f"eval.samples={config.eval.samples} needs eval.temperature above 0: greedy samples are all the same"
-        )
-    if config.grpo.normalize_parts and config.grpo.adv_norm == "none":
-        raise InputError(
-            "grpo.normalize_parts=true divides every part by a std: it takes grpo.adv_norm=group or batch"
-        )
-    if config.grpo.mini_batch > config.grpo.prompts:
-        raise InputError(
-            f"grpo.mini_batch={config.grpo.mini_batch} is larger than grpo.prompts={config.grpo.prompts}"
-        )
-    return config
-
-
-def config_text(config):
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
+from runtime.config import Config, InputError, Source, load_config
+from runtime.output import format_table, rank
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -561,6 +101,11 @@ def open_images(example):
 
 ANSWER_TAG = {"report": "report", "grounding": "answer", "classification": "answer"}
 NOTHING_THERE = "It is not seen."
+
+
+def batched(items, size):
+    """Consecutive lists of at most `size` items."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def style_of(config):
@@ -1647,7 +1192,7 @@ def read_source(config, source, split, skip):
         unit="",
         delay=5,
         leave=False,
-        disable=os.environ.get("RANK", "0") != "0",
+        disable=rank() != 0,
     )
     found = (
         e
@@ -1777,7 +1322,7 @@ def load_split(config, split):
             )
             for e in part
         ]
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         for text in said:
             print(f"{split}: {text}", file=sys.stderr)
     if not examples:
@@ -1900,26 +1445,32 @@ def by_study(examples):
     return list(groups.values())
 
 
-def batch(examples, count, step, seed, stream, report_share):
-    """The examples of one step: `report_share` of them reports, the rest grounding (all of one task if only one).
+def grpo_batch(examples, step, config):
+    """The examples of one GRPO step: data.report_share of them reports, the rest grounding.
 
-    A pure function of its arguments, so that a resumed run goes on where it was.
+    All are of one task if the data have only one. A function of its arguments alone, so that a run
+    can resume.
     """
-    by_task = {task: [e for e in examples if e.task == task] for task in ("report", "grounding")}
-    n_report = round(count * report_share) if by_task["grounding"] else count
-    n_report = n_report if by_task["report"] else 0
-    if not by_task["report"] + by_task["grounding"]:
-        raise InputError("data.tasks: GRPO needs report or grounding examples")
-    chosen = [
-        pool[i]
-        for pool, k in ((by_task["report"], n_report), (by_task["grounding"], count - n_report))
-        if k
-        for i in indices(len(pool), k, step, seed, stream)
-    ]
-    return [
-        chosen[i]
-        for i in np.random.default_rng([seed, STREAMS[stream], step, 1]).permutation(count)
-    ]
+    count, seed = config.grpo.prompts, config.seed
+    reports = [e for e in examples if e.task == "report"]
+    boxes = [e for e in examples if e.task == "grounding"]
+    n_reports = round(count * config.data.report_share) if boxes else count
+    if not reports:
+        n_reports = 0
+
+    chosen = []
+    for pool, size in ((reports, n_reports), (boxes, count - n_reports)):
+        if size:
+            chosen += [pool[i] for i in indices(len(pool), size, step, seed, "grpo")]
+    order = np.random.default_rng([seed, STREAMS["grpo"], step, 1]).permutation(count)
+    return [chosen[i] for i in order]
+
+
+def check_tasks(config):
+    """Raises InputError if there is nothing that GRPO can train on."""
+    tasks = {task for source in sources(config, "train") for task in source.tasks}
+    if not {"report", "grounding"} & {TASK_OF[task] for task in tasks}:
+        raise InputError(f"data.tasks={sorted(tasks)}: GRPO needs report or grounding examples")
 
 
 # ---------------------------------------------------------------------------------------------- phantoms
@@ -2576,15 +2127,6 @@ def _thinking(findings):
 # ---------------------------------------------------------------------------------------------- python data.py config.yaml
 
 
-def aligned(rows):
-    """Rows of texts as a table; the first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join(
-        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
-
-
 def spread(values):
     """min / median / max"""
     return (
@@ -2714,9 +2256,9 @@ def describe(config, encode, label):
     limits = f"limits: model.max_prompt_tokens={config.model.max_prompt_tokens}, grpo.max_new_tokens={config.grpo.max_new_tokens}"
     return "\n\n".join(
         [
-            aligned(counts),
-            *[aligned(prevalence)] * bool(labels),
-            f"{aligned(lengths)}\n{limits}",
+            format_table(counts),
+            *[format_table(prevalence)] * bool(labels),
+            f"{format_table(lengths)}\n{limits}",
             "\n".join(dict.fromkeys(said)) or "nothing was skipped",
         ]
     ), contact_sheet(chosen) if chosen else None
@@ -2749,7 +2291,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import data  # the module that the others import, not a second one
-    import rewards
-
-    data.run_main(data.main, rewards.RewardError)
+    main()

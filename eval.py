@@ -4,7 +4,7 @@
   python eval.py config.yaml --predictions FILE.jsonl [FILE.jsonl ...]      # {"id", "text"} a line, from any other program
   python eval.py --reproduce configs/ablations/grid.yaml                    # the papers' claims in miniature: RESULTS.md
 
-Decodes greedily (eval.temperature, eval.samples: see `predict`); writes OUT/eval/: NAME.jsonl (predictions), metrics.json and
+Decodes greedily; writes OUT/eval/: NAME.jsonl (predictions), metrics.json and
 report.html (tables, training curves, cases). NAME is RUN's path tail.
 
 Reports: ce_ (clinical efficacy) compares the labels that rewards.labeler reads in the generated and reference text,
@@ -69,7 +69,13 @@ from rewards import (
     soft_f1,
     tokenize,
 )
+from runtime.checkpoint import last_step, resolve
+from runtime.config import InputError, load_config, read_yaml
+from runtime.output import format_table, print0, progress, rank, world_size, write_atomically
+from runtime.processes import gather_objects, init_processes, run_main
 
+RESAMPLES = 1000  # of the bootstrap
+CASES = 60  # shown in report.html
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 COLUMNS = {
     "14": list(range(14)),
@@ -106,32 +112,14 @@ def row(example, text, finished=True, n_tokens=0):
 
 
 def predict(policy, examples, cfg, name=""):
-    """Decodes examples; JSON-able dicts in their order, on every rank, without those that `sample` skips.
-
-    eval.samples=N takes the one of N that the configured rewards pay most: they see the reference, so it is an upper bound."""
+    """Decode examples greedily. Returns JSON-able dicts in their order, on every rank, without those
+    that `sample` skips."""
     rows, place = {}, {id(example): i for i, example in enumerate(examples)}
-    mine = examples[model.rank() :: model.world_size()]
-    for start in tqdm(
-        range(0, len(mine), cfg.eval.batch_size), desc=f"predict {name}", disable=model.rank() != 0
-    ):
-        batch = mine[start : start + cfg.eval.batch_size]
-        for r in policy.sample(
-            batch, cfg.eval.samples, cfg.grpo.max_new_tokens, cfg.eval.temperature, (cfg.seed, 99)
-        ):
-            best = 0
-            if cfg.eval.samples > 1:
-                paid, _ = rewards.score_completions(
-                    r.texts,
-                    [r.example] * cfg.eval.samples,
-                    cfg.rewards,
-                    r.example.style,
-                    [t.tolist() for t in r.tokens],
-                )
-                best = int(np.argmax(paid))
-            rows[place[id(r.example)]] = row(
-                r.example, r.texts[best], r.finished[best], len(r.tokens[best])
-            )
-    merged = {i: row for part in model.gather_objects(rows) for i, row in part.items()}
+    mine = data.batched(examples[rank() :: world_size()], cfg.eval.batch_size)
+    for batch in progress(mine, f"predict {name}"):
+        for r in policy.sample(batch, 1, cfg.grpo.max_new_tokens, 0.0, (cfg.seed, 99)):
+            rows[place[id(r.example)]] = row(r.example, r.texts[0], r.finished[0], r.lengths[0])
+    merged = {i: row for part in gather_objects(rows) for i, row in part.items()}
     return [merged[i] for i in sorted(merged)]
 
 
@@ -140,7 +128,7 @@ def read_predictions(path, examples):
     texts = data.texts_by_id(path, "text")
     missing = [e.id for e in examples if e.id not in texts]
     if missing:
-        raise data.InputError(
+        raise InputError(
             f"{path}: no prediction for {len(missing)} of {len(examples)} examples, such as id {missing[0]!r}"
         )
     return [row(e, texts[e.id]) for e in examples]
@@ -317,9 +305,9 @@ def average_precisions(predictions, w, threshold=0.5):
         n_reference = w[:, rows] @ np.array([len(free[i]) for i in rows], dtype=float)  # (S,)
         hits, owners = [], []
         for _, i, box in sorted(
-            (rank, i, box)
+            (place, i, box)
             for i in rows
-            for rank, box in enumerate(parse_boxes(predictions[i]["answer"]))
+            for place, box in enumerate(parse_boxes(predictions[i]["answer"]))
         ):
             best = max(free[i], key=lambda reference: iou(box, reference), default=None)
             hits.append(best is not None and iou(box, best) >= threshold)
@@ -438,7 +426,7 @@ def summarise(predictions_by_model, cfg, training=()):
         )
     first, label = next(iter(predictions_by_model)), labeler(cfg.rewards)
     w = (
-        samples_of(predictions_by_model[first], cfg.eval.bootstrap, cfg.seed)
+        samples_of(predictions_by_model[first], RESAMPLES, cfg.seed)
         if predictions_by_model[first]
         else np.ones((1, 0))
     )
@@ -511,7 +499,7 @@ def table(results):
                         *(cell(value, low_high, "+") for value, *low_high in changes),
                     ]
                 )
-    return data.aligned(rows)
+    return format_table(rows)
 
 
 # ---------------------------------------------------------------------------------------------- report.html
@@ -674,7 +662,7 @@ def thumbnail(example, side=300):
         image = data.open_images(dataclasses.replace(example, images=example.images[:1]))[
             0
         ].convert("L")
-    except data.InputError:  # predictions of another program may not need it
+    except InputError:  # predictions of another program may not need it
         image = Image.new("L", (side, side))
     image.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -806,7 +794,7 @@ def page(cfg, results, predictions, examples):
     places = [
         i
         for task in ("report", "grounding")
-        for i in [i for i in order if examples[i].task == task][: -(-cfg.eval.cases // 2)]
+        for i in [i for i in order if examples[i].task == task][: -(-CASES // 2)]
     ]
     cases, label, outcomes = [], labeler(cfg.rewards), set()
     for i in places:
@@ -859,14 +847,6 @@ def page(cfg, results, predictions, examples):
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def resolve(path):
-    """The model folder of a run: its best checkpoint, else its last, else `path` itself (a model folder or hub id)."""
-    return next(
-        (p for p in (os.path.join(path, "best"), os.path.join(path, "last")) if os.path.isdir(p)),
-        path,
-    )
-
-
 def column_names(paths):
     """Shortest path tails that tell the paths apart: {tail: path}. A path given twice is kept once."""
     parts = {Path(os.path.abspath(path)).parts[1:]: path for path in paths}
@@ -874,14 +854,6 @@ def column_names(paths):
         {"/".join(part[-depth:]): path for part, path in parts.items()} for depth in range(1, 999)
     )
     return next(names for names in tails if len(names) == len(parts))
-
-
-def write(path, content):
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    new.write_text(content)
-    os.replace(new, path)
 
 
 def chosen_examples(cfg):
@@ -898,8 +870,8 @@ def training_reports(cfg):
     """The texts that training has seen; none where there is no training split (only their metrics are missing then)."""
     try:
         return [e.answer for e in data.load_split(cfg, "train") if e.task == "report"]
-    except data.InputError as error:
-        model.say(f"no comparison with training reports: {error}")
+    except InputError as error:
+        print0(f"no comparison with training reports: {error}")
         return []
 
 
@@ -913,16 +885,16 @@ def evaluate_checkpoints(cfg, paths, files={}):
     predictions = {}
     for name, path in paths.items():
         predictions[name] = predict(model.load_policy(cfg, resolve(path)), examples, cfg, name)
-        if model.rank() == 0:
-            write(
+        if rank() == 0:
+            write_atomically(
                 folder / f"{name}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions[name])
             )
     predictions |= read
-    if model.rank() != 0:
+    if rank() != 0:
         return "", {}
     common = set.intersection(*({p["id"] for p in some} for some in predictions.values()))
     if left := len(examples) - len(common):
-        model.say(
+        print0(
             f"{left} of {len(examples)} examples have no prediction by every model and are left out"
         )
     predictions = {
@@ -931,8 +903,8 @@ def evaluate_checkpoints(cfg, paths, files={}):
     results = summarise(predictions, cfg, training)
     text = table(results)
     without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    write(folder / "metrics.json", json.dumps(without_nan, indent=1))
-    write(
+    write_atomically(folder / "metrics.json", json.dumps(without_nan, indent=1))
+    write_atomically(
         folder / "report.html",
         page(cfg, results, predictions, [e for e in examples if e.id in common]),
     )
@@ -966,7 +938,7 @@ def grid_run(grid, name, seed):
 
     def places(name):
         if name not in grid["rows"]:
-            raise data.InputError(f"grid: no row {name!r}; the rows are {', '.join(grid['rows'])}")
+            raise InputError(f"grid: no row {name!r}; the rows are {', '.join(grid['rows'])}")
         row = {"stage": "grpo", "start": grid["start"], **(grid["rows"][name] or {})}
         folder = Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
         return row, folder, folder / row["stage"]
@@ -995,7 +967,7 @@ def grid_run(grid, name, seed):
 def reproduce(path):
     """Runs the grid of `path` and writes its RESULTS.md after each row and seed. What is done is kept, what was interrupted goes on
     from its last checkpoint; the same command in a second terminal takes rows that no other one is at."""
-    grid, left = data.read_yaml(path), {}
+    grid, left = read_yaml(path), {}
     for claim in grid["claims"]:
         for seed in claim["seeds"]:
             for name in claim["rows"]:
@@ -1018,7 +990,7 @@ def reproduce(path):
                 if not row_state(folder)["done"]:
                     run_commands(folder, commands, f"{path}: {name!r}, seed {seed}")
             del left[name, seed]
-            write(Path(grid["results"]), grid_text(grid, path))
+            write_atomically(Path(grid["results"]), grid_text(grid, path))
             bar.update()
             break
         else:
@@ -1035,7 +1007,7 @@ def run_commands(folder, commands, where):
     """Runs the commands of a row, and keeps its state.json."""
     state, before = row_state(folder), resource.getrusage(resource.RUSAGE_CHILDREN)
     config, metrics = (
-        data.load_config(commands[0][1], commands[0][2:]),
+        load_config(commands[0][1], commands[0][2:]),
         folder / "eval" / "metrics.json",
     )
     stage, sft = "grpo" if commands[0][0] == "train_grpo.py" else config.sft.stage, config.sft
@@ -1049,10 +1021,10 @@ def run_commands(folder, commands, where):
                 stdout=subprocess.DEVNULL,
             ).returncode
             stopped = (
-                model.last_step(folder / stage) < steps
+                last_step(folder / stage) < steps
             )  # by a signal: that is no failure, and not the end
             if code or stopped or command is commands[-1] and not metrics.exists():
-                raise data.InputError(
+                raise InputError(
                     f"{where}: `python {' '.join(command)}` did not end; started again, the grid goes on from there"
                 )
         state["done"] = True
@@ -1061,7 +1033,7 @@ def run_commands(folder, commands, where):
         state["cpu_minutes"] += (
             after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         ) / 60
-        write(folder / "state.json", json.dumps(state))
+        write_atomically(folder / "state.json", json.dumps(state))
 
 
 def grid_text(grid, path):
@@ -1168,20 +1140,20 @@ def main():
     overrides = [
         a for a in given if "=" in a and not os.path.exists(a)
     ]  # the options take all that follows
-    config = data.load_config(args.config, args.overrides + overrides)
+    config = load_config(args.config, args.overrides + overrides)
     for path in (
         a
         for a in args.predictions
         if a not in overrides and not (a.endswith(".jsonl") and os.path.isfile(a))
     ):
-        raise data.InputError(f"--predictions {path}: expected a file NAME.jsonl")
+        raise InputError(f"--predictions {path}: expected a file NAME.jsonl")
     names = column_names([a.removesuffix(".jsonl") for a in given if a not in overrides])
     if both := [
         path
         for path in names.values()
         if path in args.checkpoint and path + ".jsonl" in args.predictions
     ]:
-        raise data.InputError(
+        raise InputError(
             f"--checkpoint {both[0]} and --predictions {both[0]}.jsonl would be one column: rename the file"
         )
     if not names:
@@ -1191,11 +1163,11 @@ def main():
     files = {
         name: path + ".jsonl" for name, path in names.items() if path + ".jsonl" in args.predictions
     }
-    model.setup()
+    init_processes()
     evaluate_checkpoints(
         config, {name: path for name, path in names.items() if name not in files}, files
     )
 
 
 if __name__ == "__main__":
-    data.run_main(main, rewards.RewardError)
+    run_main(main)

@@ -33,6 +33,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from runtime.config import InputError
+
 LABELS = (
     "No Finding",
     "Enlarged Cardiomediastinum",
@@ -60,10 +62,6 @@ CHEXBERT_HEADS = (
 )  # its own order
 CACHED = 1 << 14  # texts whose CheXbert labels are kept
 MAX_MATCHED = 64  # predicted boxes that enter the assignment; further ones are false positives
-
-
-class RewardError(ValueError):
-    """Rewards, labelers or their files that cannot be used: one line that says which and what to do."""
 
 
 # Tables of the labeler: regular expressions on lower-cased text, tried at the start of a word. A stem without \b takes
@@ -290,13 +288,13 @@ def label_file(path, output, show_evidence=False):
     """Labels a CSV file of one report per row as the CheXpert labeler does: its columns, 1.0 / 0.0 / -1.0 / empty.
 
     A first row that says "Reports" or "Report Impression" is a header. Returns a line for every mention of an observation
-    (show_evidence), and one that sums up. RewardError: a bad file.
+    (show_evidence), and one that sums up. InputError: a bad file.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RewardError(
+        raise InputError(
             f"{path}: cannot read ({getattr(error, 'strerror', None) or error})"
         ) from None
     rows = (
@@ -307,7 +305,7 @@ def label_file(path, output, show_evidence=False):
         else rows
     )
     if wide := [n for n, row in enumerate(rows, 1) if len(row) > 1]:
-        raise RewardError(
+        raise InputError(
             f"{path}: report {wide[0]} has {len(rows[wide[0] - 1])} cells; put quotes around a report with commas"
         )
     reports = [row[0] if row else "" for row in rows]
@@ -321,7 +319,7 @@ def label_file(path, output, show_evidence=False):
             csv.writer(file, lineterminator="\n").writerows(table)
         os.replace(f"{output}.new", output)
     except OSError as error:
-        raise RewardError(f"{output}: cannot write ({error.strerror})") from None
+        raise InputError(f"{output}: cannot write ({error.strerror})") from None
     states = ("blank", "positive", "negative", "uncertain")
     lines = [
         f"{n} | {LABELS[label]} | {states[state]} | {phrase}"
@@ -349,7 +347,7 @@ def chexbert(path, bert):
     BERT with a linear head per observation on the [CLS] vector; the classes of a head are BLANK, POSITIVE, NEGATIVE,
     UNCERTAIN, of No Finding the first two. As in its label.py, whitespace becomes single spaces, and what exceeds its
     512 positions is cut before [SEP]. `path`: chexbert.pth as published, or another size of network in its format;
-    `bert`: the folder or hub id of its tokenizer. Labels are kept by text. Raises RewardError.
+    `bert`: the folder or hub id of its tokenizer. Labels are kept by text. Raises InputError.
     """
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
@@ -381,7 +379,7 @@ def chexbert(path, bert):
             "UnpicklingError": "it does not hold weights alone",
             "KeyError": f"it lacks {error}",
         }.get(type(error).__name__, f"{error!r:.160}")
-        raise RewardError(
+        raise InputError(
             f"rewards.chexbert={path!r}: not a CheXbert checkpoint ({why}); give chexbert.pth as "
             "published (github.com/stanfordmlgroup/CheXbert)"
         ) from None
@@ -392,7 +390,7 @@ def chexbert(path, bert):
         ):  # where there is no vocabulary, from_pretrained makes up one of 5 words
             raise ValueError(f"{len(tokenizer)} words instead of {words}")
     except Exception as error:
-        raise RewardError(
+        raise InputError(
             f"rewards.bert={bert!r}: no tokenizer for rewards.chexbert={path!r} there ({error!r:.160}); "
             "give a folder with bert-base-uncased's, or its hub id"
         ) from None
@@ -486,60 +484,6 @@ def rouge_l(candidate, reference):
         match = row & places.get(token, 0)
         row = (row + match | row - match) & full
     return 2 * (len(a) - row.bit_count()) / max(len(a) + len(b), 1)
-
-
-@lru_cache
-def _encoder(path, layer):
-    """(tokenizer, its longest text, network) in `path`. Raises RewardError."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        net = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        longest = min(tokenizer.model_max_length, net.config.max_position_embeddings)
-    except Exception as error:
-        raise RewardError(
-            f"rewards.bertscore={path!r}: no encoder and tokenizer for the reward bertscore "
-            f"({error!r:.160}); give a local folder or hub id"
-        ) from None
-    if layer > net.config.num_hidden_layers:
-        raise RewardError(
-            f"rewards.bertscore_layer={layer}: {path} has {net.config.num_hidden_layers} layers"
-        )
-    return tokenizer, longest, net.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def bertscore(candidates, references, path, layer=0):
-    """(N,) BERTScore F1 of text pairs (Zhang et al. 2020), without idf weights and without rescaling.
-
-    Each token takes the most similar one of the other text, by the cosine of hidden states of `layer` (0: the last).
-    Precision and recall are means over all tokens but [CLS] and [SEP], which others may take. An empty text scores 0.
-    """
-    import torch
-
-    tokenizer, longest, net = _encoder(path, layer)
-
-    def embed(texts):  # unit vectors (n, T, D), and (n, T): is it a token, does it count?
-        ids, mask = _padded([text.strip() for text in texts], tokenizer, longest, net)
-        hidden = net(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer or -1]
-        special = (ids == tokenizer.cls_token_id) | (ids == tokenizer.sep_token_id)
-        return torch.nn.functional.normalize(hidden, dim=-1), mask.bool(), mask.bool() & ~special
-
-    def best(similarity, others, counts):  # (n, S, T), (n, T), (n, S) -> (n,) mean over what counts
-        return (similarity.masked_fill(~others[:, None], -math.inf).amax(2) * counts).sum(
-            1
-        ) / counts.sum(1)
-
-    scores = []
-    with torch.no_grad():
-        for i in range(0, len(candidates), 64):
-            (a, a_mask, a_counts), (b, b_mask, b_counts) = (
-                embed(t[i : i + 64]) for t in (candidates, references)
-            )
-            precision, recall = best(a @ b.mT, b_mask, a_counts), best(b @ a.mT, a_mask, b_counts)
-            scores += (2 * precision * recall / (precision + recall)).nan_to_num(0, 0, 0).tolist()
-    return scores
 
 
 def parse_output(text, task, style):
@@ -681,8 +625,8 @@ class Batch:
 
 
 def labeler(cfg):
-    """The function texts -> (N, 14) states that config.rewards.labeler names. Raises RewardError."""
-    return extract_labels if cfg.labeler == "rules" else chexbert(cfg.chexbert, cfg.bert)
+    """The function texts -> (N, 14) states that config.rewards.labeler names. Raises InputError."""
+    return chexbert(cfg.chexbert, cfg.bert) if cfg.chexbert else extract_labels
 
 
 def _on_labels(score):
@@ -728,9 +672,6 @@ REWARDS = {
     "gleu": _on_text(gleu),
     "bleu4": _on_text(bleu4),
     "rouge_l": _on_text(rouge_l),
-    "bertscore": lambda batch, cfg: bertscore(
-        batch.answers, [e.answer for e in batch.examples], cfg.bertscore, cfg.bertscore_layer
-    ),
     "soft_f1": _soft_f1_reward,
     "format": lambda batch, cfg: batch.valid,
     "overlong": lambda batch, cfg: [
@@ -745,26 +686,26 @@ APPLIES = {
 
 @lru_cache
 def external_reward(name):
-    """The function that "path/to/file.py:function" names. Raises RewardError."""
+    """The function that "path/to/file.py:function" names. Raises InputError."""
     path, _, function = name.rpartition(":")
     if not os.path.isfile(path):
-        raise RewardError(f"rewards: {name}: no file {path}")
+        raise InputError(f"rewards: {name}: no file {path}")
     sys.path.append(os.path.dirname(os.path.abspath(path)))  # it may import files beside it
     try:
         namespace = runpy.run_path(path)
     except Exception as error:
-        raise RewardError(f"rewards: {name}: {path} fails with {error!r}") from None
+        raise InputError(f"rewards: {name}: {path} fails with {error!r}") from None
     if function not in namespace:
-        raise RewardError(f"rewards: {name}: no function {function!r} in {path}")
+        raise InputError(f"rewards: {name}: no function {function!r} in {path}")
     return namespace[function]
 
 
-def call_external(name, batch, cfg):
-    """(values, failed), (N,) each, of a reward of the user's, called as TRL calls one.
+def call_external(name, batch):
+    """(N,) values of a reward of the user's, called as TRL calls one.
 
     It gets prompts, completions, completion_ids and the columns id, task, question, answer (parsed from the completion),
     reference, boxes, label, patient, each a list of N, and returns N numbers; None: does not apply (nan here). What raises
-    or is not finite stops the run, or counts as 0 where rewards.on_error=zero.
+    or is not finite stops the run.
     """
     columns = {
         key: [getattr(e, key) for e in batch.examples]
@@ -783,51 +724,47 @@ def call_external(name, batch, cfg):
         if values.shape != (len(batch.examples),):
             raise ValueError(f"{values.shape} values for {len(batch.examples)} completions")
         failed = ~np.isfinite(values) & np.array([value is not None for value in given])
-        if failed.any() and cfg.on_error == "stop":
+        if failed.any():
             raise ValueError(
                 f"{values[failed][0]} for completion {batch.completions[failed.argmax()]!r}"
             )
     except Exception as error:
-        if cfg.on_error == "stop":
-            own = [
-                f.lineno
-                for f in traceback.extract_tb(error.__traceback__)
-                if f.filename == name.rpartition(":")[0]
-            ]
-            line = (
-                f", line {own[-1]}"
-                if own
-                else ", which returns a number per completion and ends its arguments with **columns"
-            )
-            raise RewardError(
-                f"reward {name}{line}: {error!r} (rewards.on_error=zero counts such rewards as 0)"
-            ) from None
-        values, failed = np.zeros(len(batch.examples)), np.ones(len(batch.examples), bool)
-    return np.where(failed, 0.0, values), failed.astype(float)
+        own = [
+            f.lineno
+            for f in traceback.extract_tb(error.__traceback__)
+            if f.filename == name.rpartition(":")[0]
+        ]
+        line = (
+            f", line {own[-1]}"
+            if own
+            else ", which returns a number per completion and ends its arguments with **columns"
+        )
+        raise InputError(
+            f"reward {name}{line}: {error!r} (a reward that may fail catches its errors and returns 0 or None)"
+        ) from None
+    return values
 
 
 def check_rewards(rewards_cfg):
-    """Raises RewardError for a reward unknown to its task, with the nearest valid name, or a network that cannot load."""
+    """Raises InputError for a reward unknown to its task, with the nearest valid name, or a network that cannot load."""
     for task, names in APPLIES.items():
         for name in getattr(rewards_cfg, task):
             if ".py:" in name:
                 external_reward(name)
             elif name not in names:
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-                raise RewardError(
+                raise InputError(
                     f"rewards.{task}.{name}: no such reward for this task; did you mean {nearest!r}? "
                     f"(there are {', '.join(names)}, and your own: path/to/file.py:function)"
                 )
     labeler(rewards_cfg)
-    if "bertscore" in rewards_cfg.report:
-        _encoder(rewards_cfg.bertscore, rewards_cfg.bertscore_layer)
 
 
 def score_completions(completions, examples, rewards_cfg, style, token_ids=None):
     """(total, parts) of N completions: (N,) weighted sums, and name -> (N,) unweighted rewards.
 
     Tasks may be mixed: a part is nan where it does not apply to the row. A weight of 0 only logs a part. Raises
-    RewardError if a reward is not finite.
+    InputError if a reward is not finite.
     """
     parsed = [
         parse_output(text, e.task, style) for text, e in zip(completions, examples, strict=True)
@@ -845,12 +782,11 @@ def score_completions(completions, examples, rewards_cfg, style, token_ids=None)
         )
         for name, weight in getattr(rewards_cfg, task).items() if rows else ():
             if ".py:" in name:
-                values, failed = call_external(name, batch, rewards_cfg)
-                parts.setdefault(f"{name}/failed", np.full(len(examples), np.nan))[rows] = failed
+                values = call_external(name, batch)
             else:
                 values = np.asarray(REWARDS[name](batch, rewards_cfg), float)
                 if not np.isfinite(values).all():
-                    raise RewardError(
+                    raise InputError(
                         f"reward {name!r} gave a value that is not finite: {values[~np.isfinite(values)][0]}"
                     )
             parts.setdefault(name, np.full(len(examples), np.nan))[rows] = values
@@ -998,13 +934,14 @@ def audit(config):
 
     No image is opened. Rewards that count tokens count words."""
     import data
+    from runtime.output import format_table
 
     check_rewards(config.rewards)
     examples = [e for e in data.load_split(config, config.eval.split) if e.task == "report"][
         : config.eval.limit or None
     ]
     if len(examples) < 2:
-        raise RewardError(
+        raise InputError(
             f"audit: split {config.eval.split!r} has {len(examples)} reports; it takes two"
         )
     references, texts = [e.answer for e in examples], {}
@@ -1053,11 +990,11 @@ def audit(config):
     return f"""split {config.eval.split}: {len(examples)} reports, {abnormal.sum()} abnormal
 rewards.report={config.rewards.report}
 
-{data.aligned([[*map(_cell, row)] for row in rewards])}
+{format_table([[*map(_cell, row)] for row in rewards])}
 
 the same policies under other rewards
 
-{data.aligned([[*map(_cell, row)] for row in shares])}
+{format_table([[*map(_cell, row)] for row in shares])}
 
 cheapest exploit: {name_exploit("wrong", paid, others, every)}
 without the image: {name_exploit("blind", paid, others, every)}
@@ -1093,6 +1030,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import run_main
+    from runtime.processes import run_main
 
-    run_main(main, RewardError)
+    run_main(main)

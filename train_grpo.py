@@ -1,89 +1,127 @@
-"""Group relative policy optimisation for chest X-ray reports and grounding, by hand.
+"""Group relative policy optimisation (GRPO) for chest X-ray reports and grounding, by hand.
 
-  torchrun train_grpo.py config.yaml [key=value ...]          # or python train_grpo.py ...; --nproc_per_node 8 for more
+  python train_grpo.py config.yaml [key=value ...]
+  torchrun --nproc_per_node 8 train_grpo.py config.yaml [key=value ...]
 
-What of GRPO is here, top to bottom, and the switch for each part
-  1. Sampling      G completions per prompt from the full softmax      grpo.group_size, temperature, max_new_tokens
-  2. Rewards       several parts per task, weighted                    rewards.report, rewards.grounding
-  3. Advantages    reward against the group's mean, over its std       grpo.adv_norm: group | none (Dr. GRPO) | batch
-                   every part normalised by itself (GDPO)              grpo.normalize_parts
-                   groups that teach nothing left out                  grpo.drop_degenerate
-  4. Ratio         pi / pi_old per token or per sequence (GSPO)        grpo.importance; epochs, mini_batch: updates per rollout
-  5. Clipping      min(r A, clip(r, 1 - low, 1 + high) A)              grpo.clip_low, clip_high (DAPO's clip-higher)
-  6. KL            to the frozen start, in the loss                    grpo.kl_coef (0: no reference), kl_estimator: k1 | k2 | k3
-  7. Aggregation   over all tokens of the step, per sequence, or a constant (Dr. GRPO)                       grpo.loss_agg
-Left out: a value network, top-k / top-p while training, KL in the reward, an asynchronous sampler.
+The parts of a step, numbered as in the code, and the settings of each (section `grpo`):
 
-With grpo.init=auto, a checkpoint to start from that does not exist is trained first. Writes OUT/grpo/ (config.yaml, metrics.jsonl,
-samples.jsonl, step_N/, last), continues from `last` when started again, and ends with OUT/eval: before and after.
+  1. Rollout      G completions per prompt, full softmax       group_size, temperature
+  2. Rewards      weighted components of each task             rewards.report, rewards.grounding
+  3. Advantages   reward minus the group's mean, over a std    adv_norm: group | none | batch
+                  every component by itself (GDPO)             normalize_parts
+                  groups that teach nothing left out           drop_degenerate
+  4. Ratio        pi / pi_old per token or sequence (GSPO)     importance
+  5. Clipping     min(r A, clip(r, 1 - low, 1 + high) A)       clip_low, clip_high (DAPO)
+  6. KL           to the frozen start, in the loss             kl_coef (0: none), kl_estimator
+  7. Aggregation  mean over all tokens, mean over sequences,   loss_agg: token | sequence
+                  or a constant divisor (Dr. GRPO)                       | constant
+
+Left out: a value network, top-k and top-p, KL in the reward, an asynchronous sampler.
+
+Four sizes count prompts. A step samples `prompts`; an optimiser step uses `mini_batch` of them,
+over all processes, and `epochs` is how often. On each process, a forward pass holds `micro_batch`
+and a decoding loop `sample_batch`.
+Shapes: B prompts, G completions of each, R = B * G rows, T tokens.
+
+With init=auto, a start that does not exist is trained first. Writes OUT/grpo/ (config.yaml,
+metrics.jsonl, samples.jsonl, step_N/, last), continues from `last` when started again, and ends
+with OUT/eval/, which compares before and after.
 """
 
-import time
 from collections import Counter
-from dataclasses import replace
-from itertools import islice, pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from torch import Tensor
 
 import data
 import eval as evaluation
 import model
 import rewards
 import train_sft
-from data import InputError
+from data import Example, batched
+from model import Optimizer, Policy, Rollout, pad_rows, save_checkpoint, unpad_rows
+from runtime.checkpoint import last_step, open_run, resolve
+from runtime.config import Config, GRPOConfig, InputError
+from runtime.log import Log
+from runtime.output import print0, rank, world_size
+from runtime.processes import StopRequest, gather_lists, gather_rows, run_main, start_training
 
-# ---------------------------------------------------------------------------------------------- the algorithm
+# ------------------------------------------------------------------------------- the algorithm
 
-EQUAL = 1e-6  # rewards closer than this are equal: their difference is rounding
+EQUAL = 1e-6  # rewards closer than this differ by rounding only
+GAP = "sampling/sampling_logp_difference"  # between sampling and scoring the same tokens
 
 
-def group_advantages(rewards, norm="group", eps=1e-4):
-    """Advantages (B, G) of rewards (B, G): reward - group mean, divided by the group's std, nothing, or the batch's std.
+def group_advantages(rewards: Tensor, norm: str = "group", eps: float = 1e-4) -> Tensor:
+    """Advantages (B, G) of rewards (B, G): reward minus group mean, over a standard deviation.
 
-    A group whose rewards are all equal (and so any group of one) gets zeros. float64 inside.
+    norm: the std of the group, of the whole batch, or none. Equal rewards give zeros, and so does
+    a group of one. Computed in float64.
     """
     r = rewards.double()
     centred = r - r.mean(1, keepdim=True)
-    spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
     if norm == "group":
         scale = r.std(1, keepdim=True, correction=min(1, r.shape[1] - 1)) + eps
     elif norm == "batch":
         scale = r.std(correction=min(1, r.numel() - 1)) + eps
     else:
         scale = 1.0
+
+    # A tiny std would turn rounding into large advantages.
+    spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
     return torch.where(spread > EQUAL, centred / scale, 0.0).to(rewards.dtype)
 
 
-def policy_loss(logp, old_logp, advantages, mask, clip_low, clip_high, importance="token"):
-    """The clipped surrogate, per token: -min(r A, clip(r) A), with r = pi / pi_old. (R, T) each, advantages (R,).
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    importance: str = "token",
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate of each token, -min(r A, clip(r) A), and r = pi / pi_old: (R, T) each.
 
-    importance="sequence": one ratio per completion, its geometric mean over tokens (GSPO). Returns (loss, ratio), (R, T).
+    logp, old_logp, mask are (R, T), advantages (R,).
     """
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     if importance == "sequence":
-        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(logp)
+        # GSPO: one ratio per completion, the geometric mean over its tokens.
+        mean = log_ratio.sum(1) / mask.sum(1).clamp(min=1)  # (R,)
+        log_ratio = mean[:, None].expand_as(logp)
     ratio = log_ratio.exp()
+
+    # min: the objective never gains from a ratio outside of the clipping range.
     a = advantages[:, None]
-    return -torch.min(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a), ratio
+    unclipped = ratio * a
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * a
+    return -torch.min(unclipped, clipped), ratio
 
 
-def kl_terms(logp, ref_logp):
-    """Per-token estimates of KL(policy || reference) from samples of the policy (Schulman 2020), (R, T) each.
+def kl_terms(logp: Tensor, ref_logp: Tensor) -> dict[str, Tensor]:
+    """Estimates of KL(policy || reference) from the policy's samples, per token (Schulman 2020).
 
-    k1 = log pi - log ref: unbiased, noisy, and its gradient is zero in expectation; k2 = k1^2 / 2: biased, low variance;
-    k3 = ref/pi - 1 - log(ref/pi): unbiased and never negative.
+    k1 = log pi - log ref: unbiased, noisy, and its gradient is zero in expectation.
+    k2 = k1^2 / 2: biased, low variance.
+    k3 = ref/pi - 1 - log(ref/pi): unbiased, never negative.
     """
     k1 = logp - ref_logp
     return {"k1": k1, "k2": k1.square() / 2, "k3": torch.expm1(-k1) + k1}
 
 
-def token_weights(mask, loss_agg, n_tokens, n_sequences, max_new_tokens):
-    """w (R, T) such that the loss is sum(w * per-token loss). n_tokens and n_sequences count the whole optimiser step,
-    all micro-batches and processes: a mean of micro-batch means would weigh tokens unevenly."""
+def token_weights(
+    mask: Tensor, loss_agg: str, n_tokens: int, n_sequences: int, max_new_tokens: int
+) -> Tensor:
+    """Weights (R, T) such that the loss is sum(weights * loss of each token).
+
+    n_tokens and n_sequences count the whole optimiser step, over all micro-batches and processes:
+    a mean of micro-batch means would weigh tokens unevenly.
+    """
     mask = mask.float()
     if loss_agg == "token":
         return mask / max(1, n_tokens)
@@ -92,436 +130,469 @@ def token_weights(mask, loss_agg, n_tokens, n_sequences, max_new_tokens):
     return mask / (max(1, n_sequences) * max_new_tokens)
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo):
-    """The scalar loss of one micro-batch, and values of its tokens to log, (R, T) each. old_logp None: the policy's own."""
-    old_logp = logp.detach() if old_logp is None else old_logp
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    grpo: GRPOConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one micro-batch, a scalar, and what to log of its tokens, (R, T) each."""
+    # 4, 5. Ratio and clipping.
     loss, ratio = policy_loss(
         logp, old_logp, advantages, mask, grpo.clip_low, grpo.clip_high, grpo.importance
     )
+    # Clipping silences a token only where it would move further in the direction it is pushed.
     a = advantages[:, None]
+    low = (ratio < 1 - grpo.clip_low) & (a < 0)
+    high = (ratio > 1 + grpo.clip_high) & (a > 0)
     values = {
-        "clip_ratio/low_mean": (ratio < 1 - grpo.clip_low) & (a < 0),
         "ratio": ratio,
-        "clip_ratio/high_mean": (ratio > 1 + grpo.clip_high) & (a > 0),
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
     }
+
+    # 6. KL to the reference.
     if ref_logp is not None:
-        kl = kl_terms(logp, ref_logp)
-        loss = loss + grpo.kl_coef * kl[grpo.kl_estimator]
-        values |= {f"kl/{name}": value for name, value in kl.items()}
+        terms = kl_terms(logp, ref_logp)
+        kl = terms[grpo.kl_estimator]
+        loss = loss + grpo.kl_coef * kl
+        values["kl"] = kl
+        for name, term in terms.items():
+            values[f"kl/{name}"] = term
+
+    # 7. Aggregation.
     return (weights * loss).sum(), values
 
 
-# ---------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------- one step
 
 
-def score(rollouts, config):
-    """Fills every rollout's rewards (G,) and their parts."""
-    completions = [text for r in rollouts for text in r.texts]
+def sample_mini_batches(
+    policy: Policy, examples: list[Example], config: Config, step: int
+) -> list[list[Rollout]]:
+    """1. G completions of every prompt. Each process samples its share of each mini-batch."""
+    grpo = config.grpo
+    # Seeds the sampler, together with the example and the number of the completion.
+    stream = (config.seed, step)
+    mini_batches = []
+    with policy.unsharded():
+        for mini_batch in batched(examples, grpo.mini_batch or grpo.prompts):
+            local = mini_batch[rank() :: world_size()]
+            rollouts = []
+            for chunk in batched(local, grpo.sample_batch):
+                rollouts += policy.sample(
+                    chunk, grpo.group_size, grpo.max_new_tokens, grpo.temperature, stream
+                )
+            mini_batches.append(rollouts)
+    return mini_batches
+
+
+def score(rollouts: list[Rollout], config: Config) -> None:
+    """2. Fill every rollout's rewards, G numbers, and their components."""
+    texts = list(chain.from_iterable(r.texts for r in rollouts))
     examples = [r.example for r in rollouts for _ in r.texts]
     token_ids = [ids.tolist() for r in rollouts for ids in r.tokens]
-    total, parts = rewards.score_completions(
-        completions, examples, config.rewards, data.style_of(config), token_ids
+    total, components = rewards.score_completions(
+        texts, examples, config.rewards, data.style_of(config), token_ids
     )
-    for i, r in enumerate(rollouts):
-        group = slice(i * len(r.texts), (i + 1) * len(r.texts))
-        r.rewards = torch.tensor(total[group], dtype=torch.float32)
-        r.parts = {
-            name: torch.tensor(values[group], dtype=torch.float32)
-            for name, values in parts.items()
-            if not np.isnan(values[group]).all()
-        }  # NaN: the part is not for this task
+    for i, rollout in enumerate(rollouts):
+        group = slice(i * len(rollout.texts), (i + 1) * len(rollout.texts))
+        rollout.rewards = total[group].tolist()
+        tables = config.rewards
+        names = tables.report if rollout.example.task == "report" else tables.grounding
+        for name in names:
+            values = components[name][group]
+            # NaN: the component does not apply to a completion.
+            if not np.isnan(values).all():
+                rollout.reward_components[name] = values.tolist()
 
 
-def assign_advantages(rollouts, config):
-    """Fills every rollout's advantages (G,); rewards of all processes count for adv_norm=batch."""
-    grpo = config.grpo
-
-    def normalised(values):
-        """values: one (G,) tensor per local rollout -> advantages, one (G,) per local rollout."""
-        everyone = model.gather_objects(values)
-        first, table = (
-            sum(map(len, everyone[: model.rank()])),
-            [v for part in everyone for v in part],
-        )
-        return (
-            group_advantages(torch.stack(table), grpo.adv_norm)[first : first + len(values)]
-            if table
-            else []
-        )
-
-    if not grpo.normalize_parts:
-        advantages = normalised([r.rewards for r in rollouts])
-    else:
-        advantages = [torch.zeros(grpo.group_size) for _ in rollouts]
-        for name in sorted({*config.rewards.report, *config.rewards.grounding}):
-            paid = [
-                (a, r) for a, r in zip(advantages, rollouts) if name in r.parts
-            ]  # the part is for their task
-            for (a, r), part in zip(
-                paid,
-                normalised([r.parts[name].nan_to_num(r.parts[name].nanmean()) for _, r in paid]),
-            ):
-                a += getattr(config.rewards, r.example.task)[name] * part
-    for r, a in zip(rollouts, advantages):
-        r.advantages = a
+def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
+    """3. Fill every rollout's advantages (G,). Collective."""
+    if config.grpo.normalize_parts:
+        assign_gdpo_advantages(rollouts, config)
+        return
+    advantages = normalize([r.rewards for r in rollouts], config.grpo.adv_norm)
+    for rollout, row in zip(rollouts, advantages):
+        rollout.advantages = row
 
 
-def degenerate(rollout):
-    """No advantage, no policy gradient: all rewards are equal (or their normalised parts cancel)."""
-    return not bool(rollout.advantages.any())
+def assign_gdpo_advantages(rollouts: list[Rollout], config: Config) -> None:
+    """GDPO: normalise each reward component by itself, then take the weighted sum. Collective.
+
+    Normalised after the sum, a component that varies little would hardly count.
+    """
+    for rollout in rollouts:
+        rollout.advantages = torch.zeros(config.grpo.group_size)
+
+    # All names on every process, even where no rollout has them: normalize is a collective.
+    for name in sorted({*config.rewards.report, *config.rewards.grounding}):
+        scored = [r for r in rollouts if name in r.reward_components]
+        components = []
+        for rollout in scored:
+            # A completion that this reward does not apply to counts as average.
+            values = torch.tensor(rollout.reward_components[name])
+            components.append(values.nan_to_num(values.nanmean()).tolist())
+        for rollout, row in zip(scored, normalize(components, config.grpo.adv_norm)):
+            weights = getattr(config.rewards, rollout.example.task)
+            rollout.advantages += weights[name] * row
 
 
-def kept(rollouts, grpo):
-    return [r for r in rollouts if not (grpo.drop_degenerate and degenerate(r))]
+def normalize(rewards: list[list[float]], norm: str) -> list[Tensor]:
+    """Rewards of this process's groups, G numbers each -> their advantages (G,). Collective:
+    adv_norm=batch takes the std over the groups of all processes."""
+    everyone, local = gather_rows(rewards)
+    if not everyone:
+        return []
+    advantages = group_advantages(torch.tensor(everyone), norm)  # (B, G)
+    return list(advantages[local])
 
 
-def pieces(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def is_degenerate(rollout: Rollout) -> bool:
+    """All advantages are zero, so the group has no policy gradient."""
+    return not rollout.advantages.any()
+
+
+def trainable_groups(rollouts: list[Rollout], grpo: GRPOConfig) -> list[Rollout]:
+    """The groups that updates use."""
+    if not grpo.drop_degenerate:
+        return rollouts
+    return [r for r in rollouts if not is_degenerate(r)]
+
+
+def logprobs_of(rollouts: list[Rollout], name: str) -> Tensor:
+    """Log-probabilities that the rollouts keep, (R, T)."""
+    return pad_rows(list(chain.from_iterable(r.logprobs[name] for r in rollouts)))
+
+
+def score_tokens(
+    policy: Policy, rollouts: list[Rollout], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities under the policy, entropies and mask of the completions, (R, T) each."""
+    prompts = [r.prompt for r in rollouts]
+    completions = [r.tokens for r in rollouts]
+    return policy.logprobs(prompts, completions, temperature)
 
 
 @torch.no_grad()
-def fixed_logprobs(policy, rollouts, grpo):
-    """For each rollout G tensors (T_g,): log-probabilities under a policy that stays as it is during the step."""
-    result = []
-    with policy.gathered():
-        for micro in pieces(rollouts, grpo.micro_batch):
-            logp, _, mask = policy.logprobs(
-                [r.prompt for r in micro], [r.tokens for r in micro], grpo.temperature
-            )
-            result += pieces([row[real] for row, real in zip(logp, mask)], grpo.group_size)
-    return result
+def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GRPOConfig) -> None:
+    """Keep the log-probabilities under `policy` as logprobs[name] of every rollout."""
+    with policy.unsharded():
+        for micro_batch in batched(trainable_groups(rollouts, grpo), grpo.micro_batch):
+            logp, _, mask = score_tokens(policy, micro_batch, grpo.temperature)
+            for rollout, rows in zip(micro_batch, unpad_rows(logp, mask, grpo.group_size)):
+                rollout.logprobs[name] = rows
 
 
-def padded(groups):
-    """Lists of G tensors (T_g,) -> (R, T)."""
-    return pad_sequence([row for group in groups for row in group], batch_first=True)
+@dataclass
+class Update:
+    """What there is to log of one optimiser step."""
+
+    sums: list[dict[str, float]]  # over tokens, of each micro-batch of this process
+    grad_norm: float  # of all processes
 
 
-def update(policy, optimizers, rollouts, lr, grpo):
-    """One optimiser step on these rollouts (this process's share of the mini-batch): (token sums to log, gradient norm).
+def update(
+    policy: Policy, optimizer: Optimizer, rollouts: list[Rollout], lr: float, grpo: GRPOConfig
+) -> Update:
+    """4-7. One optimiser step on a mini-batch, of which `rollouts` is our share. Collective."""
+    # The divisors of the loss count all micro-batches and processes, so they come first.
+    used = trainable_groups(rollouts, grpo)
+    n_tokens = sum(gather_lists([sum(r.lengths) for r in used]))
+    # A constant divisor stays constant when groups are dropped.
+    counted = rollouts if grpo.loss_agg == "constant" else used
+    n_sequences = sum(gather_lists([len(r.tokens) for r in counted]))
+    if n_tokens == 0:
+        return Update([], 0.0)
 
-    Rollouts without old_logprobs have met no update yet: the policy is pi_old, and its log-probs are recorded."""
-    used = kept(rollouts, grpo)
-    divided = (
-        rollouts if grpo.loss_agg == "constant" else used
-    )  # a constant stays one whatever is dropped
-    counts = model.gather_objects(
-        (sum(len(t) for r in used for t in r.tokens), sum(len(r.tokens) for r in divided))
-    )
-    n_tokens, n_sequences = (sum(c) for c in zip(*counts))
-    sums = Counter(gap_max=0.0)
-    for micro in policy.together(pieces(used, grpo.micro_batch)) if n_tokens else ():
-        prompts, completions = [r.prompt for r in micro], [r.tokens for r in micro]
-        mask = padded(
-            [[torch.ones_like(t, dtype=torch.bool) for t in group] for group in completions]
-        )  # (R, T)
-        advantages = torch.cat([r.advantages for r in micro]).to(mask.device)  # (R,)
-        old_logp = padded([r.old_logprobs for r in micro]) if micro[0].old_logprobs else None
-        ref_logp = padded([r.ref_logprobs for r in micro]) if micro[0].ref_logprobs else None
+    # Gradients add up over micro-batches. The optimizer sums them over processes.
+    sums = []
+    for micro_batch in policy.pad_across_ranks(batched(used, grpo.micro_batch)):
+        logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
+
+        # For 4: until its first update the policy is pi_old. Later epochs use these log-probs.
+        own = unpad_rows(logp.detach(), mask, grpo.group_size)
+        for rollout, rows in zip(micro_batch, own):
+            rollout.logprobs.setdefault("old", rows)
+        old_logp = logprobs_of(micro_batch, "old")
+        ref_logp = logprobs_of(micro_batch, "reference") if grpo.kl_coef else None
+
+        advantages = torch.cat([r.advantages for r in micro_batch]).to(logp.device)  # (R,)
         weights = token_weights(mask, grpo.loss_agg, n_tokens, n_sequences, grpo.max_new_tokens)
-        logp, entropy, _ = policy.logprobs(prompts, completions, grpo.temperature)
         loss, values = grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo)
         loss.backward()
-        if old_logp is None:
-            for r, rows in zip(micro, pieces(logp.detach(), grpo.group_size)):
-                r.old_logprobs = [row[: len(t)] for row, t in zip(rows, r.tokens)]
-        gap = (logp.detach() - padded([r.logprobs for r in micro])).abs()[mask]
-        sums.update(
+
+        # To log: sums over tokens, which update_metrics divides by all tokens of the step. The gap
+        # between sampling and scoring is taken for the same weights, so it checks the sampler.
+        gap = (old_logp - logprobs_of(micro_batch, "sampled")).abs()
+        values |= {"tokens": mask, "entropy": entropy, f"{GAP}/mean": gap}
+        logged = {name: value.detach()[mask].sum().item() for name, value in values.items()}
+        logged |= {"loss": loss.item(), f"{GAP}/max": gap.max().item()}
+        sums.append(logged)
+    return Update(sums, optimizer.step(lr))
+
+
+# ------------------------------------------------------------------------------- the loop
+
+
+def train(config: Config, run: Path, start: str, stop: StopRequest) -> bool:
+    """Run GRPO from the checkpoint `start`, or continue it. False if it was stopped."""
+    grpo = config.grpo
+    train_examples = data.load_split(config, "train")
+    policy, optimizer, state = model.resume(run, config, start, grpo)
+    reference = load_reference(policy, config, start)
+    preflight(policy, train_examples, config)
+    log = Log(run, config, state["step"], grpo.steps)
+    print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}")
+
+    for step in log.steps():
+        # 1. Rollout: the policy samples G completions of each prompt.
+        examples = data.grpo_batch(train_examples, step, config)
+        mini_batches = sample_mini_batches(policy, examples, config, step)
+        rollouts = list(chain.from_iterable(mini_batches))
+        log.lap("sample")
+        # 2. Rewards: text and boxes in, numbers out.
+        score(rollouts, config)
+        # 3. Advantages: how much better a completion is than the others of its group.
+        assign_advantages(rollouts, config)
+        log.lap("reward")
+        # For 6: log-probs under the frozen reference.
+        if reference:
+            with reference.without_adapters():
+                record_logprobs(reference, rollouts, "reference", grpo)
+        log.lap("reference")
+        # For 4: log-probs under pi_old of all mini-batches that come after an update.
+        if len(mini_batches) > 1:
+            after_first = rollouts[len(mini_batches[0]) :]
+            record_logprobs(policy, after_first, "old", grpo)
+        log.lap("old")
+        # 4-7. Ratio, clipping, KL, aggregation: an optimiser step per mini-batch and epoch.
+        updates = []
+        for _ in range(grpo.epochs):
+            for mini_batch in mini_batches:
+                updates.append(update(policy, optimizer, mini_batch, grpo.lr, grpo))
+        log.lap("update")
+
+        # Log, save, and stop if asked to.
+        done = step + 1
+        metrics = rollout_metrics(rollouts, step) | update_metrics(updates)
+        log.metrics(done, metrics | {"learning_rate": grpo.lr})
+        for record in sample_records(rollouts, examples):
+            log.sample(done, record)
+        stopping = stop.requested()
+        if stopping or done % grpo.save_every == 0 or done == grpo.steps:
+            save_checkpoint(run, done, policy, optimizer)
+        if stopping and done < grpo.steps:
+            print0(f"{run}: stopped after step {done}; the same command continues from here")
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------- metrics
+
+
+@dataclass
+class RolloutStats:
+    """What the metrics need of a rollout, light enough to be gathered."""
+
+    rewards: list[float]  # G
+    reward_components: dict[str, list[float]]
+    lengths: list[int]
+    finished: list[bool]
+    degenerate: bool
+
+
+def rollout_stats(r: Rollout) -> RolloutStats:
+    return RolloutStats(r.rewards, r.reward_components, r.lengths, r.finished, is_degenerate(r))
+
+
+def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | float]:
+    """What the samples of all processes look like. Names follow TRL's GRPOTrainer. Collective."""
+    groups = gather_lists([rollout_stats(r) for r in rollouts])
+    if not groups:
+        raise InputError(f"step {step + 1}: none of its prompts can be used (see above)")
+    rewards = torch.tensor([g.rewards for g in groups])  # (B, G)
+    lengths = torch.tensor([g.lengths for g in groups]).double()  # (B, G)
+    finished = torch.tensor([g.finished for g in groups])  # (B, G)
+    metrics = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(1, correction=0).mean(),
+        "frac_reward_zero_std": sum(g.degenerate for g in groups) / len(groups),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/mean_terminated_length": lengths[finished].mean().nan_to_num(),
+        "completions/clipped_ratio": 1 - finished.double().mean(),
+        "num_tokens": lengths.sum(),
+    }
+
+    names = set(chain.from_iterable(g.reward_components for g in groups))
+    for name in sorted(names):
+        # A component belongs to one task, and is NaN where it does not apply to a completion.
+        scored = [g.reward_components[name] for g in groups if name in g.reward_components]
+        values = torch.tensor(scored)
+        values = values[~values.isnan()]
+        metrics[f"rewards/{name}/mean"] = values.mean()
+        metrics[f"rewards/{name}/std"] = values.std(correction=0)
+    return metrics
+
+
+def update_metrics(updates: list[Update]) -> dict[str, float]:
+    """Means over the tokens of all updates and processes. Collective."""
+    sums = gather_lists(list(chain.from_iterable(u.sums for u in updates)))
+    total = Counter()
+    for micro_batch in sums:
+        # Counter.update adds.
+        total.update(micro_batch)
+    n_tokens = total.pop("tokens", 1)
+    metrics = {name: value / n_tokens for name, value in total.items()}
+
+    # These are not means over tokens.
+    metrics["loss"] = total["loss"] / len(updates)
+    metrics["grad_norm"] = sum(u.grad_norm for u in updates) / len(updates)
+    if sums:
+        metrics[f"{GAP}/max"] = max(s[f"{GAP}/max"] for s in sums)
+    return metrics
+
+
+def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dict]:
+    """The first group of each task, for samples.jsonl: the metrics hide a lot. Collective."""
+    order = {example.id: i for i, example in enumerate(examples)}
+    local = {}
+    for rollout in rollouts:
+        local.setdefault(rollout.example.task, rollout)
+    records = gather_lists([sample_record(rollout) for rollout in local.values()])
+    # Each process gives its first. The first of all is the same whatever their number.
+    first = {}
+    for record in sorted(records, key=lambda r: order[r["id"]]):
+        first.setdefault(record["task"], record)
+    return [first[task] for task in ("report", "grounding") if task in first]
+
+
+def sample_record(rollout: Rollout) -> dict:
+    example = rollout.example
+    samples = []
+    for g, text in enumerate(rollout.texts):
+        # NaN: the component does not apply.
+        parts = {name: values[g] for name, values in rollout.reward_components.items()}
+        samples.append(
             {
-                "tokens": int(mask.sum()),
-                "loss": float(loss.detach()),
-                "entropy": float(entropy.sum()),
-                "gap": float(gap.sum()),
-                **{name: float(value.detach()[mask].sum()) for name, value in values.items()},
+                "text": text,
+                "reward": rollout.rewards[g],
+                "advantage": rollout.advantages[g].item(),
+                "parts": {name: value for name, value in parts.items() if value == value},
             }
         )
-        sums["gap_max"] = max(sums["gap_max"], float(gap.max()))
-    return sums, model.optimizer_step(policy, optimizers, lr, grpo.grad_clip) if n_tokens else 0.0
-
-
-def rollout_metrics(rollouts):
-    """What the samples of this process look like: (rewards, lengths, finished, degenerate, parts) of each rollout."""
-    return [
-        (
-            r.rewards,
-            [len(t) for t in r.tokens],
-            r.finished,
-            degenerate(r),
-            {k: v.tolist() for k, v in r.parts.items()},
-        )
-        for r in rollouts
-    ]
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
-
-
-def step_metrics(everyone, sums, norms, grpo):
-    """One line of metrics.jsonl. everyone: rollout_metrics of all processes; sums: token sums of every update of all
-    processes. Names follow TRL's GRPOTrainer where it has one."""
-    rewards_, lengths, finished, equal, parts = zip(*sum(everyone, []))
-    rewards_, lengths, finished = (
-        torch.stack(rewards_),
-        sum(lengths, []),
-        sum(finished, []),
-    )  # (B, G), two lists of B * G
-    ended = [n for n, f in zip(lengths, finished) if f]
-    values = {
-        "reward": float(rewards_.mean()),
-        "reward_std": float(rewards_.std(1, correction=0).mean()),
-        "frac_reward_zero_std": mean(equal),
+    return {
+        "id": example.id,
+        "task": example.task,
+        "question": example.question,
+        "reference": example.answer,
+        "samples": samples,
     }
-    for name in sorted({name for p in parts for name in p}):
-        column = torch.tensor([v for p in parts if name in p for v in p[name] if v == v])
-        values |= {
-            f"rewards/{name}/mean": float(column.mean()),
-            f"rewards/{name}/std": float(column.std(correction=0)),
-        }
-    values |= {
-        "completions/mean_length": mean(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
-        "completions/mean_terminated_length": mean(ended),
-        "completions/clipped_ratio": 1 - mean(finished),
-    }
-    tokens = max(1, sum(s["tokens"] for s in sums))
-
-    def total(name):
-        return sum(s[name] for s in sums)
-
-    values |= {
-        "loss": total("loss") / max(1, len(norms)),
-        "grad_norm": mean(norms),
-        "entropy": total("entropy") / tokens,
-        "ratio": total("ratio") / tokens,
-        "clip_ratio/low_mean": total("clip_ratio/low_mean") / tokens,
-        "clip_ratio/high_mean": total("clip_ratio/high_mean") / tokens,
-        "sampling/sampling_logp_difference/mean": total("gap") / tokens,
-        "sampling/sampling_logp_difference/max": max(s["gap_max"] for s in sums),
-        "num_tokens": sum(lengths),
-    }
-    values["clip_ratio/region_mean"] = (
-        values["clip_ratio/low_mean"] + values["clip_ratio/high_mean"]
-    )
-    if any("kl/k1" in s for s in sums):
-        values |= {f"kl/{k}": total(f"kl/{k}") / tokens for k in ("k1", "k2", "k3")}
-        values["kl"] = values[f"kl/{grpo.kl_estimator}"]
-    return values
 
 
-# ---------------------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------- before the loop
 
 
-def preflight(policy, examples, config):
-    """What could fail hours later, once, without effect: an update of the longest of some prompts with completions of full length (running
-    out of memory shows in the first minute), and a few tokens of the final evaluation's first examples."""
+def preflight(policy: Policy, examples: list[Example], config: Config) -> None:
+    """Fail in the first minute, not after hours: try the largest update, then the evaluation."""
     grpo = config.grpo
-    usable = (prompt for example in examples for _, prompt in policy.encode_all([example]))
-    prompts = sorted(
-        islice(usable, 4 * grpo.micro_batch), key=lambda prompt: prompt["input_ids"].shape[1]
-    )[-grpo.micro_batch :]
+    usable = chain.from_iterable(policy.encode_all([example]) for example in examples)
+    prompts = [prompt for _, prompt in islice(usable, 4 * grpo.micro_batch)]
     if not prompts:
         raise InputError("none of the training examples can be used (see the messages above)")
-    policy.spare = prompts[0]
-    ids = torch.full((grpo.max_new_tokens,), int(policy.stop_ids[0]), device=policy.device)
+    # With sharded weights, a process without work runs along on this prompt.
+    policy.dummy_prompt = prompts[0]
+
+    # The longest prompts, all completions of full length.
+    longest = sorted(prompts, key=len)[-grpo.micro_batch :]
+    row = policy.stop_ids[:1].expand(grpo.max_new_tokens)
+    completions = [[row] * grpo.group_size] * len(longest)
     try:
-        logp, _, _ = policy.logprobs(
-            prompts, [[ids] * grpo.group_size] * len(prompts), grpo.temperature
-        )
+        logp, _, _ = policy.logprobs(longest, completions, grpo.temperature)
         logp.sum().backward()
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"the largest batch that a step may need does not fit: lower grpo.micro_batch={grpo.micro_batch} or grpo.max_new_tokens="
-            f"{grpo.max_new_tokens}, or set model.gradient_checkpointing=true ({str(error).splitlines()[0]})"
+            f"the largest batch does not fit: lower grpo.micro_batch={grpo.micro_batch} or "
+            f"grpo.max_new_tokens={grpo.max_new_tokens}, or set model.gradient_checkpointing=true "
+            f"({str(error).splitlines()[0]})"
         ) from None
-    for p in policy.parameters():
-        p.grad = None
-    with policy.gathered():
-        evaluation.predict(
-            policy,
-            evaluation.chosen_examples(config)[:2],
-            replace(config, grpo=replace(grpo, max_new_tokens=4)),
-            "a try",
-        )
+    policy.model.zero_grad()
+
+    # A few tokens of the final evaluation's first examples.
+    short = replace(config, grpo=replace(grpo, max_new_tokens=4))
+    with policy.unsharded():
+        evaluation.predict(policy, evaluation.chosen_examples(config)[:2], short, "a try")
 
 
-def starting_point(config, stop):
-    """The folder that GRPO starts from (None: model.path itself). The sft checkpoint is trained if it is missing."""
+def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:
+    """The policy that the KL term refers to: the start. Without its adapters, the policy is it."""
+    if not config.grpo.kl_coef:
+        return None
+    if config.grpo.lora_rank:
+        return policy
+    reference = model.load_policy(config, start)
+    if policy.sharded:
+        reference.shard()
+    return reference
+
+
+def starting_point(config: Config, stop: StopRequest) -> str | None:
+    """The checkpoint to start from; auto: that of SFT, trained if missing. None if stopped."""
     init = config.grpo.init
     if init == "base":
-        return None
-    if init != "auto":
-        if not Path(init).is_dir():
-            raise InputError(
-                f"grpo.init={init}: no such checkpoint folder (auto trains one, base starts from model.path)"
-            )
-        return Path(evaluation.resolve(init))
-    return train_sft.trained(config, "cold_start" if config.data.thinking else "sft", stop)
-
-
-def train(config, stop):
-    """Runs GRPO to its last step (or on from the last checkpoint). Returns {name: folder} to compare, or None when stopped."""
-    grpo, run = config.grpo, Path(config.out, "grpo")
-    rewards.check_rewards(config.rewards)
-    tasks = {task for source in data.sources(config, "train") for task in source.tasks}
-    if not {"report", "grounding"} & {data.TASK_OF[task] for task in tasks}:
-        raise InputError(f"data.tasks={sorted(tasks)}: GRPO needs report or grounding examples")
-    model.open_run(
-        run, config, ["model", "data", "grpo", "rewards"] + ["sft"] * (grpo.init == "auto")
-    )
-    if model.last_step(run) > grpo.steps:
+        return config.model.path
+    if init == "auto":
+        stage = "cold_start" if config.data.thinking else "sft"
+        best = train_sft.train_up_to(config, stage, stop)
+        return str(best) if best else None
+    if not Path(init).is_dir():
         raise InputError(
-            f"{run} is already at step {model.last_step(run)}, past grpo.steps={grpo.steps}"
+            f"grpo.init={init}: no such checkpoint folder (auto trains one, base starts from "
+            f"model.path)"
         )
-    start = starting_point(config, stop)
-    if stop:
-        return None
-    name = start.parent.name if start else ""
-    checkpoints = {
-        name if name in ("sft", "cold_start") else "start": start or config.model.path,
-        "grpo": run / "last",
-    }
-    control = Path(config.out, "more")
-    if model.last_step(control) >= config.sft.more_steps:  # continued SFT, if it was trained
-        checkpoints["more"] = control / "best"
-    if model.last_step(run) == grpo.steps:
-        return checkpoints
-    examples = data.load_split(config, "train")
-    policy, optimizers, state = model.resume(run, config, start, grpo)
-    reference = policy
-    if grpo.kl_coef and not grpo.lora_rank:
-        reference = model.load_policy(config, start)
-        if policy.sharded:
-            reference.shard()
-    log = model.Log(run, state["step"], config)
-    model.say(
-        f"{run}: {grpo.prompts} prompts x {grpo.group_size} completions, steps {state['step']} to {grpo.steps}, "
-        f"from {start or config.model.path}"
-    )
-    preflight(policy, examples, config)
-    bad = 0
-    bar = tqdm(
-        range(state["step"], grpo.steps),
-        run.name,
-        initial=state["step"],
-        total=grpo.steps,
-        disable=model.rank() != 0,
-    )
-    for step in bar:
-        laps = [("start", time.perf_counter())]
+    return resolve(init)
 
-        def lap(name):
-            laps.append((f"time/{name}", time.perf_counter()))
 
-        chosen = data.batch(
-            examples, grpo.prompts, step, config.seed, "grpo", config.data.report_share
-        )
-        with policy.gathered():
-            minis = [
-                [
-                    r
-                    for some in pieces(
-                        mini[model.rank() :: model.world_size()], grpo.sample_batch
-                    )  # this process's share
-                    for r in policy.sample(
-                        some,
-                        grpo.group_size,
-                        grpo.max_new_tokens,
-                        grpo.temperature,
-                        (config.seed, step),
-                    )
-                ]
-                for mini in pieces(chosen, grpo.mini_batch or grpo.prompts)
-            ]
-        rollouts = [r for mini in minis for r in mini]
-        if not sum(model.gather_objects(len(rollouts))):
-            raise InputError(
-                f"step {step + 1}: none of its {len(chosen)} prompts can be used (see the messages above)"
-            )
-        lap("sample")
-        score(rollouts, config)
-        assign_advantages(rollouts, config)
-        lap("reward")
-        used = kept(rollouts, grpo)
-        with reference.without_adapters():  # the policy without its adapters is where it started
-            for r, logprobs in zip(
-                used, fixed_logprobs(reference, used, grpo) if grpo.kl_coef else ()
-            ):
-                r.ref_logprobs = logprobs
-        lap("reference")
-        # pi_old: for the first mini-batch the policy itself; for the others its log-probs before the first update.
-        later = [r for mini in minis[1:] for r in kept(mini, grpo)]
-        for r, logprobs in zip(
-            later, fixed_logprobs(policy, later, grpo) if len(minis) > 1 else ()
-        ):
-            r.old_logprobs = logprobs
-        lap("old")
-        lr = grpo.lr * min(1, (step + 1) / max(1, grpo.warmup))
-        results = [
-            update(policy, optimizers, mini, lr, grpo) for _ in range(grpo.epochs) for mini in minis
-        ]
-        lap("update")
-        bad = model.bad_steps(bad, [norm for _, norm in results], config, f"{run}, step {step + 1}")
-        everyone = model.gather_objects((rollout_metrics(rollouts), [s for s, _ in results]))
-        values = step_metrics(
-            [m for m, _ in everyone],
-            [s for _, sums in everyone for s in sums],
-            [n for _, n in results],
-            grpo,
-        )
-        seconds = laps[-1][1] - laps[0][1]
-        values |= {name: then - before for (_, before), (name, then) in pairwise(laps)}
-        values |= {
-            "learning_rate": lr,
-            "step_time": seconds,
-            "tokens_per_second": values["num_tokens"] / seconds,
-        }
-        log.metrics(step + 1, values)
-        for task in ("report", "grounding"):
-            for r in [r for r in rollouts if r.example.task == task][: config.log.samples]:
-                log.sample(
-                    step + 1,
-                    {
-                        "id": r.example.id,
-                        "task": task,
-                        "question": r.example.question,
-                        "reference": r.example.answer,
-                        "samples": [
-                            {
-                                "text": text,
-                                "reward": float(reward),
-                                "advantage": float(a),
-                                "parts": {
-                                    k: float(v[g]) for k, v in r.parts.items() if v[g] == v[g]
-                                },
-                            }
-                            for g, (text, reward, a) in enumerate(
-                                zip(r.texts, r.rewards, r.advantages)
-                            )
-                        ],
-                    },
-                )
-        bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0):.4f}")
-        stopping, done = bool(stop), step + 1
-        if stopping or done % grpo.save_every == 0 or done == grpo.steps:
-            model.save_checkpoint(run, done, policy, optimizers)
-        if stopping and done < grpo.steps:
-            bar.close()
-            model.say(f"{run}: stopped after step {done}; the same command continues from here")
-            return None
+def compared_checkpoints(config: Config, run: Path, start: str) -> dict[str, str | Path]:
+    """What the last evaluation compares: start, result, and continued SFT if it is there."""
+    name = Path(start).parent.name
+    before = name if name in ("sft", "cold_start") else "start"
+    checkpoints = {before: start, "grpo": run / "last"}
+    more = Path(config.out, "more")
+    if last_step(more) >= config.sft.more_steps:
+        checkpoints["more"] = more / "best"
     return checkpoints
 
 
-def main():
-    config, stop = model.start(__doc__)
-    checkpoints = train(config, stop)
-    if checkpoints and not stop:
+def main() -> None:
+    config, stop = start_training(__doc__)
+    rewards.check_rewards(config.rewards)
+    data.check_tasks(config)
+
+    # A run continues only with the settings that it was started with.
+    run = Path(config.out, "grpo")
+    sections = ["model", "data", "grpo", "rewards"]
+    if config.grpo.init == "auto":
+        sections.append("sft")
+    open_run(run, config, sections, config.grpo.steps)
+
+    start = starting_point(config, stop)
+    ended = start is not None
+    if ended and last_step(run) < config.grpo.steps:
+        ended = train(config, run, start, stop)
+
+    # Compare the start with the result.
+    if ended and not stop.requested():
         stop.release()
-        evaluation.evaluate_checkpoints(config, checkpoints)
+        evaluation.evaluate_checkpoints(config, compared_checkpoints(config, run, start))
     stop.finish()
 
 
 if __name__ == "__main__":
-    data.run_main(main, rewards.RewardError)
+    run_main(main)

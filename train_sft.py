@@ -1,110 +1,144 @@
 """Supervised fine-tuning: reports and grounding, and the cold start that teaches thinking.
 
-  python train_sft.py config.yaml                              # or torchrun --nproc_per_node 8 train_sft.py config.yaml
-  python train_sft.py config.yaml sft.stage=more               # sft.more_steps on from the result: the control for GRPO
+  python train_sft.py config.yaml
+  torchrun --nproc_per_node 8 train_sft.py config.yaml
+  python train_sft.py config.yaml sft.stage=more
   python train_sft.py config.yaml sft.stage=cold_start data.thinking=true
 
-Writes OUT/STAGE/: config.yaml, metrics.jsonl, step_N/ (Hugging Face folders), best -> lowest validation loss, last.
+`more` trains sft.more_steps on from the result: the control for GRPO.
+
+Writes OUT/STAGE/: config.yaml, metrics.jsonl, step_N/, best (of the lowest validation loss), last.
 Started again, the same command continues from `last`.
 """
 
-import dataclasses
 import math
-import time
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import data
-import eval as evaluation
 import model
-from data import InputError
+from data import Example, batched
+from model import Policy, Prompt, save_checkpoint
+from runtime.checkpoint import last_step, open_run, resolve
+from runtime.config import Config, InputError, SFTConfig
+from runtime.log import Log
+from runtime.output import print0, rank, world_size
+from runtime.processes import StopRequest, gather_objects, run_main, start_training
+
+# ------------------------------------------------------------------------------- the loss
 
 
-def learning_rate(step, steps, warmup, peak):
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Linear warm-up to `peak`, then cosine to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def encode_studies(policy, studies):
-    """(prompt up to the end of its images, rows of question and answer ids, lengths of the answers) of each usable study."""
+@dataclass
+class EncodedStudy:
+    """A study's images, which run once, and all questions about them."""
+
+    prompt: Prompt  # up to the end of the images
+    rows: list[Tensor]  # (T,) ids of each question and its answer
+    answer_lengths: list[int]
+
+
+def encode_studies(policy: Policy, studies: list[list[Example]]) -> list[EncodedStudy]:
+    """The usable studies. Each is given as the examples that ask about it."""
+
+    def question_and_answer(example: Example) -> tuple[Tensor, Tensor]:
+        return policy.question_ids(example), policy.encode_target(example)
+
     encoded = []
     for examples in studies:
         for first, prompt in policy.encode_all(examples[:1]):
             prefix, rest = policy.split_at_images(prompt)
             if not torch.equal(rest, policy.question_ids(first)):
                 raise InputError(
-                    f"the chat template of model.path={policy.config.model.path} does not end its images as expected"
+                    f"the chat template of model.path={policy.config.model.path} does not end its "
+                    f"images as expected"
                 )
-            pairs = [
-                pair
-                for _, pair in policy.encode_all(
-                    examples, lambda e: (policy.question_ids(e), policy.encode_target(e))
-                )
-            ]
+            pairs = [pair for _, pair in policy.encode_all(examples, question_and_answer)]
             if pairs:
-                encoded.append(
-                    (
-                        prefix,
-                        [torch.cat(pair) for pair in pairs],
-                        [len(answer) for _, answer in pairs],
-                    )
-                )
+                rows = [torch.cat(pair) for pair in pairs]
+                lengths = [len(answer) for _, answer in pairs]
+                encoded.append(EncodedStudy(prefix, rows, lengths))
     return encoded
 
 
-def answer_tokens(studies):
-    return sum(sum(lengths) for _, _, lengths in studies)
+def count_answer_tokens(studies: list[EncodedStudy]) -> int:
+    return sum(sum(study.answer_lengths) for study in studies)
 
 
-def sft_loss(policy, studies, n_tokens):
-    """-sum of answer-token log-probabilities / n_tokens (of the whole step, all micro-batches and processes).
+def sft_loss(policy: Policy, studies: list[EncodedStudy], n_tokens: int) -> Tensor:
+    """-sum of the answers' log-probabilities / n_tokens. Questions carry no loss.
 
-    studies: from encode_studies. Each image runs once for all questions about it; questions carry no loss.
+    n_tokens counts the answers of the whole step, over all micro-batches and processes.
     """
-    prompts, rows, lengths = zip(*studies)
-    logp, _, _ = policy.logprobs(prompts, rows, n_scored=sum(lengths, []))
+    prompts = [study.prompt for study in studies]
+    rows = [study.rows for study in studies]
+    lengths = list(chain.from_iterable(study.answer_lengths for study in studies))
+    logp, _, _ = policy.logprobs(prompts, rows, n_scored=lengths)
     return -logp.sum() / n_tokens
 
 
 @torch.no_grad()
-def validation_loss(policy, studies, size):
-    """Mean loss per answer token over `studies` (lists of examples), split over the processes."""
+def validation_loss(policy: Policy, studies: list[list[Example]], micro_batch: int) -> float:
+    """Mean loss per answer token. Collective: the studies are split over the processes."""
     total, count = 0.0, 0
-    mine = studies[model.rank() :: model.world_size()]
-    with policy.gathered():
-        for i in range(0, len(mine), size):
-            if some := encode_studies(policy, mine[i : i + size]):
-                count += answer_tokens(some)
-                total += float(sft_loss(policy, some, 1))
-    totals = model.gather_objects((total, count))
-    if not (count := sum(c for _, c in totals)):
+    with policy.unsharded():
+        for chunk in batched(studies[rank() :: world_size()], micro_batch):
+            encoded = encode_studies(policy, chunk)
+            if encoded:
+                count += count_answer_tokens(encoded)
+                total += float(sft_loss(policy, encoded, 1))
+    sums = gather_objects((total, count))
+    count = sum(n for _, n in sums)
+    if not count:
         raise InputError("none of the validation studies can be used (see the messages above)")
-    return sum(t for t, _ in totals) / count
+    return sum(loss for loss, _ in sums) / count
 
 
-def starting_point(config):
-    """The checkpoint that the stage starts from; None is model.path itself."""
+# ------------------------------------------------------------------------------- the stage
+
+
+def starting_point(config: Config) -> str:
+    """The checkpoint that the stage starts from."""
     stage, init = config.sft.stage, config.sft.init
     if stage == "cold_start" and not config.data.thinking:
         raise InputError("sft.stage=cold_start needs data.thinking=true")
-    if init == "base" or init == "auto" and stage == "sft":
-        return None
-    path = Path(config.out, "sft", "best") if init == "auto" else Path(evaluation.resolve(init))
-    if not path.is_dir():
+    if init == "base" or (init == "auto" and stage == "sft"):
+        return config.model.path
+    path = str(Path(config.out, "sft", "best")) if init == "auto" else resolve(init)
+    if not Path(path).is_dir():
         raise InputError(
-            f"sft.stage={stage} starts from {path}, which does not exist; run sft.stage=sft first, or set "
-            f"sft.init to a checkpoint folder or to base"
+            f"sft.stage={stage} starts from {path}, which does not exist; run sft.stage=sft first, "
+            f"or set sft.init to a checkpoint folder or to base"
         )
     return path
 
 
-def stage_examples(config, examples):
-    """cold_start trains on traces, mixed with plain answers (sft.plain_share); the other stages on plain answers."""
+def stage_config(config: Config) -> tuple[Config, SFTConfig]:
+    """The configuration as this stage uses it, and its section `sft`."""
+    sft = config.sft
+    if sft.stage == "more":
+        sft = replace(sft, steps=sft.more_steps)
+    if sft.stage != "cold_start":
+        # Plain answers do not depend on these settings, and neither should the run.
+        plain = replace(config.data, thinking=False, think_format="tags", report_share=0.5)
+        config = replace(config, data=plain)
+    return config, sft
+
+
+def stage_examples(config: Config, examples: list[Example]) -> list[Example]:
+    """cold_start trains on traces, mixed with plain answers; other stages on plain answers."""
     if config.sft.stage != "cold_start":
         return examples
     traced = [e for e in examples if e.thinking]
@@ -112,118 +146,102 @@ def stage_examples(config, examples):
         raise InputError(
             f"sft.stage=cold_start needs thinking traces; data.source={config.data.source} has none"
         )
-    plain = np.random.default_rng([config.seed, 11]).random(len(traced)) < config.sft.plain_share
-    return [dataclasses.replace(e, style="plain") if p else e for e, p in zip(traced, plain)]
+    random = np.random.default_rng([config.seed, 11]).random(len(traced))
+    plain = random < config.sft.plain_share
+    return [replace(e, style="plain") if p else e for e, p in zip(traced, plain)]
 
 
-def train(config, stop):
-    """Trains one supervised stage, or continues it. Returns its best checkpoint, or None when asked to stop before the end."""
-    if config.sft.stage != "cold_start":
-        plain = dataclasses.replace(
-            config.data, thinking=False, think_format="tags", report_share=0.5
-        )
-        config = dataclasses.replace(
-            config, data=plain
-        )  # settings that plain answers do not depend on
-    run = Path(config.out, config.sft.stage)
-    sft = (
-        dataclasses.replace(config.sft, steps=config.sft.more_steps)
-        if config.sft.stage == "more"
-        else config.sft
-    )
+def load_studies(config: Config, split: str) -> list[list[Example]]:
+    """The studies of a split, each as the examples that ask about it."""
+    return data.by_study(stage_examples(config, data.load_split(config, split)))
+
+
+def train(config: Config, stop: StopRequest) -> Path | None:
+    """Train one stage, or continue it. Returns its best checkpoint, or None if it was stopped."""
+    config, sft = stage_config(config)
+    run = Path(config.out, sft.stage)
     start = starting_point(config)
-    model.open_run(run, config, ["model", "data", "sft"])
-    if model.last_step(run) >= sft.steps:
+    open_run(run, config, ["model", "data", "sft"], sft.steps)
+    if last_step(run) == sft.steps:
         return run / "best"
-    studies, held_out = (
-        data.by_study(stage_examples(config, data.load_split(config, split)))
-        for split in ("train", "val")
-    )
-    policy, optimizers, state = model.resume(run, config, start, sft)
+    studies, held_out = load_studies(config, "train"), load_studies(config, "val")
+    policy, optimizer, state = model.resume(run, config, start, sft)
     best = state.get("best", math.inf)
-    log = model.Log(run, state["step"], config)
+    log = Log(run, config, state["step"], sft.steps)
     size = sum(p.numel() for p in policy.parameters()) / 1e6
-    model.say(
+    print0(
         f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
         f"steps {state['step']} to {sft.steps}"
     )
     if policy.sharded:
-        usable = (
-            dict(prompt) for study in studies for prompt, _, _ in encode_studies(policy, [study])
-        )
-        policy.spare = next(usable, None)
-    bad = 0
-    bar = tqdm(
-        range(state["step"], sft.steps),
-        run.name,
-        initial=state["step"],
-        total=sft.steps,
-        disable=model.rank() != 0,
-    )
-    for step in bar:
-        began = time.perf_counter()
-        # Which studies, in which order: a pure function of seed and step, so that a resumed run goes on where it was.
-        chosen = [
-            studies[i]
-            for i in data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)
-        ]
-        encoded = encode_studies(policy, chosen[model.rank() :: model.world_size()])
-        n_tokens = sum(model.gather_objects(answer_tokens(encoded)))
+        # With sharded weights, a process without work runs along on this prompt.
+        usable = (e.prompt for study in studies for e in encode_studies(policy, [study]))
+        policy.dummy_prompt = next(usable, None)
+
+    for step in log.steps():
+        # Which studies, in which order: a function of seed and step, so that a run can resume.
+        places = data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)
+        batch = [studies[i] for i in places]
+        encoded = encode_studies(policy, batch[rank() :: world_size()])
+        # The divisor of the loss counts all micro-batches and processes, so it comes first.
+        n_tokens = sum(gather_objects(count_answer_tokens(encoded)))
         if not n_tokens:
             raise InputError(
-                f"step {step + 1}: none of its {len(chosen)} studies can be used (see the messages above)"
+                f"step {step + 1}: none of its {len(batch)} studies can be used (see above)"
             )
+
+        # Gradients add up over micro-batches. The optimizer sums them over processes.
         loss_sum = 0.0
-        for some in policy.together(
-            [encoded[i : i + sft.micro_batch] for i in range(0, len(encoded), sft.micro_batch)]
-        ):
-            loss = sft_loss(policy, some, n_tokens)
+        for micro_batch in policy.pad_across_ranks(batched(encoded, sft.micro_batch)):
+            loss = sft_loss(policy, micro_batch, n_tokens)
             loss.backward()
-            loss_sum += float(loss.detach())
-        rate = learning_rate(step, sft.steps, sft.warmup, sft.lr)
-        norm = model.optimizer_step(policy, optimizers, rate, sft.grad_clip)
-        bad = model.bad_steps(bad, [norm], config, f"{run}, step {step + 1}")
+            loss_sum += loss.item()
+        lr = learning_rate(step, sft.steps, sft.warmup, sft.lr)
+        grad_norm = optimizer.step(lr)
+
+        # Validate, log, save, and stop if asked to.
         done = step + 1
-        values = {
-            "loss": sum(model.gather_objects(loss_sum)),
-            "grad_norm": norm,
-            "learning_rate": rate,
+        metrics = {
+            "loss": sum(gather_objects(loss_sum)),
+            "grad_norm": grad_norm,
+            "learning_rate": lr,
             "num_tokens": n_tokens,
-            "step_time": time.perf_counter() - began,
         }
-        stopping = bool(stop)
-        improved = False
-        if done % sft.eval_every == 0 or done == sft.steps:
-            values["eval_loss"] = validation_loss(policy, held_out, sft.micro_batch)
-            improved, best = (
-                values["eval_loss"] < best or best == math.inf,
-                min(best, values["eval_loss"]),
-            )
-        log.metrics(done, values)
-        bar.set_postfix(loss=f"{values['loss']:.3f}", best=f"{best:.3f}")
-        if improved or stopping or done % sft.save_every == 0 or done == sft.steps:
-            model.save_checkpoint(run, done, policy, optimizers, improved, best=best)
+        validated = done % sft.eval_every == 0 or done == sft.steps
+        is_best = False
+        if validated:
+            metrics["eval_loss"] = validation_loss(policy, held_out, sft.micro_batch)
+            # The first counts as the best even if it is infinite.
+            is_best = metrics["eval_loss"] < best or best == math.inf
+            best = min(best, metrics["eval_loss"])
+        log.metrics(done, metrics)
+        stopping = stop.requested()
+        if validated or stopping:
+            save_checkpoint(run, done, policy, optimizer, is_best, best=best)
         if stopping and done < sft.steps:
-            bar.close()
-            model.say(f"{run}: stopped after step {done}; the same command continues from here")
+            print0(f"{run}: stopped after step {done}; the same command continues from here")
             return None
     return run / "best"
 
 
-def trained(config, stage, stop):
-    """OUT/STAGE/best, training it first (and the stage before it) where it is missing or unfinished; None when stopped."""
-    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, stage=stage))
+def train_up_to(config: Config, stage: str, stop: StopRequest) -> Path | None:
+    """OUT/STAGE/best, trained first (and the stage before it) where it is missing or unfinished.
+
+    None if it was stopped.
+    """
+    config = replace(config, sft=replace(config.sft, stage=stage))
     if stage != "sft" and config.sft.init == "auto":
-        trained(config, "sft", stop)
-    return None if stop else train(config, stop)
+        train_up_to(config, "sft", stop)
+    return None if stop.requested() else train(config, stop)
 
 
-def main():
-    config, stop = model.start(__doc__)
-    if best := train(config, stop):
-        model.say(f"done: {best}")
+def main() -> None:
+    config, stop = start_training(__doc__)
+    best = train(config, stop)
+    if best:
+        print0(f"done: {best}")
     stop.finish()
 
 
 if __name__ == "__main__":
-    data.run_main(main)
+    run_main(main)

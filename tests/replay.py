@@ -27,7 +27,7 @@ def replace_tokens(policy, rollout, tokens, temperature):
     """Make `rollout` one of other tokens, as if the policy had sampled them."""
     rollout.tokens = [torch.tensor(ids, device=policy.device) for ids in tokens]
     logp, _, mask = policy.logprobs([rollout.prompt], [rollout.tokens], temperature)
-    rollout.logprobs = [row[real] for row, real in zip(logp, mask)]
+    rollout.logprobs = {"sampled": [row[real] for row, real in zip(logp, mask)]}
     rollout.texts = [policy.decode(ids) for ids in rollout.tokens]
     stop_ids = policy.stop_ids.tolist()
     rollout.finished = [ids[-1] in stop_ids for ids in tokens]

@@ -1,0 +1,1 @@
+"""What any long run needs: configuration, checkpoints, processes and logs."""

@@ -1,0 +1,145 @@
+"""Run folders and checkpoints: what is written appears whole or not at all.
+
+A run folder holds config.yaml, metrics.jsonl, samples.jsonl, step_N/ (Hugging Face model folders
+with the state of the training), and the links `last` and `best` to two of these.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from runtime.config import Config, InputError, config_text, get_key, known_keys, load_config
+from runtime.output import rank, write_atomically
+from runtime.processes import gather_objects
+
+# What a run may be continued with other values of: sizes that only divide the work, how long, how
+# often. In `more`, sft.more_steps sets the learning rates.
+MAY_CHANGE = {
+    "grpo.steps",
+    "grpo.save_every",
+    "grpo.micro_batch",
+    "grpo.sample_batch",
+    "sft.micro_batch",
+    "sft.more_steps",
+    "data.val_size",
+    "data.test_size",
+    "data.on_error",
+    "model.shared_prefix",
+    "model.parallel",
+    "model.gradient_checkpointing",
+}
+
+
+def update_link(link: Path, folder: Path) -> None:
+    """Make the symbolic link point to `folder`, which lies beside it."""
+    new = link.with_name(f"{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(folder.name)
+    os.replace(new, link)
+
+
+def last_step(run: Path) -> int:
+    """The step of run/last, 0 without one."""
+    last = run / "last"
+    if not last.exists():
+        return 0
+    if not last.is_symlink():
+        raise InputError(
+            f"{last} is a folder where a link was: copy runs with their links (cp -a, rsync -a), "
+            f"or replace it by a link to a step_N"
+        )
+    return int(last.resolve().name.removeprefix("step_"))
+
+
+def resolve(path: str | Path) -> str:
+    """The best checkpoint of a run folder, else its last one, else `path` itself."""
+    for name in ("best", "last"):
+        if os.path.isdir(os.path.join(path, name)):
+            return os.path.join(path, name)
+    return str(path)
+
+
+def write_checkpoint(
+    run: Path, step: int, keep_last: int, write: Callable[[Path], None], is_best: bool = False
+) -> None:
+    """Write run/step_N, point `last` (and `best`) to it, remove older steps. Collective.
+
+    write(folder) fills the folder, on the first process. It is filled under another name and then
+    renamed, so that a step folder is whole. Nothing is written if the step is there already.
+    """
+    final = run / f"step_{step:06d}"
+    if rank() == 0:
+        if not final.exists():
+            aside = final.with_suffix(".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                aside.mkdir(parents=True)
+                write(aside)
+                os.rename(aside, final)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                # torch.save raises RuntimeError when the disk is full.
+                shutil.rmtree(aside, ignore_errors=True)
+                reason = (str(error) or repr(error)).splitlines()[0]
+                raise InputError(
+                    f"{final} cannot be written ({reason}); the checkpoint before it is whole. "
+                    f"If the disk is full, make room; then start the same command again"
+                ) from None
+        for name in ("best", "last") if is_best else ("last",):
+            update_link(run / name, final)
+        prune(run, keep_last)
+    gather_objects(None)
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Remove all steps but the newest and those that `best` and `last` point to."""
+    keep = {(run / name).resolve() for name in ("best", "last")}
+    keep |= {path.resolve() for path in sorted(run.glob("step_??????"))[-keep_last:]}
+    for path in list(run.glob("step_??????")):
+        if path.resolve() not in keep:
+            # Renamed first: a folder that is removed by halves must not look like a step.
+            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+            path.rename(path.with_suffix(".tmp"))
+    for path in list(run.glob("step_*.tmp")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def changed_keys(run: Path, config: Config, sections: list[str]) -> list[str]:
+    """The keys in `sections` whose values differ from those that the run was started with."""
+    before = load_config(run / "config.yaml")
+    may_change = MAY_CHANGE - ({"sft.more_steps"} if run.name == "more" else set())
+    changed = []
+    for key in known_keys():
+        checked = key == "seed" or key.split(".")[0] in sections
+        old, new = get_key(before, key), get_key(config, key)
+        if checked and key not in may_change and old != new:
+            changed.append(f"{key}={old} (now {new})")
+    return changed
+
+
+def open_run(run: Path, config: Config, sections: list[str], steps: int) -> None:
+    """Make the run folder. Refuse one that was made with other settings in `sections`. Collective.
+
+    steps: the last step that is asked for, which the run must not be past.
+    """
+    path = run / "config.yaml"
+    if path.exists() and (run / "last").exists():
+        if changed := changed_keys(run, config, sections):
+            raise InputError(
+                f"{run} was made with {', '.join(changed)}; choose another folder with out=..., or "
+                f"delete this one. What may change: {', '.join(sorted(MAY_CHANGE))}"
+            )
+        if last_step(run) > steps:
+            raise InputError(f"{run} is at step {last_step(run)}, past the {steps} asked for")
+    if rank() == 0:
+        try:
+            write_atomically(path, config_text(config))
+        except OSError as error:
+            raise InputError(f"out={config.out}: cannot write there ({error.strerror})") from None
+    if len(set(gather_objects(last_step(run)))) > 1:
+        raise InputError(
+            f"{run}: processes find different checkpoints there; it has to be on a file system "
+            f"that all machines share"
+        )

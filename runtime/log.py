@@ -1,0 +1,81 @@
+"""What a run writes down: metrics.jsonl, samples.jsonl, a progress bar with times."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from runtime.config import Config, InputError
+from runtime.output import progress, rank, write_atomically
+
+SHOWN = ("loss", "reward", "kl", "eval_loss")  # in the progress bar
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; of a line that kill -9 has cut, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
+class Log:
+    """The files of a run, its progress bar, and a clock of the phases of a step.
+
+    On resume, lines after the resumed step are dropped.
+    """
+
+    def __init__(self, run: Path, config: Config, first_step: int, last_step: int) -> None:
+        self.name, self.first_step, self.last_step = run.name, first_step, last_step
+        self.files, self.wandb = {}, None
+        if rank() != 0:
+            return
+        for name in ("metrics", "samples"):
+            path = run / f"{name}.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line + "\n" for line in lines if step_of(line) <= first_step]
+            write_atomically(path, "".join(kept))
+            self.files[name] = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        if config.log.wandb:
+            try:
+                import wandb  # noqa: PLC0415
+            except ImportError as error:
+                raise InputError(
+                    f"log.wandb: {error}; install wandb or leave the option off"
+                ) from None
+            self.wandb = wandb.init(project="chest-xray-grpo", name=str(run), config=asdict(config))
+
+    def steps(self) -> Iterator[int]:
+        """The steps from first_step to last_step, with a progress bar and a clock."""
+        steps = range(self.first_step, self.last_step)
+        self.bar = progress(steps, self.name, initial=self.first_step, total=self.last_step)
+        with self.bar:
+            for step in self.bar:
+                self.began = self.now = time.perf_counter()
+                self.seconds = {}
+                yield step
+
+    def lap(self, phase: str) -> None:
+        """A phase of this step ends here: log its seconds."""
+        now = time.perf_counter()
+        self.seconds[f"time/{phase}"] = now - self.now
+        self.now = now
+
+    def metrics(self, step: int, values: dict) -> None:
+        """Write a line of metrics.jsonl with its times. Tensors of one number become numbers."""
+        row = {name: float(value) for name, value in values.items()} | self.seconds
+        row["step_time"] = time.perf_counter() - self.began
+        row["tokens_per_second"] = row["num_tokens"] / row["step_time"]
+        self.write("metrics", step, row)
+        self.bar.set_postfix({name: row[name] for name in SHOWN if name in row})
+        if self.wandb:
+            self.wandb.log(row, step=step)
+
+    def sample(self, step: int, row: dict) -> None:
+        """Write a line of samples.jsonl."""
+        self.write("samples", step, row)
+
+    def write(self, name: str, step: int, row: dict) -> None:
+        if rank() == 0:
+            self.files[name].write(json.dumps({"step": step, **row}) + "\n")

@@ -1,0 +1,70 @@
+"""What a program prints and writes: by the first process only, and whole or not at all.
+
+Nothing here needs torch, so that rewards and data can be imported without it.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def print0(text: str) -> None:
+    """Print on the first process, above any progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def warn0(text: str) -> None:
+    """Print to stderr on the first process."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def progress(items: Iterable, title: str, **options: Any) -> tqdm:
+    """A progress bar on the first process."""
+    return tqdm(items, title, disable=rank() != 0, **options)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, and its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Rows of texts as an aligned table. The first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    head, *body = rows
+    lines = []
+    for first, *others in [head, ["-" * width for width in widths], *body]:
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:])]
+        lines.append(" | ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def moved(old: str, tools: dict[str, str]) -> None:
+    """Say which commands replace `python OLD`, and exit with status 2."""
+    commands = "; ".join(f"{what}: python -m {tool}" for what, tool in tools.items())
+    print(f"{old} is not a program any more. {commands}", file=sys.stderr)
+    sys.exit(2)
