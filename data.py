@@ -38,6 +38,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
+from readers.study import LABELS
 from runtime.config import Config, InputError, Source, load_config
 from runtime.output import format_table, rank
 
@@ -131,6 +132,42 @@ def target_text(example):
         if example.style == "suffix"
         else example.answer
     )
+
+
+TAGS = ("<think>", "</think>", "<report>", "</report>", "<answer>", "</answer>")
+
+
+def parse_output(text, task, style):
+    """(valid, thinking, answer) of a completion for task "report" | "grounding", style "plain" | "tags" | "suffix".
+
+    Valid: the whole text has the format, each tag once and in order, no other tag, the answer not empty. A thinking
+    style without </think> has no answer; otherwise invalid "tags" still answer if exactly one closed block follows
+    </think>, and invalid "suffix" with what follows the last </think>.
+    """
+    text = text.strip()
+    count = {tag: text.count(tag) for tag in TAGS}
+    if style == "plain":
+        return bool(text) and not any(count.values()), "", text
+    if not count["</think>"]:
+        return False, text, ""
+    if style == "suffix":
+        thinking, _, answer = map(str.strip, text.rpartition("</think>"))
+        return sum(count.values()) == 1 and bool(answer), thinking, answer
+    start, end = ("<report>", "</report>") if task == "report" else ("<answer>", "</answer>")
+    thinking, _, rest = text.partition("</think>")
+    between, _, block = rest.partition(start)
+    answer, _, after = map(str.strip, block.partition(end))
+    if not rest.count(start) == rest.count(end) == block.count(end) == 1:
+        answer = ""
+    once = all(count[tag] == (tag in ("<think>", "</think>", start, end)) for tag in TAGS)
+    valid = (
+        once
+        and thinking.startswith("<think>")
+        and not between.strip()
+        and not after
+        and bool(answer)
+    )
+    return valid, thinking.removeprefix("<think>").strip(), answer
 
 
 def boxes_text(boxes):
@@ -1490,7 +1527,6 @@ PHANTOM_LABELS = (
     "Fracture",
     "Support Devices",
 )
-LABELS = ("No Finding", *PHANTOM_LABELS)
 RARE = {
     "Enlarged Cardiomediastinum",
     "Lung Lesion",

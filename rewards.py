@@ -33,26 +33,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from data import LABELS, parse_boxes, parse_output
 from runtime.config import InputError
 
-LABELS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Lesion",
-    "Lung Opacity",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
-TAGS = ("<think>", "</think>", "<report>", "</report>", "<answer>", "</answer>")
 CHEXBERT_HEADS = (
     *LABELS[1:3],
     "Lung Opacity",
@@ -484,49 +468,6 @@ def rouge_l(candidate, reference):
         match = row & places.get(token, 0)
         row = (row + match | row - match) & full
     return 2 * (len(a) - row.bit_count()) / max(len(a) + len(b), 1)
-
-
-def parse_output(text, task, style):
-    """(valid, thinking, answer) of a completion for task "report" | "grounding", style "plain" | "tags" | "suffix".
-
-    Valid: the whole text has the format, each tag once and in order, no other tag, the answer not empty. A thinking
-    style without </think> has no answer; otherwise invalid "tags" still answer if exactly one closed block follows
-    </think>, and invalid "suffix" with what follows the last </think>.
-    """
-    text = text.strip()
-    count = {tag: text.count(tag) for tag in TAGS}
-    if style == "plain":
-        return bool(text) and not any(count.values()), "", text
-    if not count["</think>"]:
-        return False, text, ""
-    if style == "suffix":
-        thinking, _, answer = map(str.strip, text.rpartition("</think>"))
-        return sum(count.values()) == 1 and bool(answer), thinking, answer
-    start, end = ("<report>", "</report>") if task == "report" else ("<answer>", "</answer>")
-    thinking, _, rest = text.partition("</think>")
-    between, _, block = rest.partition(start)
-    answer, _, after = map(str.strip, block.partition(end))
-    if not rest.count(start) == rest.count(end) == block.count(end) == 1:
-        answer = ""
-    once = all(count[tag] == (tag in ("<think>", "</think>", start, end)) for tag in TAGS)
-    valid = (
-        once
-        and thinking.startswith("<think>")
-        and not between.strip()
-        and not after
-        and bool(answer)
-    )
-    return valid, thinking.removeprefix("<think>").strip(), answer
-
-
-NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
-BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
-
-
-def parse_boxes(text):
-    """Every well-formed "[x1, y1, x2, y2]" of finite numbers in the text, as tuples of floats in reading order."""
-    boxes = [tuple(map(float, numbers)) for numbers in BOX.findall(text)]
-    return [box for box in boxes if all(map(math.isfinite, box))]
 
 
 def iou(a, b):

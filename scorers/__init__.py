@@ -1,0 +1,1 @@
+"""Scores that need a checkpoint or a package of their own."""

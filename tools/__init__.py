@@ -1,0 +1,1 @@
+"""Programs beside the method: python -m tools.NAME config.yaml [key=value ...]"""
