@@ -1,0 +1,70 @@
+"""python -m tools.generate: whoever trained a model can see it speak."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, START
+
+import data
+from runtime.config import InputError, config_text, load_config
+from tools import generate
+
+
+def test_a_model_folder_writes_a_report_about_an_image_file(tmp_path):
+    data.phantom(0, 3).image.save(tmp_path / "film.png")
+    _, answer, boxes = generate.generate(str(START), [str(tmp_path / "film.png")])
+    assert len(answer.split()) > 5
+    assert answer.endswith(".")
+    assert boxes == []
+
+
+def test_it_answers_as_the_evaluation_decodes():
+    """The same tokens as Policy.sample gives at temperature 0 for the same question."""
+    _, answer, boxes = generate.generate(str(START), ["phantom:3"], "Where is the pacemaker?")
+    config = load_config(ROOT / "config.yaml", [f"model.path={START}"])
+    policy = generate.load_policy(config)
+    example = data.Example("x", "grounding", (data.phantom(0, 3),), "Where is the pacemaker?", "")
+    (rollout,) = policy.sample([example], 1, 80, 0)
+    assert answer.startswith(rollout.texts[0].strip()[:40])
+    assert boxes == data.parse_boxes(answer)
+
+
+def test_a_run_folder_says_how_its_model_answers(tmp_path):
+    """A thinking model's reasoning stands apart from its report."""
+    run = tmp_path / "grpo"
+    run.mkdir()
+    settings = ["data.thinking=true", "grpo.max_new_tokens=120"]
+    config = load_config(ROOT / "config.yaml", settings)
+    (run / "config.yaml").write_text(config_text(config))
+    shutil.copytree(START, run / "step_000001")
+    (run / "last").symlink_to("step_000001")
+    thinking, answer, _ = generate.generate(str(run), ["phantom:20000003"])
+    assert thinking.startswith("Heart:")
+    assert "<think>" not in answer
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((str(START), ["absent.png"]), "absent.png: no such image"),
+        (("/absent", ["phantom:1"]), "/absent"),
+    ],
+)
+def test_what_is_missing_is_named(args, message):
+    with pytest.raises(InputError, match=message):
+        generate.generate(*args)
+
+
+def test_the_command_prints_the_boxes():
+    command = [sys.executable, "-m", "tools.generate", str(START), "phantom:5", "--ask"]
+    question = "Where is the pacemaker? Give its boxes."
+    done = subprocess.run(
+        [*command, question], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    answer, *lines = done.stdout.splitlines()
+    boxes = data.parse_boxes(answer)
+    assert len(lines) == len(boxes)
+    for line, box in zip(lines, boxes):
+        assert line.startswith(f"box: from the left {box[0]:.2f}")

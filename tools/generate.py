@@ -1,0 +1,77 @@
+"""Ask a trained model about images: prints its report, or the boxes that it gives.
+
+  python -m tools.generate CHECKPOINT IMAGE [IMAGE ...] [--ask TEXT]
+
+CHECKPOINT is a run folder (its best checkpoint, else its last), a model folder or a hub id. IMAGEs
+are the views of one study; `phantom:N` draws phantom N. Without --ask, a report is asked for. A run
+folder's config.yaml says in which format its model answers; a thinking model's reasoning is
+printed, too. Not for clinical use.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import data
+from data import Example
+from model import load_policy
+from runtime.checkpoint import resolve
+from runtime.config import Config, InputError, load_config
+from runtime.processes import run_main
+
+
+def run_config(checkpoint: str) -> Config:
+    """The configuration that a checkpoint was trained with, or the defaults where there is none."""
+    folder = Path(resolve(checkpoint)).resolve()
+    for place in (folder, folder.parent):
+        if (place / "config.yaml").is_file():
+            return load_config(place / "config.yaml")
+    return Config()
+
+
+def image_of(name: str) -> Any:
+    """A path, or phantom N of seed 0 for "phantom:N"."""
+    kind, _, number = name.partition(":")
+    if kind == "phantom" and number.isdigit():
+        return data.phantom(0, int(number))
+    if not Path(name).is_file():
+        raise InputError(f"{name}: no such image")
+    return name
+
+
+def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, str, list]:
+    """(reasoning, answer, boxes) of the greedy answer about one study. Raises InputError."""
+    config = run_config(checkpoint)
+    policy = load_policy(config, resolve(checkpoint))
+    example = Example(
+        id="generate",
+        # A question of the user's is answered in the format of boxes.
+        task="grounding" if ask else "report",
+        images=tuple(image_of(name) for name in images),
+        question=ask or data.QUESTIONS["report"][0],
+        answer="",
+        style=data.style_of(config),
+    )
+    (rollout,) = policy.sample([example], 1, config.grpo.max_new_tokens, temperature=0)
+    _, thinking, answer = data.parse_output(rollout.texts[0], example.task, example.style)
+    return thinking, answer, data.parse_boxes(answer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--ask", default="", metavar="TEXT", help="a question of your own")
+    args = parser.parse_args()
+    thinking, answer, boxes = generate(args.checkpoint, args.images, args.ask)
+    if thinking:
+        print(f"Thinking: {thinking}\n")
+    print(answer or "(no answer)")
+    for x1, y1, x2, y2 in boxes:
+        print(f"box: from the left {x1:.2f} to {x2:.2f}, from the top {y1:.2f} to {y2:.2f}")
+
+
+if __name__ == "__main__":
+    run_main(main)
