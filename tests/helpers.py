@@ -72,7 +72,7 @@ def distance(a, b):
 
 def relative_distance(a, b):
     """The norm of the difference, relative to that of b."""
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 def is_repeated(a, b):
