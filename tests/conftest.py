@@ -45,6 +45,13 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
+def several_processes(device):
+    """For tests that start several processes."""
+    if device.type == "cuda":
+        pytest.skip("nccl wants one GPU for each process")
+
+
+@pytest.fixture(scope="session")
 def config():
     from helpers import SMALL, load
 

@@ -1,99 +1,86 @@
-"""The scripts as people start them: the whole loop, interrupted and resumed, on two processes, with thinking, on real layouts."""
+"""The scripts as people start them: the whole loop, interrupted and resumed, on two processes, with
+thinking, on a dataset as it is distributed.
+
+What a GRPO step computes, in every way to run it, is compared in tests/test_trajectories.py.
+"""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from helpers import (
+    LEARNING,
+    ROOT,
+    SHORT,
+    START,
+    is_one_error_line,
+    largest_difference,
+    metrics,
+    run_script,
+    start_script,
+    tolerance,
+    wait_for_lines,
+    weights,
+)
+from layouts import r2gen
 from safetensors.torch import load_file
 
-import data
 import eval as evaluation
-import rewards
 import train_grpo
 import train_sft
-from conftest import ROOT
-from layouts import r2gen
+from runtime.checkpoint import last_step
+from runtime.processes import SIGNALS, run_main
 
-SHORT = [
-    "data.train_size=24",
-    "data.val_size=4",
-    "data.test_size=6",
-    "model.max_pixels=9216",
-    "sft.steps=4",
-    "sft.more_steps=2",
-    "sft.batch_size=4",
-    "sft.eval_every=2",
-    "sft.save_every=2",
-    "grpo.steps=3",
-    "grpo.prompts=4",
-    "grpo.group_size=4",
-    "grpo.max_new_tokens=12",
-    "grpo.save_every=1",
-    "grpo.lr=1e-3",
-    "eval.bootstrap=20",
-]
-
-
-def start(script, *args, processes=0, config="config.yaml"):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        if processes
-        else []
-    )
-    command = [sys.executable, *launcher, str(ROOT / script), str(ROOT / config), *args]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+GROUPS = [(step, task) for step in (1, 2, 3) for task in ("report", "grounding")]
 
 
 def run(script, *args, **options):
-    process = start(script, *args, **options)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    """Run a script that has to succeed: its output."""
+    code, out, err = run_script(script, *args, **options)
+    assert code == 0, err
+    return out
 
 
-def weights(folder):
-    return load_file(folder / "last" / "model.safetensors")
+def samples(run):
+    """The lines of samples.jsonl of a run folder."""
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def difference(a, b):
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def learns(row):
+    """A step of GRPO whose rewards differ, and whose gradient is not zero."""
+    return row["reward_std"] > 1e-3 and row["grad_norm"] > 1e-3
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One uninterrupted run of everything."""
+    """The folder and the output of one uninterrupted run of everything."""
     out = tmp_path_factory.mktemp("run")
-    code, text, err = run("train_grpo.py", f"out={out}", *SHORT)
-    assert code == 0, err
-    return out, text
+    return out, run("train_grpo.py", f"out={out}", *LEARNING)
+
+
+# ------------------------------------------------------------------------------- the whole loop
 
 
 def test_the_whole_loop(finished):
     out, text = finished
-    assert (
-        "sft" in text
-        and "ce_f1_macro13" in text
-        and "soft_f1" in text
-        and text.count("ce_f1_macro14") == 1
-    )
     rows = metrics(out / "grpo")
-    assert [r["step"] for r in rows] == [1, 2, 3]
-    for name in (
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(map(learns, rows))
+    # It starts at the reference, then moves.
+    assert abs(rows[0]["kl"]) < 1e-6
+    assert rows[2]["kl/k3"] > 1e-3
+    assert largest_difference(weights(out / "sft"), weights(out / "grpo")) > 1e-4
+    assert "sft" in text
+    assert "ce_f1_macro13" in text
+    assert "soft_f1" in text
+    assert text.count("ce_f1_macro14") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
         "reward",
         "reward_std",
         "frac_reward_zero_std",
@@ -114,46 +101,50 @@ def test_the_whole_loop(finished):
         "time/sample",
         "time/update",
         "learning_rate",
-    ):
-        assert isinstance(rows[0][name], float), name
-    assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]  # starts at the reference, then moves
-    assert rows[2]["sampling/sampling_logp_difference/max"] < 1e-4
-    groups = [
-        json.loads(line) for line in (out / "grpo" / "samples.jsonl").read_text().splitlines()
-    ]
-    assert [(g["step"], g["task"]) for g in groups] == [
-        (step, task) for step in (1, 2, 3) for task in ("report", "grounding")
-    ]
-    for g, parts in zip(groups, [{"mccs": 0.3, "label_f1": 0.7}, {"soft_f1": 1.0}] * 3):
-        assert len(g["samples"]) == 4 and abs(sum(s["advantage"] for s in g["samples"])) < 1e-5
-        assert all(
-            abs(s["reward"] - sum(parts[name] * value for name, value in s["parts"].items())) < 1e-6
-            for s in g["samples"]
-        )
-    assert difference(weights(out / "sft"), weights(out / "grpo")) > 1e-4
-    again = run("train_grpo.py", f"out={out}", *SHORT)  # nothing left to do but evaluate
-    assert again[0] == 0 and metrics(out / "grpo") == rows
+    ],
+)
+def test_what_is_logged(finished, name):
+    out, _ = finished
+    assert isinstance(metrics(out / "grpo")[0][name], float)
+
+
+def test_samples_of_both_tasks_are_written_at_every_step(finished):
+    out, _ = finished
+    groups = samples(out / "grpo")
+    assert [(group["step"], group["task"]) for group in groups] == GROUPS
+    weights_of = {"report": {"mccs": 0.3, "label_f1": 0.7}, "grounding": {"soft_f1": 1.0}}
+    for group in groups:
+        table = weights_of[group["task"]]
+        assert len(group["samples"]) == 4
+        assert sum(s["advantage"] for s in group["samples"]) == pytest.approx(0, abs=1e-5)
+        for sample in group["samples"]:
+            reward = sum(table[name] * value for name, value in sample["parts"].items())
+            assert sample["reward"] == pytest.approx(reward, abs=1e-6)
 
 
 def test_a_signal_on_the_way_out_changes_nothing(finished):
-    """Asked once more when everything is there: told off in the middle of its end, a run has still ended well."""
+    """A finished run only evaluates again. Told to stop as it ends, it has still ended well."""
     out, _ = finished
-    process = start("train_grpo.py", f"out={out}", *SHORT)
+    before = metrics(out / "grpo")
+    process = start_script("train_grpo.py", f"out={out}", *LEARNING)
     while "report.html" not in (line := process.stdout.readline()):
         assert line or process.poll() is None
-    for _ in range(200):
+    while process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.005)
-    assert process.wait(60) == 0
+    process.communicate()
+    assert process.returncode == 0
+    assert metrics(out / "grpo") == before
 
 
-def test_several_updates_batch_norm_and_parts(finished, tmp_path):
-    out, _ = finished
-    code, _, err = run(
+# ------------------------------------------------------------------------------- settings
+
+
+def test_several_updates_batch_norm_and_parts(tmp_path):
+    run(
         "train_grpo.py",
         f"out={tmp_path}",
-        f"grpo.init={out}/sft/best",
-        *SHORT,
+        *LEARNING,
+        "grpo.init=base",
         "grpo.epochs=2",
         "grpo.mini_batch=2",
         "grpo.adv_norm=batch",
@@ -164,204 +155,223 @@ def test_several_updates_batch_norm_and_parts(finished, tmp_path):
         "grpo.kl_coef=0",
         "grpo.steps=1",
     )
-    assert code == 0, err
     (row,) = metrics(tmp_path / "grpo")
-    assert "kl" not in row and abs(row["ratio"] - 1) > 1e-6
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_interrupted_anywhere_continues_bit_for_bit(finished, tmp_path, number):
-    """Stopped three times at different moments: the final weights are those of the run that was never stopped."""
-    out, _ = finished
-    for seconds_after_start in (2, 3, 5):
-        process = start("train_grpo.py", f"out={tmp_path}", *SHORT)
-        while not process.stdout.readline().startswith(
-            "log:"
-        ):  # the configuration: signals are handled from here
-            assert process.poll() is None
-        time.sleep(seconds_after_start)
-        process.send_signal(number)
-        text, err = process.communicate(timeout=120)
-        if number != signal.SIGKILL:
-            assert process.returncode == 0 and "Traceback" not in err, err
-        assert all(
-            (p / "training_state.pt").exists()
-            for s in ("sft", "grpo")
-            for p in (tmp_path / s).glob("step_??????")
-        )
-    code, _, err = run("train_grpo.py", f"out={tmp_path}", *SHORT)
-    assert code == 0, err
-    assert difference(weights(out / "grpo"), weights(tmp_path / "grpo")) == 0
-    assert [r["step"] for r in metrics(tmp_path / "grpo")] == [1, 2, 3]
-    assert [r["reward"] for r in metrics(tmp_path / "grpo")] == [
-        r["reward"] for r in metrics(out / "grpo")
-    ]
-
-
-def test_two_processes_equal_one(tmp_path):
-    """The same samples, losses and weights, whatever the number of processes (up to rounding, which Muon's iterations in
-    bfloat16 would magnify), replicated or sharded."""
-    for name, processes in (("one", 1), ("replicate", 2), ("shard", 2)):
-        code, text, err = run(
-            "train_grpo.py",
-            f"out={tmp_path / name}",
-            *SHORT,
-            "sft.optimizer=adamw",
-            f"model.parallel={name.replace('one', 'shard')}",
-            processes=processes,
-        )
-        assert code == 0, err
-        assert "ce_f1_macro13" in text
-        for a, b in zip(
-            metrics(tmp_path / "one" / "grpo"), metrics(tmp_path / name / "grpo"), strict=True
-        ):
-            for key in (
-                "reward",
-                "loss",
-                "grad_norm",
-                "entropy",
-                "completions/mean_length",
-                "kl/k3",
-            ):
-                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
-        assert (
-            difference(weights(tmp_path / "one" / "sft"), weights(tmp_path / name / "sft")) < 1e-4
-        )
+    assert learns(row)
+    assert "kl" not in row
+    # The second updates are taken for weights that have moved.
+    assert row["ratio"] == pytest.approx(1, abs=0.2)
+    assert abs(row["ratio"] - 1) > 1e-6
+    assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    start = load_file(START / "model.safetensors")
+    assert largest_difference(weights(tmp_path / "grpo"), start) > 1e-4
 
 
 def test_thinking_from_cold_start(tmp_path):
-    code, text, err = run(
+    run(
         "train_grpo.py",
         f"out={tmp_path}",
-        *SHORT,
+        *LEARNING,
         "data.thinking=true",
         "rewards.report={mccs: 0.75, format: 0.25}",
+        "grpo.max_new_tokens=96",
         "grpo.steps=1",
     )
-    assert code == 0, err
-    assert (tmp_path / "cold_start" / "best").exists() and "rewards/format/mean" in metrics(
-        tmp_path / "grpo"
-    )[0]
-
-
-def test_adapters_continue_bit_for_bit(finished, tmp_path):
-    out, _ = finished
-    lora = [f"grpo.init={out}/sft/best", "grpo.lora_rank=4", "grpo.lr=1e-2", "eval.limit=2"]
-    for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
-        code, text, err = run(
-            "train_grpo.py", f"out={tmp_path / name}", *SHORT, *lora, f"grpo.steps={steps}"
-        )
-        assert code == 0, err
-    whole, parts = (tmp_path / name / "grpo" for name in ("whole", "parts"))
-    assert difference(weights(whole), weights(parts)) == 0
-    assert (
-        difference(
-            *(
-                load_file(f / "last" / "adapter" / "adapter_model.safetensors")
-                for f in (whole, parts)
-            )
-        )
-        == 0
-    )
-    rows = metrics(whole)
-    assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]  # the reference is the start
-    moved = {n for n, w in weights(whole).items() if not torch.equal(w, weights(out / "sft")[n])}
-    assert moved and all(n.endswith("_proj.weight") for n in moved)  # nothing but what has adapters
+    assert (tmp_path / "cold_start" / "best").exists()
+    (row,) = metrics(tmp_path / "grpo")
+    assert learns(row)
+    assert "rewards/format/mean" in row
 
 
 def test_more_of_the_same(finished, tmp_path):
     out, _ = finished
-    code, _, err = run(
-        "train_sft.py", f"out={tmp_path}", f"sft.init={out}/sft/best", *SHORT, "sft.stage=more"
-    )
-    assert code == 0 and (tmp_path / "more" / "best").exists(), err
-    code, text, err = run(
-        "eval.py",
-        f"out={tmp_path}",
-        *SHORT,
-        "--checkpoint",
-        str(out / "sft"),
-        str(tmp_path / "more"),
-    )
-    assert code == 0 and "more" in text, err
+    init = f"sft.init={out}/sft/best"
+    run("train_sft.py", f"out={tmp_path}", *LEARNING, init, "sft.stage=more")
+    assert [row["step"] for row in metrics(tmp_path / "more")] == [1, 2]
+    more = tmp_path / "more"
+    assert largest_difference(weights(out / "sft"), weights(more)) > 1e-6
+    text = run("eval.py", f"out={tmp_path}", *SHORT, "--checkpoint", str(out / "sft"), str(more))
+    assert "more" in text
 
 
 def test_iu_xray(tmp_path):
-    args = [
-        f"data.path={r2gen(tmp_path / 'iu')}",
-        f"out={tmp_path / 'out'}",
-        *SHORT,
-        "model.max_pixels=9216",
-    ]
-    code, _, err = run("train_sft.py", *args, config="configs/iu_xray.yaml")
-    assert code == 0, err
-    code, text, err = run("train_grpo.py", *args, config="configs/iu_xray.yaml", processes=1)
-    assert code == 0 and "ce_f1_macro13" in text, err
+    args = [f"data.path={r2gen(tmp_path / 'iu')}", f"out={tmp_path / 'out'}", *LEARNING]
+    run("train_sft.py", *args, config="configs/iu_xray.yaml")
+    text = run("train_grpo.py", *args, config="configs/iu_xray.yaml", processes=1)
+    assert all(map(learns, metrics(tmp_path / "out" / "grpo")))
+    assert "ce_f1_macro13" in text
 
 
-def one_line(err, message):
-    lines = [line for line in err.splitlines() if line.strip()]
-    return len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+# ------------------------------------------------------------------------------- interruptions
+
+# A line in one of these files says that the stage is under way.
+STAGES = ["sft/metrics.jsonl", "grpo/metrics.jsonl", "eval/sft.jsonl"]
 
 
-def test_a_user_error_is_one_line_and_exit_status_1(tmp_path):
-    code, _, err = run("train_grpo.py", f"out={tmp_path}", *SHORT, "grpo.kl_coeff=1")
-    assert code == 1 and one_line(err, "grpo.kl_coef"), err
-
-
-def test_a_reward_that_fails_while_training_is_one_line(tmp_path):
-    (tmp_path / "own.py").write_text(
-        "import json\ndef parsed(completions, **columns):\n    return [json.loads(text) for text in completions]\n"
-    )
-    code, _, err = run(
-        "train_grpo.py",
-        f"out={tmp_path}",
-        *SHORT,
-        "grpo.init=base",
-        f"rewards.report={{{tmp_path}/own.py:parsed: 1}}",
-    )
-    last = err.strip().splitlines()[-1]
-    assert (
-        code == 1
-        and last.startswith("error: reward ")
-        and "own.py:parsed, line 3: JSONDecodeError" in last
-        and "Traceback" not in err
-    ), err
+def end(process, number):
+    """Send a signal, and wait for the end: (exit status, stderr)."""
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
 
 
 @pytest.mark.parametrize(
-    "script, override, message",
+    ("numbers", "status"),
+    [([signal.SIGTERM, signal.SIGINT, signal.SIGTERM], 0), ([signal.SIGKILL] * 3, -signal.SIGKILL)],
+    ids=["asked to stop", "killed"],
+)
+def test_interrupted_anywhere_continues_bit_for_bit(finished, tmp_path, device, numbers, status):
+    """Stopped while it trains with SFT, with GRPO, and while it evaluates: the weights are those
+    of the run that was never stopped."""
+    out, _ = finished
+    reached = []
+    for stage, number in zip(STAGES, numbers):
+        process = start_script("train_grpo.py", f"out={tmp_path}", *LEARNING)
+        wait_for_lines(tmp_path / stage, 1, process)
+        code, err = end(process, number)
+        assert code == status, err
+        assert "Traceback" not in err
+        for step in tmp_path.glob("*/step_??????"):
+            assert (step / "training_state.pt").exists()
+        reached.append([last_step(tmp_path / name) for name in ("sft", "grpo")])
+    # It was in the middle of these stages.
+    assert reached[0][0] < 4
+    assert reached[1][1] < 3
+    assert reached[2] == [4, 3]
+
+    run("train_grpo.py", f"out={tmp_path}", *LEARNING)
+    for name in ("sft", "grpo"):
+        rows, wanted = metrics(tmp_path / name), metrics(out / name)
+        assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+        limit = tolerance("training", device)
+        assert largest_difference(weights(out / name), weights(tmp_path / name)) <= limit
+        for row, other in zip(rows, wanted):
+            assert row["loss"] == pytest.approx(other["loss"], abs=limit)
+    expected = [row["reward"] for row in metrics(out / "grpo")]
+    got = [row["reward"] for row in metrics(tmp_path / "grpo")]
+    assert got == pytest.approx(expected, abs=tolerance("training", device))
+
+
+def test_adapters_continue_bit_for_bit(finished, tmp_path, device):
+    out, _ = finished
+    lora = [f"grpo.init={out}/sft/best", "grpo.lora_rank=4", "grpo.lr=1e-2", "eval.limit=2"]
+    for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
+        folder = f"out={tmp_path / name}"
+        run("train_grpo.py", folder, *LEARNING, *lora, f"grpo.steps={steps}")
+    whole, parts = tmp_path / "whole" / "grpo", tmp_path / "parts" / "grpo"
+    limit = tolerance("training", device)
+    assert largest_difference(weights(whole), weights(parts)) <= limit
+    adapters = [
+        load_file(folder / "last" / "adapter" / "adapter_model.safetensors")
+        for folder in (whole, parts)
+    ]
+    assert largest_difference(*adapters) <= limit
+
+    rows = metrics(whole)
+    assert all(map(learns, rows))
+    # The reference is the start.
+    assert abs(rows[0]["kl"]) < 1e-6
+    assert rows[2]["kl/k3"] > 1e-6
+    # Nothing moves but what has adapters.
+    before = load_file(out / "sft" / "best" / "model.safetensors")
+    moved = {name for name, w in weights(whole).items() if not torch.equal(w, before[name])}
+    assert moved
+    assert all(name.endswith("_proj.weight") for name in moved)
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_two_processes_equal_one(finished, several_processes, tmp_path, parallel):
+    """The same supervised training and samples, and an evaluation."""
+    out, _ = finished
+    way = f"model.parallel={parallel}"
+    text = run("train_grpo.py", f"out={tmp_path}", *LEARNING, way, processes=2)
+    assert "ce_f1_macro13" in text
+    assert largest_difference(weights(out / "sft"), weights(tmp_path / "sft")) < 1e-4
+    for a, b in zip(metrics(out / "sft"), metrics(tmp_path / "sft"), strict=True):
+        for name in ("loss", "grad_norm", "num_tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name
+    rewards = [[row["reward"] for row in metrics(path / "grpo")] for path in (out, tmp_path)]
+    assert rewards[0] == pytest.approx(rewards[1], rel=1e-3)
+
+    # A group of every task, and the same ones.
+    expected, got = samples(out / "grpo"), samples(tmp_path / "grpo")
+    assert [(group["step"], group["task"]) for group in got] == GROUPS
+    assert [group["id"] for group in got] == [group["id"] for group in expected]
+    texts = [[s["text"] for s in groups[0]["samples"]] for groups in (got, expected)]
+    assert texts[0] == texts[1]
+
+
+# ------------------------------------------------------------------------------- errors
+
+
+def test_a_user_error_is_one_line_and_exit_status_1(tmp_path):
+    code, _, err = run_script("train_grpo.py", f"out={tmp_path}", *SHORT, "grpo.kl_coeff=1")
+    assert code == 1
+    assert is_one_error_line(err, "grpo.kl_coef")
+
+
+def test_a_reward_that_fails_while_training_is_one_line(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import json\n"
+        "def parsed(completions, **columns):\n"
+        "    return [json.loads(text) for text in completions]\n"
+    )
+    table = f"rewards.report={{{path}:parsed: 1}}"
+    code, _, err = run_script("train_grpo.py", f"out={tmp_path}", *SHORT, "grpo.init=base", table)
+    assert code == 1
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: reward ")
+    assert "own.py:parsed, line 3: JSONDecodeError" in last
+
+
+@pytest.fixture
+def handlers():
+    """Puts the handlers of signals back."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, before):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("script", "override", "message"),
     [
         (train_sft, "data.source=iu_xray", "data.path"),
-        (train_grpo, "rewards.report.mcs=1", "'mccs'"),
-        (train_grpo, "grpo.init=/absent", "/absent"),
-        (train_grpo, "rewards.labeler=chexbert", "rewards.chexbert"),
-        (evaluation, "--checkpoint=/absent", "/absent"),
-        (train_grpo, "grpo.normalize_parts=true", "grpo.adv_norm=group or batch"),
         (train_sft, "sft.stage=cold_start", "data.thinking"),
         (train_sft, "model.path=/absent/model", "/absent/model"),
+        (train_grpo, "rewards.report.mcs=1", "'mccs'"),
+        (train_grpo, "grpo.init=/absent", "/absent"),
+        (train_grpo, "grpo.normalize_parts=true", "grpo.adv_norm=group or batch"),
+        (evaluation, "--checkpoint=/absent", "/absent"),
     ],
 )
-def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, script, override, message):
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [script.__name__, str(ROOT / "config.yaml"), f"out={tmp_path}", *SHORT, override],
-    )
-    with pytest.raises(SystemExit) as end:
-        data.run_main(script.main, rewards.RewardError)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-        signal.signal(number, handler)
-    assert end.value.code == 1 and one_line(capsys.readouterr().err, message)
+def test_user_errors_are_one_line(
+    tmp_path, monkeypatch, capsys, handlers, script, override, message
+):
+    config = str(ROOT / "config.yaml")
+    monkeypatch.setattr(sys, "argv", [script.__name__, config, f"out={tmp_path}", *SHORT, override])
+    with pytest.raises(SystemExit) as ended:
+        run_main(script.main)
+    assert ended.value.code == 1
+    assert is_one_error_line(capsys.readouterr().err, message)
 
 
-def test_a_bad_image_stops_or_is_skipped(tmp_path):
+@pytest.mark.parametrize(("on_error", "status"), [("stop", 1), ("skip", 0)])
+def test_a_bad_image_stops_or_is_skipped(tmp_path, on_error, status):
     root = r2gen(tmp_path / "iu")
     path = root / "images" / "CXR0" / "0.png"
     path.write_bytes(path.read_bytes()[:60])
-    args = [f"data.path={root}", f"out={tmp_path / 'out'}", *SHORT, "sft.steps=1"]
-    code, _, err = run("train_sft.py", *args, "data.on_error=stop", config="configs/iu_xray.yaml")
-    assert code == 1 and "CXR0/0.png" in err and "Traceback" not in err
-    code, _, err = run("train_sft.py", *args, "data.on_error=skip", config="configs/iu_xray.yaml")
-    assert code == 0 and "CXR0/0.png" in err and "skipped" in err
+    code, _, err = run_script(
+        "train_sft.py",
+        f"data.path={root}",
+        f"out={tmp_path / 'out'}",
+        *SHORT,
+        "sft.steps=1",
+        f"data.on_error={on_error}",
+        config="configs/iu_xray.yaml",
+    )
+    assert code == status
+    assert "CXR0/0.png" in err
+    assert "Traceback" not in err
+    assert ("skipped" in err) == (on_error == "skip")
