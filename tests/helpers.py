@@ -129,10 +129,11 @@ def seeded(seed):
 def random_completions(lengths, seed, device):
     """A tensor (T,) of ids for each length, group by group. All families have these ids."""
     generator = seeded(seed)
-    return [
-        [torch.randint(10, 200, (n,), generator=generator).to(device) for n in group]
-        for group in lengths
-    ]
+
+    def random_ids(n):
+        return torch.randint(10, 200, (n,), generator=generator).to(device)
+
+    return [list(map(random_ids, group)) for group in lengths]
 
 
 @torch.no_grad()
@@ -202,7 +203,8 @@ def check_shared_prefix(policy, examples, group_size, monkeypatch):
     device = policy.device
     prompts = [policy.encode(e) for e in examples]
     # Of one token and of many.
-    lengths = [[1 + 6 * ((g + b) % 3) for g in range(group_size)] for b in range(len(prompts))]
+    cycle = [1 + 6 * (i % 3) for i in range(group_size + len(prompts))]
+    lengths = [cycle[b : b + group_size] for b in range(len(prompts))]
     completions = random_completions(lengths, 0, device)
     stream = sum(map(len, prompts)) + sum(map(sum, lengths)) - group_size * len(prompts)
     # Rows end, and are dropped, at different times.

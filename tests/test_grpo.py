@@ -333,8 +333,7 @@ def test_preflight_runs_the_largest_update_and_leaves_nothing(
     logprobs = policy.logprobs
 
     def watched(prompts, completions, *more):
-        lengths = [[len(ids) for ids in group] for group in completions]
-        seen.append(lengths)
+        seen.append([list(map(len, group)) for group in completions])
         return logprobs(prompts, completions, *more)
 
     monkeypatch.setattr(policy, "logprobs", watched)

@@ -483,10 +483,11 @@ def test_a_frozen_tower_runs_once_per_prompt(config, mixed):
 def test_muon_takes_the_linear_layers_and_adamw_the_rest(config):
     policy = load_policy(config)
     names = {id(p): name for name, p in policy.model.named_parameters()}
-    adamw, muon = (
-        {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
-        for optimizer in Optimizer(policy, "muon").optimizers
-    )
+
+    def names_in(optimizer):
+        return {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+
+    adamw, muon = map(names_in, Optimizer(policy, "muon").optimizers)
     assert not adamw & muon
     assert adamw | muon == set(names.values())
     assert len(muon) == 6 * 3 + 3 * 7

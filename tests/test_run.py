@@ -48,6 +48,10 @@ def samples(run):
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
+def texts_of(group):
+    return [sample["text"] for sample in group["samples"]]
+
+
 def learns(row):
     """A step of GRPO whose rewards differ, and whose gradient is not zero."""
     return row["reward_std"] > 1e-3 and row["grad_norm"] > 1e-3
@@ -139,7 +143,7 @@ def test_a_signal_on_the_way_out_changes_nothing(finished):
 # ------------------------------------------------------------------------------- settings
 
 
-def test_several_updates_batch_norm_and_parts(tmp_path):
+def test_several_updates_batch_norm_and_parts(tmp_path, device):
     run(
         "train_grpo.py",
         f"out={tmp_path}",
@@ -161,7 +165,7 @@ def test_several_updates_batch_norm_and_parts(tmp_path):
     # The second updates are taken for weights that have moved.
     assert row["ratio"] == pytest.approx(1, abs=0.2)
     assert abs(row["ratio"] - 1) > 1e-6
-    assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    assert row["sampling/sampling_logp_difference/max"] < tolerance("library", device)
     start = load_file(START / "model.safetensors")
     assert largest_difference(weights(tmp_path / "grpo"), start) > 1e-4
 
@@ -297,8 +301,7 @@ def test_two_processes_equal_one(finished, several_processes, tmp_path, parallel
     expected, got = samples(out / "grpo"), samples(tmp_path / "grpo")
     assert [(group["step"], group["task"]) for group in got] == GROUPS
     assert [group["id"] for group in got] == [group["id"] for group in expected]
-    texts = [[s["text"] for s in groups[0]["samples"]] for groups in (got, expected)]
-    assert texts[0] == texts[1]
+    assert texts_of(got[0]) == texts_of(expected[0])
 
 
 # ------------------------------------------------------------------------------- errors

@@ -158,7 +158,9 @@ def read(setting, out):
     """{steps: [{name: value}], tokens: [{id: token ids}], change: moments of the change}"""
     folder = out / stage_of(setting)
     names = LOGGED[SETTINGS[setting][0]]
-    steps = [{name: row[name] for name in names if name in row} for row in metrics(folder)]
+    steps = []
+    for row in metrics(folder):
+        steps.append({name: row[name] for name in names if name in row})
 
     tokens = [{} for _ in steps]
     for path in sorted(out.glob("tokens.*.jsonl")):
