@@ -70,7 +70,7 @@ import data
 from data import Example
 from runtime.checkpoint import last_step, write_checkpoint
 from runtime.config import Config, InputError
-from runtime.output import print0, world_size
+from runtime.output import moved, print0, world_size
 from runtime.processes import (
     gather_objects,
     shard_state,
@@ -1345,3 +1345,7 @@ def resume(run: Path, config: Config, start: str, section: Any) -> tuple[Policy,
         )
     optimizer.load_state(state.pop("optimizers"))
     return policy, optimizer, state
+
+
+if __name__ == "__main__":
+    moved("model.py", {"memory of a run": "tools.plan_memory config.yaml --gpus 8"})

@@ -1,6 +1,7 @@
 """What the benchmarks share: the clock, peak memory, and a Qwen3-VL somewhat larger than the built-in one."""
 
 import copy
+import dataclasses
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model  # noqa: E402
+from runtime.config import Config  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -110,13 +112,13 @@ def save_model(folder, vocabulary, side):
     torch.manual_seed(0)
     large = type(small)(config)
     large.generation_config = small.generation_config
-    model.Policy(large, processor, data.Config()).save(folder)
+    model.Policy(large, processor, Config()).save(folder)
 
 
 def questions(config, count, words):
     """`count` report examples on different images, the question made longer by `words` words."""
     examples = [e for e in data.load_split(config, "train") if e.task == "report"][:count]
     return [
-        data.dataclasses.replace(e, question=" ".join([e.question] + ["heart"] * words))
+        dataclasses.replace(e, question=" ".join([e.question] + ["heart"] * words))
         for e in examples
     ]

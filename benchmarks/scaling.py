@@ -82,7 +82,7 @@ def score(policy, prompts, rows, shared):
 
 def generate(policy, prompts, group, new_tokens):
     """transformers' own sampling, the prompts repeated for every completion."""
-    batch = model.collate([p for p in prompts for _ in range(group)])
+    tokens, images = policy.batch([p for p in prompts for _ in range(group)])
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -92,7 +92,7 @@ def generate(policy, prompts, group, new_tokens):
         pad_token_id=policy.tokenizer.pad_token_id,
     )
     with torch.no_grad():
-        policy.model.generate(**batch, generation_config=config)
+        policy.model.generate(**tokens, **images, generation_config=config)
 
 
 def sample(policy, prompts, group, uniform):
@@ -202,7 +202,7 @@ def main():
         )
         memory = [own_process(__file__, "--peak", *case, s)[0] for s in (0, 1)]
         print(
-            f"| {prompts[0]['input_ids'].shape[1]} | {group} | {new} | {plain:.2f} | {shared:.2f} ({plain / shared:.1f}x) | {memory[0]:.0f} | "
+            f"| {len(prompts[0])} | {group} | {new} | {plain:.2f} | {shared:.2f} ({plain / shared:.1f}x) | {memory[0]:.0f} | "
             f"{memory[1]:.0f} ({memory[1] / memory[0]:.2f}) | {theirs:.2f} | {ours:.2f} ({theirs / ours:.1f}x) |",
             flush=True,
         )

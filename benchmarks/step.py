@@ -68,7 +68,8 @@ class Ours:
             ],
         )
         self.policy, self.reference = model.load_policy(self.config), model.load_policy(self.config)
-        self.optimizers = model.make_optimizers(self.policy, self.config.grpo)
+        self.policy.freeze(self.config.grpo.freeze)
+        self.optimizer = model.Optimizer(self.policy, self.config.grpo.optimizer)
         self.policy.stop_ids = self.policy.stop_ids[:0]  # every completion has its full length
         self.examples = questions(self.config, prompts, words)
         self.steps = 0
@@ -79,13 +80,12 @@ class Ours:
         rollouts = self.policy.sample(self.examples, G, NEW, 1.0, (0, self.steps))
         laps.append(now())
         for r in rollouts:
-            r.rewards = torch.tensor([float(len(text.split())) for text in r.texts])
+            r.rewards = [float(len(text.split())) for text in r.texts]
         train_grpo.assign_advantages(rollouts, self.config)
-        for r, logprobs in zip(rollouts, train_grpo.fixed_logprobs(self.reference, rollouts, grpo)):
-            r.ref_logprobs = logprobs
+        train_grpo.record_logprobs(self.reference, rollouts, "reference", grpo)
         laps.append(now())
         for _ in range(grpo.epochs):
-            train_grpo.update(self.policy, self.optimizers, rollouts, 1e-6, grpo)
+            train_grpo.update(self.policy, self.optimizer, rollouts, 1e-6, grpo)
         laps.append(now())
         self.rollouts = rollouts
         return dict(zip(("generate", "reference", "update"), np.diff(laps)))
@@ -175,7 +175,7 @@ def arithmetic(ours, case):
     text, vision = policy.base.language_model, policy.base.visual
     shape, v = policy.model.config.text_config, policy.model.config.vision_config
     prompt = ours.rollouts[0].prompt
-    n, patches, rows = prompt["input_ids"].shape[1], len(prompt["pixel_values"]), prompts * G
+    n, patches, rows = len(prompt), len(prompt.images["pixel_values"]), prompts * G
 
     def linear(module):
         return 2 * sum(
@@ -246,7 +246,7 @@ def compare(folder, name, cycles):
     needed, rate = arithmetic(ours["shared"], case), np.median(rates)
     floor, tokens = needed / rate, case[0] * G * NEW
     print(
-        f"\n{name}: {ours['shared'].rollouts[0].prompt['input_ids'].shape[1]} prompt tokens, {case[0]} prompts, {case[4]} updates; "
+        f"\n{name}: {len(ours['shared'].rollouts[0].prompt)} prompt tokens, {case[0]} prompts, {case[4]} updates; "
         f"{needed / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s: floor {floor:.2f} s\n"
     )
     print(
