@@ -108,7 +108,13 @@ def prune(run: Path, keep_last: int) -> None:
 
 def changed_keys(run: Path, config: Config, sections: list[str]) -> list[str]:
     """The keys in `sections` whose values differ from those that the run was started with."""
-    before = load_config(run / "config.yaml")
+    try:
+        before = load_config(run / "config.yaml")
+    except InputError as error:
+        raise InputError(
+            f"{run} was begun by another version of this program ({error}); choose another folder "
+            f"with out=..."
+        ) from None
     may_change = MAY_CHANGE - ({"sft.more_steps"} if run.name == "more" else set())
     changed = []
     for key in known_keys():
