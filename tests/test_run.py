@@ -1,159 +1,146 @@
-"""The scripts as people start them: the whole loop, interrupted and resumed, on two processes, with thinking, on real layouts."""
+"""The scripts as people start them: the whole loop, interrupted and resumed, on real layouts."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from helpers import (
+    ROOT,
+    SHORT,
+    START,
+    is_one_error_line,
+    largest_difference,
+    metrics,
+    run_script,
+    start_script,
+    wait_for_lines,
+    weights,
+)
+from layouts import r2gen
 from safetensors.torch import load_file
 
-import data
 import eval as evaluation
-import rewards
 import train_grpo
 import train_sft
-from conftest import ROOT
-from layouts import r2gen
+from runtime.processes import run_main
 
-SHORT = [
-    "data.train_size=24",
-    "data.val_size=4",
-    "data.test_size=6",
-    "model.max_pixels=9216",
-    "sft.steps=4",
-    "sft.more_steps=2",
-    "sft.batch_size=4",
-    "sft.eval_every=2",
-    "sft.save_every=2",
-    "grpo.steps=3",
-    "grpo.prompts=4",
-    "grpo.group_size=4",
-    "grpo.max_new_tokens=12",
-    "grpo.save_every=1",
-    "grpo.lr=1e-3",
-    "eval.bootstrap=20",
-]
-
-
-def start(script, *args, processes=0, config="config.yaml"):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        if processes
-        else []
-    )
-    command = [sys.executable, *launcher, str(ROOT / script), str(ROOT / config), *args]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def run(script, *args, **options):
-    process = start(script, *args, **options)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def weights(folder):
-    return load_file(folder / "last" / "model.safetensors")
-
-
-def difference(a, b):
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+LOGGED = (
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "rewards/mccs/mean",
+    "rewards/label_f1/mean",
+    "rewards/soft_f1/mean",
+    "kl",
+    "kl/k1",
+    "kl/k2",
+    "kl/k3",
+    "clip_ratio/region_mean",
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "grad_norm",
+    "sampling/sampling_logp_difference/mean",
+    "tokens_per_second",
+    "time/sample",
+    "time/update",
+    "learning_rate",
+)
+# From the small trained model: rewards differ within groups, so that there is something to learn.
+TRAINED = [f"model.path={START}", "grpo.init=base", *SHORT, "grpo.max_new_tokens=40"]
+WEIGHTS = {"mccs": 0.3, "label_f1": 0.7, "soft_f1": 1.0}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One uninterrupted run of everything."""
     out = tmp_path_factory.mktemp("run")
-    code, text, err = run("train_grpo.py", f"out={out}", *SHORT)
+    code, text, err = run_script("train_grpo.py", f"out={out}", *SHORT)
     assert code == 0, err
     return out, text
 
 
-def test_the_whole_loop(finished):
-    out, text = finished
-    assert (
-        "sft" in text
-        and "ce_f1_macro13" in text
-        and "soft_f1" in text
-        and text.count("ce_f1_macro14") == 1
-    )
+def adapters(run):
+    return load_file(run / "last" / "adapter" / "adapter_model.safetensors")
+
+
+def sample_groups(run):
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def test_the_whole_loop_ends_with_a_table_of_both(finished):
+    _, text = finished
+    assert "sft" in text
+    assert "ce_f1_macro13" in text
+    assert "soft_f1" in text
+    assert text.count("ce_f1_macro14") == 1
+
+
+def test_every_step_is_logged(finished):
+    out, _ = finished
     rows = metrics(out / "grpo")
     assert [r["step"] for r in rows] == [1, 2, 3]
-    for name in (
-        "reward",
-        "reward_std",
-        "frac_reward_zero_std",
-        "rewards/mccs/mean",
-        "rewards/label_f1/mean",
-        "rewards/soft_f1/mean",
-        "kl",
-        "kl/k1",
-        "kl/k2",
-        "kl/k3",
-        "clip_ratio/region_mean",
-        "entropy",
-        "completions/mean_length",
-        "completions/clipped_ratio",
-        "grad_norm",
-        "sampling/sampling_logp_difference/mean",
-        "tokens_per_second",
-        "time/sample",
-        "time/update",
-        "learning_rate",
-    ):
+    for name in LOGGED:
         assert isinstance(rows[0][name], float), name
-    assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]  # starts at the reference, then moves
+    assert abs(rows[0]["kl"]) < 1e-6
     assert rows[2]["sampling/sampling_logp_difference/max"] < 1e-4
-    groups = [
-        json.loads(line) for line in (out / "grpo" / "samples.jsonl").read_text().splitlines()
-    ]
-    assert [(g["step"], g["task"]) for g in groups] == [
-        (step, task) for step in (1, 2, 3) for task in ("report", "grounding")
-    ]
-    for g, parts in zip(groups, [{"mccs": 0.3, "label_f1": 0.7}, {"soft_f1": 1.0}] * 3):
-        assert len(g["samples"]) == 4 and abs(sum(s["advantage"] for s in g["samples"])) < 1e-5
-        assert all(
-            abs(s["reward"] - sum(parts[name] * value for name, value in s["parts"].items())) < 1e-6
-            for s in g["samples"]
-        )
-    assert difference(weights(out / "sft"), weights(out / "grpo")) > 1e-4
-    again = run("train_grpo.py", f"out={out}", *SHORT)  # nothing left to do but evaluate
-    assert again[0] == 0 and metrics(out / "grpo") == rows
+
+
+def test_grpo_trains_from_what_can_write_reports(tmp_path):
+    """Rewards differ in the groups; the policy leaves the reference; the weights move."""
+    code, _, err = run_script("train_grpo.py", f"out={tmp_path}", *TRAINED)
+    assert code == 0, err
+    run = tmp_path / "grpo"
+    rows = metrics(run)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["frac_reward_zero_std"] < 1
+    assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]
+    assert largest_difference(weights_of_start(), weights(run)) > 1e-4
+
+    # samples.jsonl: a group of each task, its reward the weighted sum of the parts.
+    groups = sample_groups(run)
+    tasks = [(g["step"], g["task"]) for g in groups]
+    assert tasks == [(step, task) for step in (1, 2, 3) for task in ("report", "grounding")]
+    for group in groups:
+        assert len(group["samples"]) == 4
+        assert abs(sum(s["advantage"] for s in group["samples"])) < 1e-5
+        for s in group["samples"]:
+            total = sum(WEIGHTS[name] * value for name, value in s["parts"].items())
+            assert s["reward"] == pytest.approx(total, abs=1e-6)
+
+
+def weights_of_start():
+    state = load_file(START / "model.safetensors")
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def test_a_finished_run_only_evaluates_again(finished):
+    out, _ = finished
+    rows = metrics(out / "grpo")
+    code, _, err = run_script("train_grpo.py", f"out={out}", *SHORT)
+    assert code == 0, err
+    assert metrics(out / "grpo") == rows
 
 
 def test_a_signal_on_the_way_out_changes_nothing(finished):
-    """Asked once more when everything is there: told off in the middle of its end, a run has still ended well."""
+    """When everything is there, a run that is asked to stop has ended well."""
     out, _ = finished
-    process = start("train_grpo.py", f"out={out}", *SHORT)
+    process = start_script("train_grpo.py", f"out={out}", *SHORT)
     while "report.html" not in (line := process.stdout.readline()):
         assert line or process.poll() is None
-    for _ in range(200):
+    while process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.005)
     assert process.wait(60) == 0
 
 
-def test_several_updates_batch_norm_and_parts(finished, tmp_path):
-    out, _ = finished
-    code, _, err = run(
+def test_several_updates_batch_norm_and_parts(tmp_path):
+    """Ratios leave 1 within a rollout, and what is sampled is still what is scored first."""
+    code, _, err = run_script(
         "train_grpo.py",
         f"out={tmp_path}",
-        f"grpo.init={out}/sft/best",
-        *SHORT,
+        *TRAINED,
         "grpo.epochs=2",
         "grpo.mini_batch=2",
         "grpo.adv_norm=batch",
@@ -163,74 +150,60 @@ def test_several_updates_batch_norm_and_parts(finished, tmp_path):
         "grpo.drop_degenerate=true",
         "grpo.kl_coef=0",
         "grpo.steps=1",
+        "grpo.lr=3e-3",
     )
     assert code == 0, err
     (row,) = metrics(tmp_path / "grpo")
-    assert "kl" not in row and abs(row["ratio"] - 1) > 1e-6
+    assert "kl" not in row
+    assert row["frac_reward_zero_std"] < 1
+    assert row["grad_norm"] > 0
+    assert 1e-6 < abs(row["ratio"] - 1) < 1
+    assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    assert largest_difference(weights_of_start(), weights(tmp_path / "grpo")) > 1e-4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_interrupted_anywhere_continues_bit_for_bit(finished, tmp_path, number):
-    """Stopped three times at different moments: the final weights are those of the run that was never stopped."""
+    """Stopped in SFT, late in SFT and in GRPO: the weights are those of the whole run."""
     out, _ = finished
-    for seconds_after_start in (2, 3, 5):
-        process = start("train_grpo.py", f"out={tmp_path}", *SHORT)
-        while not process.stdout.readline().startswith(
-            "log:"
-        ):  # the configuration: signals are handled from here
+    for stage, lines in (("sft", 1), ("sft", 3), ("grpo", 1)):
+        process = start_script("train_grpo.py", f"out={tmp_path}", *SHORT)
+        # The end of the configuration: from here on, signals are caught.
+        while not process.stdout.readline().startswith("log:"):
             assert process.poll() is None
-        time.sleep(seconds_after_start)
+        wait_for_lines(tmp_path / stage / "metrics.jsonl", lines, process)
         process.send_signal(number)
-        text, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=120)
         if number != signal.SIGKILL:
-            assert process.returncode == 0 and "Traceback" not in err, err
-        assert all(
-            (p / "training_state.pt").exists()
-            for s in ("sft", "grpo")
-            for p in (tmp_path / s).glob("step_??????")
-        )
-    code, _, err = run("train_grpo.py", f"out={tmp_path}", *SHORT)
+            assert process.returncode == 0, err
+            assert "Traceback" not in err
+        for s in ("sft", "grpo"):
+            for step in (tmp_path / s).glob("step_??????"):
+                assert (step / "training_state.pt").exists()
+    code, _, err = run_script("train_grpo.py", f"out={tmp_path}", *SHORT)
     assert code == 0, err
-    assert difference(weights(out / "grpo"), weights(tmp_path / "grpo")) == 0
-    assert [r["step"] for r in metrics(tmp_path / "grpo")] == [1, 2, 3]
-    assert [r["reward"] for r in metrics(tmp_path / "grpo")] == [
-        r["reward"] for r in metrics(out / "grpo")
-    ]
+    assert largest_difference(weights(out / "sft"), weights(tmp_path / "sft")) == 0
+    assert largest_difference(weights(out / "grpo"), weights(tmp_path / "grpo")) == 0
+    rewards = [row["reward"] for row in metrics(out / "grpo")]
+    assert [row["reward"] for row in metrics(tmp_path / "grpo")] == rewards
 
 
-def test_two_processes_equal_one(tmp_path):
-    """The same samples, losses and weights, whatever the number of processes (up to rounding, which Muon's iterations in
-    bfloat16 would magnify), replicated or sharded."""
-    for name, processes in (("one", 1), ("replicate", 2), ("shard", 2)):
-        code, text, err = run(
-            "train_grpo.py",
-            f"out={tmp_path / name}",
-            *SHORT,
-            "sft.optimizer=adamw",
-            f"model.parallel={name.replace('one', 'shard')}",
-            processes=processes,
+def test_every_process_gives_its_samples(tmp_path):
+    """samples.jsonl has a group of each task of the step, the same with one and two processes."""
+    groups = []
+    for name, processes in (("one", 0), ("two", 2)):
+        out = tmp_path / name
+        code, _, err = run_script(
+            "train_grpo.py", f"out={out}", *TRAINED, "grpo.steps=2", processes=processes
         )
         assert code == 0, err
-        assert "ce_f1_macro13" in text
-        for a, b in zip(
-            metrics(tmp_path / "one" / "grpo"), metrics(tmp_path / name / "grpo"), strict=True
-        ):
-            for key in (
-                "reward",
-                "loss",
-                "grad_norm",
-                "entropy",
-                "completions/mean_length",
-                "kl/k3",
-            ):
-                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
-        assert (
-            difference(weights(tmp_path / "one" / "sft"), weights(tmp_path / name / "sft")) < 1e-4
-        )
+        groups.append([(g["step"], g["task"], g["id"]) for g in sample_groups(out / "grpo")])
+    assert [task for _, task, _ in groups[0]] == ["report", "grounding"] * 2
+    assert groups[0] == groups[1]
 
 
 def test_thinking_from_cold_start(tmp_path):
-    code, text, err = run(
+    code, _, err = run_script(
         "train_grpo.py",
         f"out={tmp_path}",
         *SHORT,
@@ -239,43 +212,37 @@ def test_thinking_from_cold_start(tmp_path):
         "grpo.steps=1",
     )
     assert code == 0, err
-    assert (tmp_path / "cold_start" / "best").exists() and "rewards/format/mean" in metrics(
-        tmp_path / "grpo"
-    )[0]
+    assert (tmp_path / "cold_start" / "best").exists()
+    assert "rewards/format/mean" in metrics(tmp_path / "grpo")[0]
 
 
-def test_adapters_continue_bit_for_bit(finished, tmp_path):
-    out, _ = finished
-    lora = [f"grpo.init={out}/sft/best", "grpo.lora_rank=4", "grpo.lr=1e-2", "eval.limit=2"]
+def test_adapters_continue_bit_for_bit(tmp_path):
+    lora = [*TRAINED, "grpo.lora_rank=4", "grpo.lr=1e-2", "eval.limit=2"]
     for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
-        code, text, err = run(
-            "train_grpo.py", f"out={tmp_path / name}", *SHORT, *lora, f"grpo.steps={steps}"
+        code, _, err = run_script(
+            "train_grpo.py", f"out={tmp_path / name}", *lora, f"grpo.steps={steps}"
         )
         assert code == 0, err
     whole, parts = (tmp_path / name / "grpo" for name in ("whole", "parts"))
-    assert difference(weights(whole), weights(parts)) == 0
-    assert (
-        difference(
-            *(
-                load_file(f / "last" / "adapter" / "adapter_model.safetensors")
-                for f in (whole, parts)
-            )
-        )
-        == 0
-    )
+    assert largest_difference(weights(whole), weights(parts)) == 0
+    assert largest_difference(adapters(whole), adapters(parts)) == 0
+
+    # The reference is the start, and nothing moves but what has adapters.
     rows = metrics(whole)
-    assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]  # the reference is the start
-    moved = {n for n, w in weights(whole).items() if not torch.equal(w, weights(out / "sft")[n])}
-    assert moved and all(n.endswith("_proj.weight") for n in moved)  # nothing but what has adapters
+    assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl/k3"]
+    before, after = weights_of_start(), weights(whole)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved
+    assert all(name.endswith("_proj.weight") for name in moved)
 
 
 def test_more_of_the_same(finished, tmp_path):
     out, _ = finished
-    code, _, err = run(
-        "train_sft.py", f"out={tmp_path}", f"sft.init={out}/sft/best", *SHORT, "sft.stage=more"
-    )
-    assert code == 0 and (tmp_path / "more" / "best").exists(), err
-    code, text, err = run(
+    start = f"sft.init={out}/sft/best"
+    code, _, err = run_script("train_sft.py", f"out={tmp_path}", start, *SHORT, "sft.stage=more")
+    assert code == 0, err
+    assert (tmp_path / "more" / "best").exists()
+    code, text, err = run_script(
         "eval.py",
         f"out={tmp_path}",
         *SHORT,
@@ -283,59 +250,48 @@ def test_more_of_the_same(finished, tmp_path):
         str(out / "sft"),
         str(tmp_path / "more"),
     )
-    assert code == 0 and "more" in text, err
+    assert code == 0, err
+    assert "more" in text
 
 
 def test_iu_xray(tmp_path):
-    args = [
-        f"data.path={r2gen(tmp_path / 'iu')}",
-        f"out={tmp_path / 'out'}",
-        *SHORT,
-        "model.max_pixels=9216",
-    ]
-    code, _, err = run("train_sft.py", *args, config="configs/iu_xray.yaml")
+    args = [f"data.path={r2gen(tmp_path / 'iu')}", f"out={tmp_path / 'out'}", *SHORT]
+    code, _, err = run_script("train_sft.py", *args, config="configs/iu_xray.yaml")
     assert code == 0, err
-    code, text, err = run("train_grpo.py", *args, config="configs/iu_xray.yaml", processes=1)
-    assert code == 0 and "ce_f1_macro13" in text, err
+    code, text, err = run_script("train_grpo.py", *args, config="configs/iu_xray.yaml", processes=1)
+    assert code == 0, err
+    assert "ce_f1_macro13" in text
 
 
-def one_line(err, message):
-    lines = [line for line in err.splitlines() if line.strip()]
-    return len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+# ------------------------------------------------------------------------------- errors
 
 
 def test_a_user_error_is_one_line_and_exit_status_1(tmp_path):
-    code, _, err = run("train_grpo.py", f"out={tmp_path}", *SHORT, "grpo.kl_coeff=1")
-    assert code == 1 and one_line(err, "grpo.kl_coef"), err
+    code, _, err = run_script("train_grpo.py", f"out={tmp_path}", *SHORT, "grpo.kl_coeff=1")
+    assert code == 1
+    assert is_one_error_line(err, "grpo.kl_coef"), err
 
 
 def test_a_reward_that_fails_while_training_is_one_line(tmp_path):
-    (tmp_path / "own.py").write_text(
-        "import json\ndef parsed(completions, **columns):\n    return [json.loads(text) for text in completions]\n"
-    )
-    code, _, err = run(
-        "train_grpo.py",
-        f"out={tmp_path}",
-        *SHORT,
-        "grpo.init=base",
-        f"rewards.report={{{tmp_path}/own.py:parsed: 1}}",
-    )
+    code = "import json\ndef parsed(completions, **columns):\n"
+    code += "    return [json.loads(text) for text in completions]\n"
+    (tmp_path / "own.py").write_text(code)
+    report = f"rewards.report={{{tmp_path}/own.py:parsed: 1}}"
+    code, _, err = run_script("train_grpo.py", f"out={tmp_path}", *SHORT, "grpo.init=base", report)
+    assert code == 1
     last = err.strip().splitlines()[-1]
-    assert (
-        code == 1
-        and last.startswith("error: reward ")
-        and "own.py:parsed, line 3: JSONDecodeError" in last
-        and "Traceback" not in err
-    ), err
+    assert last.startswith("error: reward ")
+    assert "own.py:parsed, line 3: JSONDecodeError" in last
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
-    "script, override, message",
+    ("script", "override", "message"),
     [
         (train_sft, "data.source=iu_xray", "data.path"),
         (train_grpo, "rewards.report.mcs=1", "'mccs'"),
         (train_grpo, "grpo.init=/absent", "/absent"),
-        (train_grpo, "rewards.labeler=chexbert", "rewards.chexbert"),
+        (train_grpo, "rewards.chexbert=/absent.pth", "rewards.chexbert"),
         (evaluation, "--checkpoint=/absent", "/absent"),
         (train_grpo, "grpo.normalize_parts=true", "grpo.adv_norm=group or batch"),
         (train_sft, "sft.stage=cold_start", "data.thinking"),
@@ -343,17 +299,14 @@ def test_a_reward_that_fails_while_training_is_one_line(tmp_path):
     ],
 )
 def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, script, override, message):
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [script.__name__, str(ROOT / "config.yaml"), f"out={tmp_path}", *SHORT, override],
-    )
+    args = [str(ROOT / "config.yaml"), f"out={tmp_path}", *SHORT, override]
+    monkeypatch.setattr(sys, "argv", [script.__name__, *args])
+    # The scripts catch signals for themselves.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
-        data.run_main(script.main, rewards.RewardError)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-        signal.signal(number, handler)
-    assert end.value.code == 1 and one_line(capsys.readouterr().err, message)
+        run_main(script.main)
+    assert end.value.code == 1
+    assert is_one_error_line(capsys.readouterr().err, message)
 
 
 def test_a_bad_image_stops_or_is_skipped(tmp_path):
@@ -361,7 +314,12 @@ def test_a_bad_image_stops_or_is_skipped(tmp_path):
     path = root / "images" / "CXR0" / "0.png"
     path.write_bytes(path.read_bytes()[:60])
     args = [f"data.path={root}", f"out={tmp_path / 'out'}", *SHORT, "sft.steps=1"]
-    code, _, err = run("train_sft.py", *args, "data.on_error=stop", config="configs/iu_xray.yaml")
-    assert code == 1 and "CXR0/0.png" in err and "Traceback" not in err
-    code, _, err = run("train_sft.py", *args, "data.on_error=skip", config="configs/iu_xray.yaml")
-    assert code == 0 and "CXR0/0.png" in err and "skipped" in err
+    iu = {"config": "configs/iu_xray.yaml"}
+    code, _, err = run_script("train_sft.py", *args, "data.on_error=stop", **iu)
+    assert code == 1
+    assert "CXR0/0.png" in err
+    assert "Traceback" not in err
+    code, _, err = run_script("train_sft.py", *args, "data.on_error=skip", **iu)
+    assert code == 0
+    assert "CXR0/0.png" in err
+    assert "skipped" in err
