@@ -233,7 +233,7 @@ def cider_scores(candidates: list[str], references: list[str]) -> Array:
             norm = math.hypot(*a.values()) * math.hypot(*b.values())
             if norm > 0:
                 # Clipped: to repeat an n-gram earns nothing.
-                shared = sum(min(a[gram], b[gram]) * b[gram] for gram in a.keys() & b.keys())
+                shared = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
                 scores[i] += shared / norm
     gaps = np.array([len(a) - len(b) for a, b in pairs])
     return 10 / 4 * scores * np.exp(-(gaps**2) / (2 * 6**2))
