@@ -155,12 +155,12 @@ def average(values, weights: Array) -> Array:
     return weights[:, real] @ values[real] / weights[:, real].sum(1)
 
 
-def mean_of_real(values: Array, axis: int) -> Array:
+def mean_of_real(values, axis):
     """The mean along an axis without the NaN among them."""
     return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
 
 
-def precision_recall_f1(tp: Array, fp: Array, fn: Array):
+def precision_recall_f1(tp, fp, fn):
     """Of true positives, false positives and false negatives, arrays of any shape.
 
     NaN where the reference has no positive, precision 0 where the prediction has none.
@@ -210,7 +210,7 @@ def bleu_scores(candidates: list[str], references: list[str], weights: Array) ->
     return np.exp(brevity[:, None] + log_means).T
 
 
-def tf_idf(grams: Counter, documents: Counter, n_documents: int) -> dict:
+def tf_idf(grams, documents, n_documents):
     """Weigh each n-gram by how few of the documents have it."""
     return {
         gram: count * math.log(n_documents / max(documents[gram], 1))
@@ -240,12 +240,13 @@ def cider_scores(candidates: list[str], references: list[str]) -> Array:
 
 
 def overlap_metrics(answers: list[str], references: list[str], weights: Array) -> dict:
-    bleu = bleu_scores(answers, references, weights)
-    metrics = {f"bleu{n}": values for n, values in enumerate(bleu, 1)}
-    metrics["cider"] = average(cider_scores(answers, references), weights)
-    for score in (rouge_l, gleu):
-        metrics[score.__name__] = average([*map(score, answers, references)], weights)
-    return metrics
+    bleu = enumerate(bleu_scores(answers, references, weights), 1)
+    return {
+        **{f"bleu{n}": values for n, values in bleu},
+        "cider": average(cider_scores(answers, references), weights),
+        "rouge_l": average([*map(rouge_l, answers, references)], weights),
+        "gleu": average([*map(gleu, answers, references)], weights),
+    }
 
 
 def diversity_metrics(texts: list[str], normal: Array, training: set[str], weights: Array):
@@ -362,14 +363,15 @@ def grounding_metrics(predictions: Predictions, weights: Array):
     """Metrics of the grounding questions, and those of each class that is asked for."""
     scores = np.array([soft_f1_of(p) for p in predictions])
     nonempty = np.array([bool(p["boxes"]) for p in predictions])
+    classes = np.array([class_of(p) for p in predictions])
     per_class, precisions = {}, []
-    for name in sorted(set(map(class_of, predictions))):
-        rows = [i for i, p in enumerate(predictions) if class_of(p) == name]
-        per_class[f"soft_f1 {name}"] = average(scores[rows], weights[:, rows])
-        if nonempty[rows].any():
-            precision = average_precision([predictions[i] for i in rows], weights[:, rows])
-            per_class[f"ap50 {name}"] = precision
-            precisions.append(precision)
+    for name in np.unique(classes).tolist():
+        own = classes == name
+        per_class[f"soft_f1 {name}"] = average(scores[own], weights[:, own])
+        if nonempty[own].any():
+            asked = list(itertools.compress(predictions, own))
+            precisions.append(average_precision(asked, weights[:, own]))
+            per_class[f"ap50 {name}"] = precisions[-1]
 
     metrics = {
         "soft_f1": average(scores, weights),
@@ -432,12 +434,14 @@ def measure(predictions: Predictions, weights: Array, read_labels, training=()):
     return blocks
 
 
-def interval(values: Array) -> list[float]:
-    """[low, high], 95 %, of resamples (n,). NaN without any."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return [math.nan, math.nan]
-    return np.percentile(values, [2.5, 97.5]).tolist()
+def with_interval(values: Array) -> list[float]:
+    """[value, low, high] of a metric and its resamples (1 + n,): 95 %, NaN without any."""
+    resamples = values[1:]
+    resamples = resamples[~np.isnan(resamples)]
+    low_high = [math.nan, math.nan]
+    if len(resamples):
+        low_high = np.percentile(resamples, [2.5, 97.5]).tolist()
+    return [float(values[0]), *low_high]
 
 
 def ids_of(predictions: Predictions) -> list[str]:
@@ -469,11 +473,11 @@ def summarise(predictions: dict[str, Predictions], cfg: Config, training=()) -> 
             results[block][metric] = {}
             for name, blocks in measured.items():
                 values = blocks[block].get(metric, unknown)
-                change = values - baseline
+                value, *low_high = with_interval(values)
                 results[block][metric][name] = {
-                    "value": float(values[0]),
-                    "interval": interval(values[1:]),
-                    "difference": [float(change[0]), *interval(change[1:])],
+                    "value": value,
+                    "interval": low_high,
+                    "difference": with_interval(values - baseline),
                 }
     return results
 
@@ -615,29 +619,24 @@ def main() -> None:
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     config = load_config(args.config, args.overrides + overrides)
     folders = [word for word in args.checkpoint if word not in overrides]
-
     files = {}
     for path in args.predictions:
-        if path in overrides:
-            continue
-        if not (path.endswith(".jsonl") and os.path.isfile(path)):
-            raise InputError(f"--predictions {path}: expected a file NAME.jsonl")
-        files[path.removesuffix(".jsonl")] = path
+        if path not in overrides:
+            files[path.removesuffix(".jsonl")] = path
+    for name in files:
+        if name in folders:
+            raise InputError(
+                f"--checkpoint {name} and --predictions {files[name]} would be one column: rename "
+                f"the file"
+            )
     names = column_names([*folders, *files])
     if not names:
         raise InputError("expected a folder after --checkpoint, or a file after --predictions")
-    for path in set(folders) & set(files):
-        raise InputError(
-            f"--checkpoint {path} and --predictions {path}.jsonl would be one column: rename the "
-            f"file"
-        )
 
     init_processes()
-    evaluate_checkpoints(
-        config,
-        {name: path for name, path in names.items() if path in folders},
-        {name: files[path] for name, path in names.items() if path in files},
-    )
+    checkpoints = {name: path for name, path in names.items() if path in folders}
+    predictions = {name: files[path] for name, path in names.items() if path in files}
+    evaluate_checkpoints(config, checkpoints, predictions)
 
 
 if __name__ == "__main__":

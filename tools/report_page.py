@@ -127,7 +127,7 @@ for (const button of buttons) button.onclick = () => {
 # ------------------------------------------------------------------------------- tables
 
 
-def table_cell(value: float, low: float, high: float, sign: str = "") -> str:
+def table_cell(value, low, high, sign="") -> str:
     """A difference (with a sign) is bold if its interval leaves out 0."""
     shown, _, bounds = cell(value, low, high, sign).partition(" ")
     if sign and (low > 0 or high < 0):
@@ -253,7 +253,7 @@ def thumbnail(example: Example) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def box_svg(boxes: list, colour: str, dashes: str = "none") -> str:
+def box_svg(boxes, colour, dashes="none") -> str:
     svg = ""
     for x1, y1, x2, y2 in boxes:
         svg += (
@@ -277,7 +277,7 @@ def underlined(text: str) -> str:
     return "".join(parts)
 
 
-def column(title: str, text: str, prediction: dict, chips: str, colour: str = "inherit") -> str:
+def column(title, text, prediction, chips, colour="inherit") -> str:
     """What a model answered: `text` and `chips` are HTML."""
     thinking = ""
     if prediction["thinking"]:
@@ -328,7 +328,7 @@ def grounding_case(example: Example, predictions: dict):
     return outcome, f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{svg}</svg>', html
 
 
-def buttons_html(kind: str, values: list[str]) -> str:
+def buttons_html(kind, values) -> str:
     html = f'<button data-kind={kind} data-value="" aria-pressed=true>every {kind}</button>'
     for value in values:
         html += f'<button data-kind={kind} data-value="{value}" aria-pressed=false>{value}</button>'

@@ -54,14 +54,14 @@ class Run:
     commands: list[list[str]]
 
 
-def find_row(grid: dict, name: str) -> dict:
+def find_row(grid, name) -> dict:
     """A row with its defaults."""
     if name not in grid["rows"]:
         raise InputError(f"grid: no row {name!r}; the rows are {', '.join(grid['rows'])}")
     return {"stage": "grpo", "start": grid["start"], "set": [], **(grid["rows"][name] or {})}
 
 
-def folder_of(grid: dict, name: str, seed: int) -> Path:
+def folder_of(grid, name, seed) -> Path:
     return Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
 
 
@@ -86,14 +86,13 @@ def grid_run(grid: dict, name: str, seed: int) -> Run:
     return Run(stage, folder, start, [train, [*evaluate, before, result]])
 
 
-def needed_runs(grid: dict) -> dict:
+def needed_runs(grid):
     """{(row, seed): run} of all claims, with the rows that they start from."""
     runs = {}
     for claim in grid["claims"]:
         for seed in claim["seeds"]:
-            for row in claim["rows"]:
-                name = row
-                while name is not None and (name, seed) not in runs:
+            for name in claim["rows"]:
+                while name and (name, seed) not in runs:
                     run = grid_run(grid, name, seed)
                     runs[name, seed] = run
                     name = run.start
@@ -119,7 +118,7 @@ def reproduce(path: str) -> None:
         bar.update()
 
 
-def run_next(left: dict, path: str) -> tuple | None:
+def run_next(left, path):
     """Run one of those that are left. Its key, or None if none can be run now."""
     for (name, seed), run in left.items():
         waits = (run.start, seed) in left
@@ -202,7 +201,7 @@ def spread(results: list[dict], metric: str, gain=False) -> str:
     return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]"
 
 
-def table_row(grid: dict, name: str, seeds: list[int]) -> list[str]:
+def table_row(grid, name, seeds) -> list[str]:
     results = []
     for seed in seeds:
         folder = folder_of(grid, name, seed)
@@ -213,7 +212,7 @@ def table_row(grid: dict, name: str, seeds: list[int]) -> list[str]:
     return [name, str(len(results)), *values, *gains]
 
 
-def claim_table(grid: dict, claim: dict) -> str:
+def claim_table(grid, claim) -> str:
     head = ["", "seeds", *SHOWN, *(f"{metric} - start" for metric in GAINS)]
     rows = [table_row(grid, name, claim["seeds"]) for name in claim["rows"]]
 
