@@ -596,7 +596,7 @@ def test_bad_predictions_of_another_program(line, message, tmp_path):
 
 
 def test_a_file_that_is_not_there_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="absent.jsonl: cannot read"):
+    with pytest.raises(InputError, match=r"absent\.jsonl: cannot read"):
         evaluation.read_predictions(tmp_path / "absent.jsonl", examples(3))
 
 

@@ -139,7 +139,7 @@ def html_table(metrics: dict) -> str:
     """A block of what eval.summarise returns: values, then differences to the first model."""
     first, *others = next(iter(metrics.values()))
     heads = ["", first, *others, *(f"{name} minus {first}" for name in others)]
-    html = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    html = "<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads)
     for metric, models in metrics.items():
         html += f"<tr><th>{escape(metric)}</th>"
         for entry in models.values():
