@@ -255,7 +255,7 @@ def labeler(cfg: RewardsConfig) -> Callable[[list[str]], np.ndarray]:
 
 
 def label_reward(score: Callable, batch: Batch, cfg: RewardsConfig) -> np.ndarray:
-    """score(states of the answers, states of the references, cfg), 0 without a word."""
+    """score(labels of the answers, labels of the references), 0 for an answer without a word."""
     label = labeler(cfg)
     generated, reference = label(batch.answers), label([e.answer for e in batch.examples])
     # CheXbert may read labels in an empty text.

@@ -103,14 +103,16 @@ def load_state(path: str) -> dict[str, Tensor]:
 def build_network(state: dict[str, Tensor]) -> nn.ModuleDict:
     """BERT and the heads, of the sizes that the weights have. KeyError: a weight is missing."""
     words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
-    layers = [name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")]
+    positions = state["bert.embeddings.position_embeddings.weight"]
+    inner = state["bert.encoder.layer.0.intermediate.dense.bias"]
+    layers = [int(name.split(".")[3]) for name in state if name.startswith("bert.encoder.layer.")]
     config = BertConfig(
         vocab_size=words,
         hidden_size=hidden,
         num_attention_heads=max(hidden // 64, 1),
-        num_hidden_layers=1 + max(map(int, layers)),
-        intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
-        max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]),
+        num_hidden_layers=1 + max(layers),
+        intermediate_size=len(inner),
+        max_position_embeddings=len(positions),
     )
     heads = nn.ModuleList(nn.Linear(hidden, classes) for classes in HEAD_SIZES)
     network = nn.ModuleDict(

@@ -41,7 +41,7 @@ def labels(texts):
 
 def read_table(text):
     """{policy: {column: cell}}."""
-    head, _, *rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines()]
+    head, _, *rows = [re.split(r" +\| +", line.strip()) for line in text.splitlines()]
     assert all(len(row) == len(head) for row in rows)
     return {policy: dict(zip(head[1:], cells)) for policy, *cells in rows}
 

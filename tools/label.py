@@ -8,7 +8,8 @@ import csv
 import io
 from pathlib import Path
 
-from rewards import BLANK, LABELS, NEGATIVE, POSITIVE, UNCERTAIN, extract_labels, find_mentions
+from data import LABELS
+from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN, extract_labels, find_mentions
 from runtime.config import InputError
 from runtime.output import write_atomically
 from runtime.processes import run_main
