@@ -103,16 +103,17 @@ def load_state(path: str) -> dict[str, Tensor]:
 def build_network(state: dict[str, Tensor]) -> nn.ModuleDict:
     """BERT and the heads, of the sizes that the weights have. KeyError: a weight is missing."""
     words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
-    positions = state["bert.embeddings.position_embeddings.weight"]
-    inner = state["bert.encoder.layer.0.intermediate.dense.bias"]
-    layers = [int(name.split(".")[3]) for name in state if name.startswith("bert.encoder.layer.")]
+    positions = len(state["bert.embeddings.position_embeddings.weight"])
+    inner = len(state["bert.encoder.layer.0.intermediate.dense.bias"])
+    numbers = [int(name.split(".")[3]) for name in state if name.startswith("bert.encoder.layer.")]
+    layers = 1 + max(numbers)
     config = BertConfig(
         vocab_size=words,
         hidden_size=hidden,
         num_attention_heads=max(hidden // 64, 1),
-        num_hidden_layers=1 + max(layers),
-        intermediate_size=len(inner),
-        max_position_embeddings=len(positions),
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        max_position_embeddings=positions,
     )
     heads = nn.ModuleList(nn.Linear(hidden, classes) for classes in HEAD_SIZES)
     network = nn.ModuleDict(
