@@ -712,5 +712,3 @@ if __name__ == "__main__":
             "labels": "tools.label reports.csv -o labels.csv",
         },
     )
-
-evidence = find_mentions  # merged later

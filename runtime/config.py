@@ -87,7 +87,7 @@ class Source:
     views: Literal["", "all", "frontal"] = ""
     # How often its studies come up in an epoch of training.
     weight: float = bounded(1.0, above=0)
-    # Use only the first studies of each split (jsonl, llava: examples). 0: all.
+    # Use only the first studies of each split. 0: all.
     limit: int = bounded(0)
 
     def image_root(self) -> Path:

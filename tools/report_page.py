@@ -18,7 +18,7 @@ from PIL import Image
 
 from data import LABELS, Example, open_images, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
-from rewards import POSITIVE, UNCERTAIN, evidence, labeler
+from rewards import POSITIVE, UNCERTAIN, find_mentions, labeler
 from runtime.config import Config, InputError
 
 CASES = 60  # half of them reports, half grounding
@@ -265,7 +265,7 @@ def box_svg(boxes, colour, dashes="none") -> str:
 
 def underlined(text: str) -> str:
     """The text as HTML. The phrases that the built-in rules read labels from are underlined."""
-    phrases = {phrase for _, _, phrase, *_ in evidence(text) if phrase.strip()}
+    phrases = {phrase for _, _, phrase, *_ in find_mentions(text) if phrase.strip()}
     if not phrases:
         return escape(text)
     # Longer phrases first. The rules have read the text with other blanks and hyphens.
