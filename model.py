@@ -70,7 +70,7 @@ import data
 from data import Example
 from runtime.checkpoint import last_step, write_checkpoint
 from runtime.config import Config, InputError
-from runtime.output import print0, world_size
+from runtime.output import moved, print0, world_size
 from runtime.processes import (
     gather_objects,
     shard_state,
@@ -175,14 +175,14 @@ def part_of(name: str) -> str | None:
     return "vision" if name.startswith(TOWERS) else None
 
 
-def in_fsdp_forward(method: Callable) -> Callable:
+def in_fsdp_forward(method):
     """A method of Policy that runs inside the forward of its model.
 
     FSDP2 gathers the root's weights only there, see runtime.processes.shard_weights.
     """
 
     @functools.wraps(method)
-    def wrapped(self: "Policy", *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self, *args, **kwargs):
         if not self.sharded:
             return method(self, *args, **kwargs)
         return self.model.run_in_forward(lambda: method(self, *args, **kwargs))
@@ -193,7 +193,7 @@ def in_fsdp_forward(method: Callable) -> Callable:
 class Policy:
     """A Hugging Face vision-language model with its processor."""
 
-    def __init__(self, model: nn.Module, processor: Any, config: Config, path: str = "") -> None:
+    def __init__(self, model: nn.Module, processor: Any, config: Config, path: str = ""):
         self.config, self.path = config, path
         self.start = ""  # the checkpoint that training began at
         self.model = model.float().eval().requires_grad_(True)
@@ -236,7 +236,7 @@ class Policy:
         self.model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
         return True
 
-    def enable_checkpointing(self) -> None:
+    def enable_checkpointing(self):
         """Gradient checkpointing, which is active in train mode only, but without any dropout:
         old and new log-probs have to agree."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -648,7 +648,7 @@ class Policy:
 
     # -- sharding
 
-    def shard(self) -> None:
+    def shard(self):
         """Spread the weights over the processes, see runtime.processes.shard_weights."""
         half = torch.bfloat16 if self.config.model.precision == "bfloat16" else None
         modules = self.model.modules()
@@ -671,7 +671,7 @@ class Policy:
         for _ in range(most - len(batches)):
             self.dummy_step()
 
-    def dummy_step(self) -> None:
+    def dummy_step(self):
         """Forward and backward without effect."""
         row = self.stop_ids[:1].expand(2)
         logp, _, _ = self.logprobs([self.dummy_prompt], [[row]])
@@ -679,7 +679,7 @@ class Policy:
 
     # -- what is trained
 
-    def freeze(self, parts: Sequence[str]) -> None:
+    def freeze(self, parts: Sequence[str]):
         """Do not train these parts: "vision", "projector". Raises InputError for a missing one."""
         named = [(part_of(name), p) for name, p in self.model.named_parameters()]
         missing = set(parts) - {part for part, _ in named}
@@ -695,7 +695,7 @@ class Policy:
         seeing = [p for part, p in named if part and p.requires_grad]
         self.vision_frozen = bool(towers) and not seeing
 
-    def add_lora(self, lora_rank: int, frozen: Sequence[str] = ()) -> None:
+    def add_lora(self, lora_rank: int, frozen: Sequence[str] = ()):
         """Freeze the model and give its layers model.lora_targets adapters, except in `frozen`
         parts. A is random, B is zero: nothing changes yet."""
         targets = self.config.model.lora_targets
@@ -739,7 +739,7 @@ class Policy:
         }
 
     @torch.no_grad()
-    def load_adapters(self, folder: Path) -> None:
+    def load_adapters(self, folder: Path):
         saved = load_file(folder / "adapter_model.safetensors")
         for name, parameter in self.adapters().items():
             parameter.copy_(saved[name])
@@ -768,7 +768,7 @@ class Policy:
         adapters = {name: whole_tensor(p.detach()) for name, p in self.adapters().items()}
         return state, adapters
 
-    def save(self, folder: Path, weights: tuple[dict, dict] | None = None) -> None:
+    def save(self, folder: Path, weights: tuple[dict, dict] | None = None):
         """Write model, tokenizer and image processor in Hugging Face format.
 
         Adapters are merged, and once more in the folder `adapter`, in PEFT's format. weights: from
@@ -790,7 +790,7 @@ class Policy:
             sizes = {name: getattr(images, name) for name in names if hasattr(images, name)}
             Path(folder, "video_preprocessor_config.json").write_text(json.dumps(sizes))
 
-    def save_adapters(self, folder: Path, adapters: dict[str, Tensor]) -> None:
+    def save_adapters(self, folder, adapters):
         folder.mkdir()
         save_file(adapters, folder / "adapter_model.safetensors")
         lora_rank = len(next(iter(self.adapted.values())).lora_A)
@@ -809,16 +809,14 @@ class Policy:
 class PlainDecoder:
     """Decoding by the model's own forward and cache, with a copy of the prompt for every row."""
 
-    def __init__(
-        self, base: nn.Module, cache: Any, mask: Tensor, start: Tensor, group_size: int
-    ) -> None:
+    def __init__(self, base: nn.Module, cache: Any, mask: Tensor, start: Tensor, group_size: int):
         """The cache of B prompts, their mask (B, P), and the position that follows each, (B,)."""
         cache.batch_repeat_interleave(group_size)
         self.base, self.cache, self.length = base, cache, 0
         self.mask = mask.repeat_interleave(group_size, 0)
         self.start = start.repeat_interleave(group_size)
 
-    def keep_rows(self, live: Tensor) -> None:
+    def keep_rows(self, live: Tensor):
         """Drop all rows but `live` (R,)."""
         self.cache.batch_select_indices(live.nonzero().squeeze(-1))
         self.mask, self.start = self.mask[live], self.start[live]
@@ -845,13 +843,13 @@ class LoRALinear(nn.Linear):
 
     scale, on = 2.0, True
 
-    def add_adapter(self, lora_rank: int, generator: torch.Generator) -> None:
+    def add_adapter(self, lora_rank: int, generator: torch.Generator):
         a = torch.rand(lora_rank, self.in_features, generator=generator)
         a = a.mul_(2).sub_(1) / self.in_features**0.5
         self.lora_A = nn.Parameter(a.to(self.weight.device))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, lora_rank))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = super().forward(x)
         if not self.on:
             return y
@@ -934,13 +932,7 @@ class FusedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def tiles(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        banned: Tensor | None,
-    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    def tiles(hidden, weight, bias, temperature, banned):
         """First id, last id + 1, the tile's weights (v, H) and logits (N, v), in one buffer."""
         size = min(len(weight), max(256, TILE_SIZE // max(hidden.shape)))
         buffer = torch.empty(len(hidden) * size, device=hidden.device)
@@ -954,15 +946,7 @@ class FusedLogProbs(torch.autograd.Function):
             yield i, i + len(w), w, head_logits(hidden, w, b, temperature, bans, out)
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        banned: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, hidden, weight, bias, targets, temperature, banned):
         peak = torch.full(targets.shape, BANNED_LOGIT, device=hidden.device)  # m, (N,)
         total = torch.zeros_like(peak)  # s
         weighted = torch.zeros_like(peak)  # sum exp(z - m) (z - m)
@@ -986,7 +970,7 @@ class FusedLogProbs(torch.autograd.Function):
         return chosen - lse, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad, _):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         temperature, banned = ctx.options
         h = hidden.float()
@@ -1033,7 +1017,7 @@ def fused_logprobs(
 # ------------------------------------------------------------------------------- loading
 
 
-def image_only(family: type) -> type:
+def image_only(family):
     """The processor class `family` without its video half, which cannot be built without
     torchvision."""
 
@@ -1091,14 +1075,14 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
     return Policy(model, processor, config, path)
 
 
-def load_weights(path: str, weights: bool) -> nn.Module:
+def load_weights(path, weights):
     if weights:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
 
 
-def load_processor(path: str, model: nn.Module, pixels: dict[str, int]) -> Any:
+def load_processor(path, model, pixels):
     images = AutoImageProcessor.from_pretrained(path, **pixels)
     if is_torchvision_available():
         processor = AutoProcessor.from_pretrained(path)
@@ -1236,7 +1220,7 @@ class Optimizer:
     learning rate serves both.
     """
 
-    def __init__(self, policy: Policy, kind: str) -> None:
+    def __init__(self, policy: Policy, kind: str):
         self.policy = policy
         self.bad_steps = 0
         trained = policy.parameters()
@@ -1289,7 +1273,7 @@ class Optimizer:
         """Whole states on the first process. Collective."""
         return tree_map(whole_tensor, [o.state_dict() for o in self.optimizers])
 
-    def load_state(self, states: list[dict]) -> None:
+    def load_state(self, states: list[dict]):
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(shard_state(state, optimizer))
 
@@ -1299,7 +1283,7 @@ class Optimizer:
 
 def save_checkpoint(
     run: Path, step: int, policy: Policy, optimizer: Optimizer, is_best: bool = False, **state: Any
-) -> None:
+):
     """Write run/step_N: a model folder plus training_state.pt. Collective.
 
     It is the same whatever the number of processes and however weights are spread over them.
@@ -1307,7 +1291,7 @@ def save_checkpoint(
     weights = policy.whole_weights()
     state |= {"step": step, "start": policy.start, "optimizers": optimizer.state()}
 
-    def write(folder: Path) -> None:
+    def write(folder):
         policy.save(folder, weights)
         torch.save(state, folder / "training_state.pt")
 
@@ -1345,3 +1329,7 @@ def resume(run: Path, config: Config, start: str, section: Any) -> tuple[Policy,
         )
     optimizer.load_state(state.pop("optimizers"))
     return policy, optimizer, state
+
+
+if __name__ == "__main__":
+    moved("model.py", {"memory of a run": "tools.plan_memory config.yaml --gpus 8"})

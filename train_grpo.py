@@ -191,7 +191,7 @@ def sample_mini_batches(
     return mini_batches
 
 
-def score(rollouts: list[Rollout], config: Config) -> None:
+def score(rollouts: list[Rollout], config: Config):
     """2. Fill every rollout's rewards, G numbers, and their components."""
     texts = list(chain.from_iterable(r.texts for r in rollouts))
     examples = [r.example for r in rollouts for _ in r.texts]
@@ -211,7 +211,7 @@ def score(rollouts: list[Rollout], config: Config) -> None:
                 rollout.reward_components[name] = values.tolist()
 
 
-def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
+def assign_advantages(rollouts: list[Rollout], config: Config):
     """3. Fill every rollout's advantages (G,). Collective."""
     if config.grpo.normalize_parts:
         assign_gdpo_advantages(rollouts, config)
@@ -221,7 +221,7 @@ def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
         rollout.advantages = row
 
 
-def assign_gdpo_advantages(rollouts: list[Rollout], config: Config) -> None:
+def assign_gdpo_advantages(rollouts: list[Rollout], config: Config):
     """GDPO: normalise each reward component by itself, then take the weighted sum. Collective.
 
     Normalised after the sum, a component that varies little would hardly count.
@@ -279,7 +279,7 @@ def score_tokens(
 
 
 @torch.no_grad()
-def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GRPOConfig) -> None:
+def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GRPOConfig):
     """Keep the log-probabilities under `policy` as logprobs[name] of every rollout."""
     with policy.unsharded():
         for micro_batch in batched(trainable_groups(rollouts, grpo), grpo.micro_batch):
@@ -499,7 +499,7 @@ def sample_record(rollout: Rollout) -> dict:
 # ------------------------------------------------------------------------------- before the loop
 
 
-def preflight(policy: Policy, examples: list[Example], config: Config) -> None:
+def preflight(policy: Policy, examples: list[Example], config: Config):
     """Fail in the first minute, not after hours: try the largest update, then the evaluation."""
     grpo = config.grpo
     usable = chain.from_iterable(policy.encode_all([example]) for example in examples)
@@ -570,7 +570,7 @@ def compared_checkpoints(config: Config, run: Path, start: str) -> dict[str, str
     return checkpoints
 
 
-def main() -> None:
+def main():
     config, stop = start_training(__doc__)
     rewards.check_rewards(config.rewards)
     data.check_tasks(config)

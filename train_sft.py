@@ -235,7 +235,7 @@ def train_up_to(config: Config, stage: str, stop: StopRequest) -> Path | None:
     return None if stop.requested() else train(config, stop)
 
 
-def main() -> None:
+def main():
     config, stop = start_training(__doc__)
     best = train(config, stop)
     if best:

@@ -1,19 +1,31 @@
-"""Log-probabilities of a large vocabulary, forward and backward, without its logits:  python benchmarks/logprobs.py
+"""Log-probabilities of a large vocabulary, forward and backward, without its logits.
 
-The GRPO loss of N tokens from their hidden states: plain (log_softmax of all logits), ours in both forms, and what is
-installed of TRL (selective log-softmax; chunked), Liger (chunked GRPO loss) and cut-cross-entropy (its torch path):
-  pip install trl==1.16.0 && pip install --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
-Times are medians of turns in one process and ratios to plain; memory is the peak over what is loaded and the gradients, each in
-a process of its own; errors are against float64 on the same inputs.
+  python benchmarks/logprobs.py
+
+The GRPO loss of N tokens from their hidden states: plain (log_softmax of all logits), ours, and
+what is installed of TRL (selective log-softmax; chunked), Liger (chunked GRPO loss) and
+cut-cross-entropy (its torch path):
+
+  pip install trl==1.16.0
+  pip install --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+
+Times are medians of turns in one process, and ratios to plain. Memory is the peak over what is
+loaded and the gradients, each in a process of its own. Errors are against float64 on the same
+inputs. N tokens, H hidden width, V vocabulary.
 """
 
 import argparse
 import importlib.util
 import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from common import DEVICE, MIB, machine, medians, own_process, peak_memory, print_head
+from torch import Tensor
 
-from common import DEVICE, machine, medians, model, own_process, peak_memory
+from model import fused_logprobs
 
 CASES = [
     "1024 512 32768 float32",
@@ -22,161 +34,231 @@ CASES = [
     "1024 1024 151936 float32",
     "512 512 32768 bfloat16",
 ]
-ROWS = 8  # completions: N / ROWS tokens each
+# Completions, of N / ROWS tokens each.
+ROWS = 8
+BETA = 0.04
 
 
-def inputs(n, hidden, vocabulary, dtype):
-    """Hidden states, head, targets; per token: advantage, old and reference log-probs."""
+@dataclass
+class Inputs:
+    """What the loss is computed of."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H), the head
+    ids: Tensor  # (N,)
+    advantages: Tensor  # (N,), as are the next two
+    old_logp: Tensor
+    ref_logp: Tensor
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The shape of the tokens as completions."""
+        return ROWS, len(self.ids) // ROWS
+
+
+def make_inputs(n: int, hidden: int, vocabulary: int, dtype: str) -> Inputs:
+    """Random inputs. The log-probabilities of the old policy and the reference lie around ours."""
     generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
     h = torch.randn(n, hidden, generator=generator)
     w = torch.randn(vocabulary, hidden, generator=generator) * 2 / hidden**0.5
-    ids = torch.randint(vocabulary, (n,), generator=generator)
-    h, w, ids = (
-        t.to(DEVICE) for t in (h.to(getattr(torch, dtype)), w.to(getattr(torch, dtype)), ids)
-    )
+    ids = torch.randint(vocabulary, (n,), generator=generator).to(DEVICE)
+    h, w = h.to(kind).to(DEVICE), w.to(kind).to(DEVICE)
+
     with torch.no_grad():
-        logp = model.fused_logprobs(h, w, ids)[0]
+        logp, _ = fused_logprobs(h, w, ids)
     noise = torch.randn(2, n, generator=generator).to(DEVICE)
     advantages = torch.randn(ROWS, generator=generator).to(DEVICE).repeat_interleave(n // ROWS)
-    return (
-        h.requires_grad_(),
-        w.requires_grad_(),
-        ids,
-        advantages,
-        logp + 0.1 * noise[0],
-        logp + 0.1 * noise[1],
+    old_logp, ref_logp = logp + 0.1 * noise
+    return Inputs(h.requires_grad_(), w.requires_grad_(), ids, advantages, old_logp, ref_logp)
+
+
+def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor) -> Tensor:
+    """The GRPO loss with k3, a mean over the tokens; all are (N,)."""
+    ratio = (logp - old_logp).exp()
+    gap = ref_logp - logp
+    surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    kl = gap.exp() - gap - 1
+    return (-surrogate + BETA * kl).sum() / len(logp)
+
+
+# ------------------------------------------------------------------------------- the ways
+# Each fills hidden.grad and weight.grad, and returns the log-probabilities (N,), or None if it
+# keeps them to itself.
+
+
+def backward(x: Inputs, logp: Tensor) -> Tensor:
+    """The loss of log-probabilities and its backward."""
+    grpo_loss(logp.float().flatten(), x.old_logp, x.ref_logp, x.advantages).backward()
+    return logp.detach().flatten()
+
+
+def plain(x: Inputs) -> Tensor:
+    logp = (x.hidden @ x.weight.T).float().log_softmax(-1)
+    return backward(x, logp.gather(1, x.ids[:, None])[:, 0])
+
+
+def fused(x: Inputs) -> Tensor:
+    return backward(x, fused_logprobs(x.hidden, x.weight, x.ids)[0])
+
+
+def trl_selective(x: Inputs) -> Tensor:
+    from trl.trainer.utils import selective_log_softmax  # noqa: PLC0415
+
+    logits = (x.hidden @ x.weight.T).view(*x.rows, -1)
+    return backward(x, selective_log_softmax(logits, x.ids.view(x.rows)))
+
+
+def trl_chunked(x: Inputs) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: PLC0415
+
+    outputs = ("log_probs", "entropy")
+    logp, *_ = ChunkedLogProbFunction.apply(
+        x.hidden, x.weight, None, x.ids, 1.0, 32768, None, 1.0, outputs
     )
+    return backward(x, logp)
 
 
-def grpo(logp, old, ref, advantages, n, beta=0.04):
-    ratio, gap = (logp - old).exp(), ref - logp
-    return (
-        -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-        + beta * (gap.exp() - gap - 1)
-    ).sum() / n
+def liger(x: Inputs) -> None:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # noqa: PLC0415
+
+    loss_of = LigerFusedLinearGRPOLoss(
+        beta=BETA, compiled=False, use_ref_model=True, chunk_size=1, loss_type="dapo"
+    )
+    loss, *_ = loss_of(
+        x.hidden.view(*x.rows, -1),
+        x.weight,
+        x.ids.view(x.rows),
+        torch.ones(x.rows, device=x.hidden.device),
+        x.advantages.view(x.rows)[:, 0],
+        ref_per_token_logps=x.ref_logp.view(x.rows),
+        old_per_token_logps=x.old_logp.view(x.rows),
+    )
+    loss.backward()
 
 
-def ways(h, w, ids, advantages, old, ref):
-    """{name: function that fills h.grad and w.grad and returns log-probs, or None where it keeps them to itself}"""
-    n = len(ids)
-    rows = ROWS, n // ROWS
-
-    def finish(logp):
-        grpo(logp.float().flatten(), old, ref, advantages, n).backward()
-        return logp.detach().flatten()
-
-    def plain():
-        return finish((h @ w.T).float().log_softmax(-1).gather(1, ids[:, None])[:, 0])
-
-    def fused():
-        return finish(model.fused_logprobs(h, w, ids)[0])
-
-    result = {"plain": plain, "fused_logprobs": fused}
-    if importlib.util.find_spec("trl"):
-
-        def selective():
-            from trl.trainer.utils import selective_log_softmax
-
-            return finish(selective_log_softmax((h @ w.T).view(*rows, -1), ids.view(rows)))
-
-        def chunked():
-            from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-            return finish(
-                ChunkedLogProbFunction.apply(
-                    h, w, None, ids, 1.0, 32768, None, 1.0, ("log_probs", "entropy")
-                )[0]
-            )
-
-        result |= {"TRL selective": selective, "TRL chunked": chunked}
-    if importlib.util.find_spec("liger_kernel"):
-
-        def liger():
-            from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-            loss = LigerFusedLinearGRPOLoss(
-                beta=0.04, compiled=False, use_ref_model=True, chunk_size=1, loss_type="dapo"
-            )
-            loss(
-                h.view(*rows, -1),
-                w,
-                ids.view(rows),
-                torch.ones(rows, device=h.device),
-                advantages.view(rows)[:, 0],
-                ref_per_token_logps=ref.view(rows),
-                old_per_token_logps=old.view(rows),
-            )[0].backward()
-
-        result["Liger"] = liger
-    if importlib.util.find_spec("cut_cross_entropy"):
-
-        def cut():
-            return finish(
-                -linear_cross_entropy()(h, w, ids, reduction="none", impl="torch_compile")
-            )
-
-        result["cut-cross-entropy"] = cut
-
-    def fresh(way):
-        def run():
-            h.grad = w.grad = None
-            return way()
-
-        return run
-
-    return {name: fresh(way) for name, way in result.items()}
+def cut_cross_entropy(x: Inputs) -> Tensor:
+    function = import_cut_cross_entropy()
+    loss = function(x.hidden, x.weight, x.ids, reduction="none", impl="torch_compile")
+    return backward(x, -loss)
 
 
-def linear_cross_entropy():
-    """cut-cross-entropy imports Triton on Linux even for its torch path; elsewhere it does without."""
-    system, platform.system = platform.system, lambda: "Darwin"
+def darwin() -> str:
+    return "Darwin"
+
+
+def import_cut_cross_entropy() -> Callable:
+    """It imports Triton on Linux even for its torch path; elsewhere it does without."""
+    system = platform.system
+    platform.system = darwin
     try:
-        from cut_cross_entropy import linear_cross_entropy as function
+        from cut_cross_entropy import linear_cross_entropy  # noqa: PLC0415
     finally:
         platform.system = system
-    return function
+    return linear_cross_entropy
 
 
-def print_peak(case, way):
-    """MiB at the peak of one forward and backward, beyond what was loaded before and the gradients. The larger figure of two
-    runs, the second without the head's gradient: the plain way meets its peak before it has that one."""
-    n, hidden, vocabulary, dtype = case
-    ways(*inputs(64, hidden, 512, dtype))[way]()  # imports, buffers that stay
-    tensors, most = inputs(n, hidden, vocabulary, dtype), 0
+def installed_ways() -> dict[str, Callable]:
+    ways = {"plain": plain, "fused_logprobs": fused}
+    if importlib.util.find_spec("trl"):
+        ways |= {"TRL selective": trl_selective, "TRL chunked": trl_chunked}
+    if importlib.util.find_spec("liger_kernel"):
+        ways["Liger"] = liger
+    if importlib.util.find_spec("cut_cross_entropy"):
+        ways["cut-cross-entropy"] = cut_cross_entropy
+    return ways
+
+
+def run(way: Callable, x: Inputs) -> Tensor | None:
+    """One way, with fresh gradients."""
+    x.hidden.grad = x.weight.grad = None
+    return way(x)
+
+
+# ------------------------------------------------------------------------------- measuring
+
+
+def print_peak(n: int, hidden: int, vocabulary: int, dtype: str, way: Callable) -> None:
+    """Print the MiB at the peak of one forward and backward, beyond what was loaded before and the
+    gradients.
+
+    The larger figure of two runs, the second without the head's gradient: the plain way meets its
+    peak before it has that one.
+    """
+    # Imports, and buffers that stay.
+    run(way, make_inputs(64, hidden, 512, dtype))
+
+    x, most = make_inputs(n, hidden, vocabulary, dtype), 0
     for trained in (True, False):
-        tensors[1].requires_grad_(trained)
-        before, peak = peak_memory(ways(*tensors)[way])
-        grads = [t.grad for t in tensors[:2] if t.grad is not None]
-        most = max(most, peak - before - sum(g.numel() * g.element_size() for g in grads) / 2**20)
+        x.weight.requires_grad_(trained)
+        before, peak = peak_memory(partial(run, way, x))
+        grads = [t.grad for t in (x.hidden, x.weight) if t.grad is not None]
+        size = sum(g.numel() * g.element_size() for g in grads) / MIB
+        most = max(most, peak - before - size)
         del grads
-        tensors[0].grad = tensors[1].grad = None
+        x.hidden.grad = x.weight.grad = None
     print(most)
 
 
-def errors(n=512, hidden=256, vocabulary=8192):
+def exact(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probabilities and the gradients of hidden states and head in float64."""
+    hidden = x.hidden.detach().double().requires_grad_()
+    weight = x.weight.detach().double().requires_grad_()
+    logp = (hidden @ weight.T).log_softmax(-1).gather(1, x.ids[:, None])[:, 0]
+    others = (t.double() for t in (x.old_logp, x.ref_logp, x.advantages))
+    grpo_loss(logp, *others).backward()
+    return logp, hidden.grad, weight.grad
+
+
+def relative_error(values: Tensor, wanted: Tensor) -> float:
+    return float((values.double() - wanted).norm() / wanted.norm())
+
+
+def print_errors(n: int = 512, hidden: int = 256, vocabulary: int = 8192) -> None:
+    """Print the table of errors."""
     print(
-        f"\nLargest error of log-probabilities, and of both gradients relative to their norms; N {n}, H {hidden}, V {vocabulary}\n"
+        f"\nLargest error of log-probabilities, and of both gradients relative to their norms; "
+        f"N {n}, H {hidden}, V {vocabulary}\n"
     )
-    print("| | float32 | gradients | bfloat16 | gradients |\n" + "|---" * 5 + "|")
-    cells = {}
+    print_head("| | float32 | gradients | bfloat16 | gradients |")
+    ways = installed_ways()
+    cells = {name: [] for name in ways}
     for dtype in ("float32", "bfloat16"):
-        h, w, *rest = inputs(n, hidden, vocabulary, dtype)
-        exact = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-        wanted = (exact[0] @ exact[1].T).log_softmax(-1).gather(1, rest[0][:, None])[:, 0]
-        grpo(wanted, *(t.double() for t in (rest[2], rest[3], rest[1])), n).backward()
-        for name, way in ways(h, w, *rest).items():
-            logp = way()
+        x = make_inputs(n, hidden, vocabulary, dtype)
+        wanted, hidden_grad, weight_grad = exact(x)
+        for name, way in ways.items():
+            logp = run(way, x)
             off = "" if logp is None else f"{(logp.double() - wanted).abs().max():.1e}"
             grads = max(
-                float((a.grad.double() - b.grad).norm() / b.grad.norm())
-                for a, b in zip((h, w), exact)
+                relative_error(x.hidden.grad, hidden_grad),
+                relative_error(x.weight.grad, weight_grad),
             )
-            cells.setdefault(name, []).extend([off, f"{grads:.1e}"])
+            cells[name] += [off, f"{grads:.1e}"]
     for name, row in cells.items():
         print(f"| {name} | {' | '.join(row)} |")
 
 
-def main():
+def compare(case: str, ways: dict[str, Callable], cycles: int) -> None:
+    """Print the table of times and memory."""
+    n, hidden, vocabulary, dtype = parse_case(case)
+    x = make_inputs(n, hidden, vocabulary, dtype)
+    seconds = medians([partial(run, way, x) for way in ways.values()], cycles)
+    memory = [own_process(__file__, case, "--peak", name)[0] for name in ways]
+    print(f"\nN {n}, H {hidden}, V {vocabulary}, {dtype}\n")
+    print_head("| | s | plain / this | MiB | of plain |")
+    for name, s, mib in zip(ways, seconds, memory):
+        print(
+            f"| {name} | {s:.2f} | {seconds[0] / s:.2f} | {mib:.0f} | {mib / memory[0]:.3f} |",
+            flush=True,
+        )
+
+
+def parse_case(case: str) -> tuple[int, int, int, str]:
+    n, hidden, vocabulary, dtype = case.split()
+    return int(n), int(hidden), int(vocabulary), dtype
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -187,30 +269,19 @@ def main():
     )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cases = [(*map(int, case.split()[:3]), case.split()[3]) for case in args.cases]
+
+    ways = installed_ways()
     if args.peak:
-        return print_peak(cases[0], args.peak)
+        print_peak(*parse_case(args.cases[0]), ways[args.peak])
+        return
     print(f"{machine()}; median of {args.cycles}")
-    for case, text in zip(cases, args.cases):
-        functions = {
-            name: way
-            for name, way in ways(*inputs(*case)).items()
-            if not args.ways or name.startswith(("plain", *args.ways.split(",")))
-        }
-        seconds = medians(list(functions.values()), args.cycles)
-        memory = [own_process(__file__, text, "--peak", name)[0] for name in functions]
-        print(
-            f"\nN {case[0]}, H {case[1]}, V {case[2]}, {case[3]}\n\n| | s | plain / this | MiB | of plain |\n"
-            + "|---" * 5
-            + "|"
-        )
-        for name, s, mib in zip(functions, seconds, memory):
-            print(
-                f"| {name} | {s:.2f} | {seconds[0] / s:.2f} | {mib:.0f} | {mib / memory[0]:.3f} |",
-                flush=True,
-            )
+    if args.ways:
+        begins = ("plain", *args.ways.split(","))
+        ways = {name: way for name, way in ways.items() if name.startswith(begins)}
+    for case in args.cases:
+        compare(case, ways, args.cycles)
     if not args.ways:
-        errors()
+        print_errors()
 
 
 if __name__ == "__main__":

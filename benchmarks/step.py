@@ -1,152 +1,232 @@
-"""One GRPO step, ours against TRL's GRPOTrainer:  python benchmarks/step.py          (pip install trl==1.16.0 accelerate datasets)
+"""One GRPO step, ours against TRL's GRPOTrainer.
 
-Prompts of one image and one question, 8 completions of 96 tokens each, a reference model, on the same random Qwen3-VL: ours,
-ours without sharing prompts (model.shared_prefix=false), and TRL in float32, with the same KL coefficient and no gradient
-checkpointing (which only costs time here), otherwise with its defaults. The three take turns in one process; every figure is a median. Peak memory is that of a whole process, imports included. The
-floor is the arithmetic that a step needs if nothing is done twice, at the rate of matrix products measured in the same run.
+  python benchmarks/step.py            (pip install trl==1.16.0 accelerate datasets)
+
+Prompts of one image and one question, 8 completions of 96 tokens each, a reference model, on the
+same random Qwen3-VL: ours, ours without sharing prompts (model.shared_prefix=false), and TRL in
+float32, with the same KL coefficient and no gradient checkpointing (which only costs time here),
+otherwise with its defaults. The three take turns in one process. Every figure is a median. Peak
+memory is that of a whole process, imports included.
+
+The floor is the arithmetic that a step needs if nothing is done twice, at the rate of matrix
+products measured in the same run.
 """
 
 import argparse
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-
 from common import (
     CUDA,
     DEVICE,
-    ROOT,
-    data,
     machine,
     medians,
-    model,
+    model_config,
     now,
     own_process,
     peak_memory,
+    print_head,
     questions,
     save_model,
 )
+from torch import Tensor, nn
 
+import data
+import model
 import train_grpo
 
 G, NEW = 8, 96
-# name: prompts, side of the image in pixels, words added to the question, vocabulary, updates per rollout
+PHASES = ("generate", "reference", "old", "update")
+KL_COEF, LR = 0.04, 1e-6
+
+
+class Case(NamedTuple):
+    prompts: int
+    side: int  # of the image, in pixels
+    words: int  # added to the question
+    vocabulary: int
+    updates: int  # per rollout
+
+
 CASES = {
-    "110": (4, 252, 0, 2048, 1),
-    "110, two updates": (4, 252, 0, 2048, 2),
-    "300": (4, 392, 68, 2048, 1),
-    "110, V 151936": (2, 252, 0, 151936, 1),
+    "110": Case(4, 252, 0, 2048, 1),
+    "110, two updates": Case(4, 252, 0, 2048, 2),
+    "300": Case(4, 392, 68, 2048, 1),
+    "110, V 151936": Case(2, 252, 0, 151936, 1),
 }
-PHASES = ["generate", "reference", "old", "update"]
+
+
+def count_words(text: str) -> float:
+    """The reward."""
+    return float(len(text.split()))
+
+
+# ------------------------------------------------------------------------------- ours
 
 
 class Ours:
-    def __init__(self, folder, case, shared=True):
-        prompts, side, words, _, updates = case
-        self.config = data.load_config(
-            ROOT / "config.yaml",
-            [
-                f"model.path={folder}",
-                f"model.min_pixels={side * side}",
-                f"model.max_pixels={side * side}",
-                f"model.shared_prefix={shared}",
-                "data.train_size=64",
-                f"grpo.prompts={prompts}",
-                f"grpo.group_size={G}",
-                f"grpo.micro_batch={prompts}",
-                f"grpo.sample_batch={prompts}",
-                f"grpo.max_new_tokens={NEW}",
-                "grpo.temperature=1",
-                f"grpo.epochs={updates}",
-                "grpo.lr=1e-6",
-                "grpo.adv_norm=group",
-                "grpo.kl_coef=0.04",
-                "grpo.freeze=[]",
-            ],
-        )
-        self.policy, self.reference = model.load_policy(self.config), model.load_policy(self.config)
-        self.optimizers = model.make_optimizers(self.policy, self.config.grpo)
-        self.policy.stop_ids = self.policy.stop_ids[:0]  # every completion has its full length
-        self.examples = questions(self.config, prompts, words)
-        self.steps = 0
+    """Our GRPO step, with its phases timed."""
 
-    def step(self):
-        """{phase: seconds}"""
-        grpo, self.steps, laps = self.config.grpo, self.steps + 1, [now()]
+    def __init__(self, folder: str, case: Case, shared: bool = True) -> None:
+        settings = [
+            f"model.shared_prefix={shared}",
+            "data.train_size=64",
+            f"grpo.prompts={case.prompts}",
+            f"grpo.group_size={G}",
+            f"grpo.micro_batch={case.prompts}",
+            f"grpo.sample_batch={case.prompts}",
+            f"grpo.max_new_tokens={NEW}",
+            "grpo.temperature=1",
+            f"grpo.epochs={case.updates}",
+            f"grpo.lr={LR}",
+            "grpo.adv_norm=group",
+            f"grpo.kl_coef={KL_COEF}",
+            "grpo.freeze=[]",
+        ]
+        self.config = model_config(folder, case.side, *settings)
+        self.policy = model.load_policy(self.config)
+        self.reference = model.load_policy(self.config)
+        self.policy.freeze(self.config.grpo.freeze)
+        self.optimizer = model.Optimizer(self.policy, self.config.grpo.optimizer)
+        # Nothing stops a completion before its full length.
+        self.policy.stop_ids = self.policy.stop_ids[:0]
+        self.examples = questions(self.config, case.prompts, case.words)
+        self.steps = 0
+        self.rollouts = []  # of the last step
+
+    def step(self) -> dict[str, float]:
+        """One step: {phase: seconds}."""
+        grpo = self.config.grpo
+        self.steps += 1
+        laps = [now()]
         rollouts = self.policy.sample(self.examples, G, NEW, 1.0, (0, self.steps))
         laps.append(now())
-        for r in rollouts:
-            r.rewards = torch.tensor([float(len(text.split())) for text in r.texts])
+
+        for rollout in rollouts:
+            rollout.rewards = [count_words(text) for text in rollout.texts]
         train_grpo.assign_advantages(rollouts, self.config)
-        for r, logprobs in zip(rollouts, train_grpo.fixed_logprobs(self.reference, rollouts, grpo)):
-            r.ref_logprobs = logprobs
+        train_grpo.record_logprobs(self.reference, rollouts, "reference", grpo)
         laps.append(now())
+
         for _ in range(grpo.epochs):
-            train_grpo.update(self.policy, self.optimizers, rollouts, 1e-6, grpo)
+            train_grpo.update(self.policy, self.optimizer, rollouts, LR, grpo)
         laps.append(now())
+
         self.rollouts = rollouts
         return dict(zip(("generate", "reference", "update"), np.diff(laps)))
 
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
 
-def trl_trainer(folder, case, steps, after_step):
-    """TRL's trainer on the same model, questions and images. after_step({phase: seconds}) is called between its steps."""
+
+# ------------------------------------------------------------------------------- TRL
+
+
+class TimedTrainer:
+    """To be mixed into TRL's GRPOTrainer: adds up the seconds of its phases."""
+
+    phases: dict[str, float]
+
+    def timed(self, name: str, work: Callable, *args: Any, **options: Any) -> Any:
+        start = now()
+        result = work(*args, **options)
+        self.phases[name] = self.phases.get(name, 0) + now() - start
+        return result
+
+    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        return self.timed("generate", super()._generate_single_turn, *args, **options)
+
+    def _get_per_token_logps_and_entropies(self, scored: Any, *args: Any, **options: Any) -> Any:
+        name = "reference" if scored is self.ref_model else "old"
+        if torch.is_grad_enabled():
+            name = "forward"
+        work = super()._get_per_token_logps_and_entropies
+        return self.timed(name, work, scored, *args, **options)
+
+
+class StepEnds:
+    """To be mixed into TrainerCallback: calls after_step({phase: seconds}) between TRL's steps."""
+
+    def __init__(self, phases: dict[str, float], updates: int, after_step: Callable) -> None:
+        self.phases, self.updates, self.after_step = phases, updates, after_step
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.start = now()
+
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step % self.updates:
+            return
+        whole = now() - self.start
+        before = sum(self.phases.get(name, 0) for name in PHASES[:3])
+        self.after_step({**self.phases, "update": whole - before})
+        self.phases.clear()
+        self.start = now()
+
+
+def trl_reward(completions: list, **_: Any) -> list[float]:
+    return [count_words(turns[0]["content"]) for turns in completions]
+
+
+def trl_trainer(folder: str, case: Case, steps: int, after_step: Callable) -> Any:
+    """TRL's trainer on the same model, questions and images.
+
+    after_step({phase: seconds}) is called between its steps.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from datasets import Dataset  # noqa: PLC0415
 
-    prompts, *_, updates = case
+    # Here, as it would add to the memory of our own steps.
+    from transformers import TrainerCallback  # noqa: PLC0415
+    from trl import GRPOConfig, GRPOTrainer  # noqa: PLC0415
+
+    class Trainer(TimedTrainer, GRPOTrainer):
+        pass
+
+    class Turns(StepEnds, TrainerCallback):
+        pass
+
     ours = Ours(folder, case)
-    rows = [
-        {"prompt": [{"role": "user", "content": e.question}], "image": data.open_images(e)[0]}
-        for e in ours.examples
-    ]
+    rows = []
+    for e in ours.examples:
+        turns = [{"role": "user", "content": e.question}]
+        rows.append({"prompt": turns, "image": data.open_images(e)[0]})
+
     phases = {}
+    banned = ours.policy.banned.tolist()
+    trainer = Trainer(
+        model=folder,
+        args=GRPOConfig(
+            per_device_train_batch_size=case.prompts * G,
+            num_iterations=case.updates,
+            max_steps=steps * case.updates,
+            generation_kwargs={"suppress_tokens": banned, "min_new_tokens": NEW},
+            **trl_settings(),
+        ),
+        train_dataset=Dataset.from_list(rows * 4),
+        processing_class=ours.policy.processor,
+        reward_funcs=trl_reward,
+        callbacks=[Turns(phases, case.updates, after_step)],
+    )
+    trainer.phases = phases
+    return trainer
 
-    class Timed(GRPOTrainer):
-        def timed(self, name, work, *args, **options):
-            start = now()
-            result = work(*args, **options)
-            phases[name] = phases.get(name, 0) + now() - start
-            return result
 
-        def _generate_single_turn(self, *args, **options):
-            return self.timed("generate", super()._generate_single_turn, *args, **options)
-
-        def _get_per_token_logps_and_entropies(self, which, *args, **options):
-            name = (
-                "forward"
-                if torch.is_grad_enabled()
-                else "reference"
-                if which is self.ref_model
-                else "old"
-            )
-            return self.timed(
-                name, super()._get_per_token_logps_and_entropies, which, *args, **options
-            )
-
-    class Turns(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            self.start = now()
-
-        def on_step_end(self, _, state, *__, **___):
-            if state.global_step % updates == 0:
-                whole = now() - self.start
-                after_step({**phases, "update": whole - sum(phases.get(p, 0) for p in PHASES[:3])})
-                phases.clear()
-                self.start = now()
-
-    settings = GRPOConfig(
+def trl_settings() -> dict[str, Any]:
+    """What all cases have in common."""
+    return dict(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=prompts * G,
         num_generations=G,
         max_completion_length=NEW,
-        beta=0.04,
-        num_iterations=updates,
-        learning_rate=1e-6,
+        beta=KL_COEF,
+        learning_rate=LR,
         gradient_checkpointing=False,
         use_cpu=not CUDA,
         bf16=False,
@@ -154,117 +234,157 @@ def trl_trainer(folder, case, steps, after_step):
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        max_steps=steps * updates,
-        generation_kwargs={"suppress_tokens": ours.policy.banned.tolist(), "min_new_tokens": NEW},
-    )
-    return Timed(
-        model=str(folder),
-        args=settings,
-        train_dataset=Dataset.from_list(rows * 4),
-        processing_class=ours.policy.processor,
-        reward_funcs=lambda completions, **_: [
-            float(len(c[0]["content"].split())) for c in completions
-        ],
-        callbacks=[Turns()],
     )
 
 
-def arithmetic(ours, case):
-    """Floating-point operations that one step needs when every prompt and image runs once per pass and G completions share it."""
-    policy, (prompts, *_, updates) = ours.policy, case
-    text, vision = policy.base.language_model, policy.base.visual
-    shape, v = policy.model.config.text_config, policy.model.config.vision_config
+# ------------------------------------------------------------------------------- the floor
+
+
+def linear_work(module: nn.Module) -> int:
+    """Floating-point operations of its linear layers, for one token or patch."""
+    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv3d))]
+    return 2 * sum(layer.weight.numel() for layer in layers)
+
+
+def attention_work(text: Any, queries: float, keys: float) -> float:
+    """Floating-point operations of attention in all layers of the language model."""
+    width = text.num_attention_heads * text.head_dim
+    return 4 * queries * keys * width * text.num_hidden_layers
+
+
+def image_work(tower: nn.Module, config: Any, patches: int) -> float:
+    """Floating-point operations of the vision tower on one image; 4 patches make a token."""
+    mergers = linear_work(tower.merger) + linear_work(tower.deepstack_merger_list)
+    layers = patches * (linear_work(tower) - mergers)
+    attention = 4 * patches**2 * config.hidden_size * config.depth
+    return layers + patches / 4 * mergers + attention
+
+
+def step_work(ours: Ours, case: Case) -> float:
+    """Floating-point operations that one step needs.
+
+    Every prompt and image runs once per pass, and its G completions share it.
+    """
+    policy = ours.policy
+    text = policy.model.config.text_config
     prompt = ours.rollouts[0].prompt
-    n, patches, rows = prompt["input_ids"].shape[1], len(prompt["pixel_values"]), prompts * G
+    n = len(prompt)
+    patches = len(prompt.images["pixel_values"])
+    image = image_work(policy.base.visual, policy.model.config.vision_config, patches)
+    layers = linear_work(policy.base.language_model)
+    head = 2 * policy.head[0].numel()
 
-    def linear(module):
-        return 2 * sum(
-            m.weight.numel()
-            for m in module.modules()
-            if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d))
-        )
-
-    def attention(queries, keys):
-        return (
-            4
-            * queries
-            * keys
-            * shape.num_attention_heads
-            * shape.head_dim
-            * shape.num_hidden_layers
-        )
-
-    mergers = linear(vision.merger) + linear(vision.deepstack_merger_list)
-    image = (
-        patches * (linear(vision) - mergers)
-        + patches / 4 * mergers
-        + 4 * patches**2 * v.hidden_size * v.depth
-    )
-    layers, head = linear(text), 2 * policy.head[0].numel()
-    prefill = prompts * (image + n * layers + attention(n, n) / 2)
-    decode = rows * ((NEW - 1) * layers + NEW * head + attention(NEW, n + NEW / 2))
-    score = prefill + decode  # the same products, all tokens at once
-    return prefill + decode + score + updates * 3 * score
+    # Of causal attention, half is needed.
+    prefill = case.prompts * (image + n * layers + attention_work(text, n, n) / 2)
+    row = (NEW - 1) * layers + NEW * head + attention_work(text, NEW, n + NEW / 2)
+    sampling = prefill + case.prompts * G * row
+    # The same products, all tokens at once. A backward takes twice as many as its forward.
+    scoring = sampling
+    return sampling + scoring + case.updates * 3 * scoring
 
 
-def matmul_rate():
-    """Floating-point operations per second of (4096, 256) @ (256, 768), as in this model's layers."""
-    a, b = torch.randn(4096, 256, device=DEVICE), torch.randn(256, 768, device=DEVICE)
-    return 2 * a.numel() * b.shape[1] * 20 / medians([lambda: [a @ b for _ in range(20)]], 5)[0]
+def multiply(a: Tensor, b: Tensor, times: int) -> list[Tensor]:
+    return [a @ b for _ in range(times)]
 
 
-def print_peak(folder, case, way):
-    if way == "TRL":
-        trainer = trl_trainer(folder, case, 2, lambda _: None)
-        print(peak_memory(trainer.train)[1])
-    else:
-        ours = Ours(folder, case, way == "shared")
-        print(peak_memory(lambda: [ours.step() for _ in range(2)])[1])
+def matmul_rate() -> float:
+    """Floating-point operations per second of a product as in this model's layers."""
+    a = torch.randn(4096, 256, device=DEVICE)
+    b = torch.randn(256, 768, device=DEVICE)
+    times = 20
+    (seconds,) = medians([partial(multiply, a, b, times)], 5)
+    return 2 * a.numel() * b.shape[1] * times / seconds
 
 
-def compare(folder, name, cycles):
-    case, trl = CASES[name], bool(importlib.util.find_spec("trl"))
-    ours = {"shared": Ours(folder, case), "plain": Ours(folder, case, shared=False)}
-    times, rates = {way: [] for way in (*ours, *["TRL"] * trl)}, []
+# ------------------------------------------------------------------------------- comparing
 
-    def turn(trl_phases=None):
-        rates.append(matmul_rate())
-        for way, one in ours.items():
-            times[way].append(one.step())
-        if trl_phases:
-            times["TRL"].append(trl_phases)
 
-    if trl:
-        trl_trainer(folder, case, cycles + 1, turn).train()
-    else:
+class Comparison:
+    """The ways on one case, in turns."""
+
+    def __init__(self, folder: str, case: Case) -> None:
+        self.folder, self.case = folder, case
+        self.ours = {"shared": Ours(folder, case), "plain": Ours(folder, case, shared=False)}
+        # {phase: seconds} of every turn of each way.
+        self.times: dict[str, list[dict]] = {way: [] for way in self.ours}
+        self.rates: list[float] = []
+
+    def run(self, cycles: int) -> None:
+        """One turn more than that: the first does not count."""
+        if importlib.util.find_spec("trl"):
+            self.times["TRL"] = []
+            trl_trainer(self.folder, self.case, cycles + 1, self.turn_after_trl).train()
+            return
         for _ in range(cycles + 1):
-            turn()
-    whole = {
-        way: np.median([sum(t.get(p, 0) for p in PHASES) for t in some[1:]])
-        for way, some in times.items()
-    }
-    needed, rate = arithmetic(ours["shared"], case), np.median(rates)
-    floor, tokens = needed / rate, case[0] * G * NEW
+            self.turn()
+
+    def turn(self) -> None:
+        self.rates.append(matmul_rate())
+        for way, ours in self.ours.items():
+            self.times[way].append(ours.step())
+
+    def turn_after_trl(self, phases: dict[str, float]) -> None:
+        self.turn()
+        self.times["TRL"].append(phases)
+
+    def phases(self, way: str) -> np.ndarray:
+        """Seconds (cycles, phases), 0 for a phase that the way does not have."""
+        turns = self.times[way][1:]
+        return np.array([seconds_of_phases(turn) for turn in turns])
+
+    def whole(self, way: str) -> float:
+        """Median seconds of a step."""
+        return float(np.median(self.phases(way).sum(1)))
+
+
+def seconds_of_phases(turn: dict[str, float]) -> list[float]:
+    return [turn.get(name, 0.0) for name in PHASES]
+
+
+def compare(folder: str, name: str, cycles: int) -> None:
+    """Print the table of one case."""
+    case = CASES[name]
+    found = Comparison(folder, case)
+    found.run(cycles)
+    shared = found.ours["shared"]
+    work = step_work(shared, case)
+    rate = np.median(found.rates)
+    floor = work / rate
     print(
-        f"\n{name}: {ours['shared'].rollouts[0].prompt['input_ids'].shape[1]} prompt tokens, {case[0]} prompts, {case[4]} updates; "
-        f"{needed / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s: floor {floor:.2f} s\n"
+        f"\n{name}: {len(shared.rollouts[0].prompt)} prompt tokens, {case.prompts} prompts, "
+        f"{case.updates} updates; {work / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s: "
+        f"floor {floor:.2f} s\n"
     )
-    print(
-        f"| | {' | '.join(PHASES)} | step, s | step / ours | step / floor | tokens/s | peak MiB |\n"
-        + "|---" * 10
-        + "|"
+    print_head(
+        f"| | {' | '.join(PHASES)} | step, s | step / ours | step / floor | tokens/s | peak MiB |"
     )
-    for way, some in times.items():
-        phases = " | ".join(f"{np.median([t.get(p, 0) for t in some[1:]]):.2f}" for p in PHASES)
-        peak = own_process(__file__, "--peak", way, "--cases", name)[0]
+    tokens = case.prompts * G * NEW
+    for way in found.times:
+        medians_of_phases = np.median(found.phases(way), axis=0)
+        phases = " | ".join(f"{seconds:.2f}" for seconds in medians_of_phases)
+        whole = found.whole(way)
+        (peak,) = own_process(__file__, "--peak", way, "--cases", name)
         print(
-            f"| {way} | {phases} | {whole[way]:.2f} | {whole[way] / whole['shared']:.2f} | {whole[way] / floor:.2f} | "
-            f"{tokens / whole[way]:.0f} | {peak:.0f} |",
+            f"| {way} | {phases} | {whole:.2f} | {whole / found.whole('shared'):.2f} "
+            f"| {whole / floor:.2f} | {tokens / whole:.0f} | {peak:.0f} |",
             flush=True,
         )
 
 
-def main():
+def skip_turn(phases: dict[str, float]) -> None:
+    """After a step of TRL, when it runs alone."""
+
+
+def print_peak(folder: str, case: Case, way: str) -> None:
+    """Print the MiB of this process at the peak of two steps."""
+    if way == "TRL":
+        work = trl_trainer(folder, case, 2, skip_turn).train
+    else:
+        work = partial(Ours(folder, case, way == "shared").run, 2)
+    print(peak_memory(work)[1])
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -272,14 +392,19 @@ def main():
     parser.add_argument("--cycles", type=int, default=5)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not args.peak:
+
+    if args.peak:
+        args.cases = args.cases[:1]
+    else:
         print(f"{machine()}; median of {args.cycles}; G {G}, {NEW} new tokens")
     for name in args.cases:
+        case = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
-            save_model(Path(folder), CASES[name][3], CASES[name][1])
+            save_model(Path(folder), case.vocabulary, case.side)
             if args.peak:
-                return print_peak(folder, CASES[name], args.peak)
-            compare(folder, name, args.cycles)
+                print_peak(folder, case, args.peak)
+            else:
+                compare(folder, name, args.cycles)
 
 
 if __name__ == "__main__":

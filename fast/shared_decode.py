@@ -11,21 +11,19 @@ with 3 and 1 rows left, R = 4:
   d1     1         empty slots hold zeros
 """
 
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 KV_GROWTH = 64  # tokens by which the keys and values of the completions grow at a time
 
 
-def rms_norm(layer: nn.Module, x: Tensor) -> Tensor:
+def rms_norm(layer, x):
     """A normalisation layer of a Qwen-VL model, in one call."""
     return F.rms_norm(x.float(), x.shape[-1:], layer.weight.float(), layer.variance_epsilon)
 
 
-def autocast_once(tensor: Tensor) -> Tensor:
+def autocast_once(tensor):
     """As autocast casts an operand: what many products read is better cast once."""
     device = tensor.device.type
     if torch.is_autocast_enabled(device):
@@ -39,9 +37,7 @@ class SharedDecoder:
     That is all that its forward does once the images are in.
     """
 
-    def __init__(
-        self, base: nn.Module, cache: Any, mask: Tensor, start: Tensor, group_size: int
-    ) -> None:
+    def __init__(self, base, cache, mask, start, group_size):
         """The prompts' cache, (B, h, P, d) a layer, mask (B, P) and next positions start (B,)."""
         self.text, self.length = base.language_model, 0
         self.start = start.repeat_interleave(group_size)  # (R,)
@@ -57,7 +53,7 @@ class SharedDecoder:
         prompts = torch.arange(len(mask), device=mask.device)
         self.assign_slots(prompts.repeat_interleave(group_size))
 
-    def assign_slots(self, owner: Tensor) -> None:
+    def assign_slots(self, owner):
         """owner (R,), ascending: the prompt of each row."""
         # Which of its prompt's rows a row is.
         place = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
@@ -66,7 +62,7 @@ class SharedDecoder:
         full = len(owner) == len(self.bias) * self.slots
         self.slot_of_row = None if full else owner * self.slots + place
 
-    def keep_rows(self, live: Tensor) -> None:
+    def keep_rows(self, live):
         """Drop all rows but `live` (R,), and prompts without any."""
         rows = live.nonzero()[:, 0]
         self.start = self.start[rows]
@@ -79,19 +75,19 @@ class SharedDecoder:
             self.bias = self.bias[prompts]
         self.assign_slots(owner)
 
-    def group_by_prompt(self, rows: Tensor) -> Tensor:
+    def group_by_prompt(self, rows):
         """(R, h, n, d) -> (B, h, slots * n, d)"""
         if self.slot_of_row is not None:
             empty = rows.new_zeros(len(self.bias) * self.slots, *rows.shape[1:])
             rows = empty.index_copy_(0, self.slot_of_row, rows)
         return rows.unflatten(0, (-1, self.slots)).transpose(1, 2).flatten(2, 3)
 
-    def ungroup(self, slots: Tensor) -> Tensor:
+    def ungroup(self, slots):
         """(B, h, slots * n, d) -> (R, h, n, d)"""
         rows = slots.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
         return rows if self.slot_of_row is None else rows.index_select(0, self.slot_of_row)
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens):
         """The last hidden states (R, H) after tokens (R,)."""
         rotary = self.text.rotary_emb
         # Text has the same position on all axes of M-RoPE.
@@ -107,7 +103,7 @@ class SharedDecoder:
         self.length += 1
         return rms_norm(self.text.norm, x)
 
-    def attend(self, i: int, layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, i, layer, x, cos, sin):
         """x (R, H) -> (R, H). The new keys and values join those of layer i."""
         size = layer.head_dim
         q, k, v = (
@@ -130,8 +126,8 @@ class SharedDecoder:
         out = self.ungroup(self.group_by_prompt(past) @ past_v) + own @ own_v
         return layer.o_proj(out.flatten(1))
 
-    def append(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Add k and v (R, h, d) to the keys and values of layer i of the completions; return these."""
+    def append(self, i, k, v):
+        """Add k and v (R, h, d) to those of the completions in layer i; return all of them."""
         if self.own[i][0].shape[2] == self.length:
             self.own[i] = tuple(F.pad(t, (0, 0, 0, KV_GROWTH)) for t in self.own[i])
         for buffer, new in zip(self.own[i], (k, v)):

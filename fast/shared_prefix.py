@@ -16,7 +16,6 @@ length attend together as a block, and so do completions of similar length after
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,15 +28,8 @@ MIN_ROWS_TO_SPLIT = 12
 
 
 def shared_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    shared: "SharedPrefix | None" = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
+    module, query, key, value, attention_mask, scaling=None, shared=None, **options
+):
     """An attention function of transformers, which passes on `shared` from the forward's arguments.
 
     query (B, H, L, d), key and value (B, h, L, d) -> (B, L, H, d).
@@ -62,7 +54,7 @@ class RowBlock:
     mask: Tensor  # (T, P + T): what a token attends to
 
     @property
-    def size(self) -> int:
+    def size(self):
         """The tokens of the block in the stream."""
         if self.unpad_index is None:
             return len(self.prompt_index) * len(self.mask)
@@ -75,7 +67,7 @@ class SharedPrefix:
     A prompt attends causally to itself, a row to its prompt and causally to itself.
     """
 
-    def __init__(self, prompt_lengths: Tensor, row_lengths: Tensor, owner: Tensor) -> None:
+    def __init__(self, prompt_lengths, row_lengths, owner):
         """Token counts (B,) and (R,), and the prompt of each row, owner (R,).
 
         Prompts are sorted by length, rows by the length of their prompts and then by their own: so
@@ -97,7 +89,7 @@ class SharedPrefix:
         self.sizes = [count * length for count, length in self.prompt_blocks]
         self.sizes += [block.size for block in self.row_blocks]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, query, key, value, scaling):
         """query (1, H, N, d), key and value (1, h, N, d) of the stream -> (1, N, H, d)."""
         heads, shared_heads = query.shape[1], key.shape[1]
         if query.is_cuda and heads != shared_heads:
@@ -119,7 +111,7 @@ class SharedPrefix:
         return torch.cat(outs)[None]
 
 
-def row_block(prompt_block: int, prompt_index: Tensor, length: int, own: Tensor) -> RowBlock:
+def row_block(prompt_block, prompt_index, length, own):
     """The block of rows of lengths own (r,) after prompts of `length` tokens."""
     places = torch.arange(int(own.max()), device=own.device)  # (T,)
     real = places < own[:, None]  # (r, T)
@@ -129,9 +121,7 @@ def row_block(prompt_block: int, prompt_index: Tensor, length: int, own: Tensor)
     return RowBlock(prompt_block, prompt_index, unpad_index, mask)
 
 
-def attend_rows(
-    block: RowBlock, piece: tuple[Tensor, ...], prompt: tuple[Tensor, Tensor], options: dict
-) -> Tensor:
+def attend_rows(block, piece, prompt, options):
     """Attention of the rows of a block to their prompts' keys and values and to themselves."""
     count = len(block.prompt_index)
     if block.unpad_index is not None:
@@ -148,26 +138,24 @@ def attend_rows(
     return out if block.unpad_index is None else out.index_select(0, block.unpad_index)
 
 
-def rows_of(prompts: Tensor, prompt_index: Tensor) -> Tensor:
+def rows_of(prompts, prompt_index):
     """The prompt of each row, (b, ..) -> (r, ..). One prompt alone needs no copies."""
     if len(prompts) == 1:
         return prompts.expand(len(prompt_index), -1, -1, -1)
     return prompts.index_select(0, prompt_index)
 
 
-def split_rows(stream: Tensor, count: int) -> Tensor:
+def split_rows(stream, count):
     """(count * n, H, d) -> (count, H, n, d)"""
     return stream.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def join_rows(rows: Tensor) -> Tensor:
+def join_rows(rows):
     """The way back: (count, H, n, d) -> (count * n, H, d)."""
     return rows.transpose(1, 2).flatten(0, 1)
 
 
-def shared_hidden(
-    policy: Any, prompts: list, ids: Tensor, mask: Tensor, owner: Tensor, scored: Tensor
-) -> Tensor:
+def shared_hidden(policy, prompts, ids, mask, owner, scored):
     """Hidden states (N, H) that predict the scored tokens, from one stream of all prompts and rows.
 
     ids, mask, scored (R, T): completions, their real tokens, and those that are scored; owner (R,):

@@ -33,7 +33,7 @@ MAY_CHANGE = {
 }
 
 
-def update_link(link: Path, folder: Path) -> None:
+def update_link(link: Path, folder: Path):
     """Make the symbolic link point to `folder`, which lies beside it."""
     new = link.with_name(f"{link.name}.new")
     new.unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def resolve(path: str | Path) -> str:
 
 def write_checkpoint(
     run: Path, step: int, keep_last: int, write: Callable[[Path], None], is_best: bool = False
-) -> None:
+):
     """Write run/step_N, point `last` (and `best`) to it, remove older steps. Collective.
 
     write(folder) fills the folder, on the first process. It is filled under another name and then
@@ -93,7 +93,7 @@ def write_checkpoint(
     gather_objects(None)
 
 
-def prune(run: Path, keep_last: int) -> None:
+def prune(run: Path, keep_last: int):
     """Remove all steps but the newest and those that `best` and `last` point to."""
     keep = {(run / name).resolve() for name in ("best", "last")}
     keep |= {path.resolve() for path in sorted(run.glob("step_??????"))[-keep_last:]}
@@ -108,7 +108,13 @@ def prune(run: Path, keep_last: int) -> None:
 
 def changed_keys(run: Path, config: Config, sections: list[str]) -> list[str]:
     """The keys in `sections` whose values differ from those that the run was started with."""
-    before = load_config(run / "config.yaml")
+    try:
+        before = load_config(run / "config.yaml")
+    except InputError as error:
+        raise InputError(
+            f"{run} was begun by another version of this program ({error}); choose another folder "
+            f"with out=..."
+        ) from None
     may_change = MAY_CHANGE - ({"sft.more_steps"} if run.name == "more" else set())
     changed = []
     for key in known_keys():
@@ -119,7 +125,7 @@ def changed_keys(run: Path, config: Config, sections: list[str]) -> list[str]:
     return changed
 
 
-def open_run(run: Path, config: Config, sections: list[str], steps: int) -> None:
+def open_run(run: Path, config: Config, sections: list[str], steps: int):
     """Make the run folder. Refuse one that was made with other settings in `sections`. Collective.
 
     steps: the last step that is asked for, which the run must not be past.

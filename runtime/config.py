@@ -87,7 +87,7 @@ class Source:
     views: Literal["", "all", "frontal"] = ""
     # How often its studies come up in an epoch of training.
     weight: float = bounded(1.0, above=0)
-    # Use only the first studies of each split (jsonl, llava: examples). 0: all.
+    # Use only the first studies of each split. 0: all.
     limit: int = bounded(0)
 
     def image_root(self) -> Path:
@@ -277,7 +277,7 @@ def known_keys(section: type = Config, prefix: str = "") -> dict[str, Key]:
     return keys
 
 
-def require(condition: bool, key: str, expected: str, value: Any) -> None:
+def require(condition: bool, key: str, expected: str, value: Any):
     if not condition:
         raise InputError(f"{key}: expected {expected}, got {value!r}")
 
@@ -335,7 +335,7 @@ def parse(name: str, value: Any, key: Key) -> Any:
     return parse_number(name, value, key)
 
 
-def set_key(config: Config, name: str, value: Any, origin: str) -> None:
+def set_key(config: Config, name: str, value: Any, origin: str):
     """Set one dotted key. Raises InputError for an unknown one and names the nearest."""
     *sections, last = name.split(".")
     # One weight of a reward table. The names of own rewards hold dots, too.
@@ -376,7 +376,7 @@ def read_yaml(path: str | Path) -> dict:
     return tree or {}
 
 
-def set_section(config: Config, tree: dict, prefix: str, path: str | Path) -> None:
+def set_section(config: Config, tree: dict, prefix: str, path: str | Path):
     """Set the keys of a section of a file, and of the sections in it."""
     for name, value in tree.items():
         key = f"{prefix}{name}"

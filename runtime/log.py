@@ -26,7 +26,7 @@ class Log:
     On resume, lines after the resumed step are dropped.
     """
 
-    def __init__(self, run: Path, config: Config, first_step: int, last_step: int) -> None:
+    def __init__(self, run: Path, config: Config, first_step: int, last_step: int):
         self.name, self.first_step, self.last_step = run.name, first_step, last_step
         self.files, self.wandb = {}, None
         if rank() != 0:
@@ -56,13 +56,13 @@ class Log:
                 self.seconds = {}
                 yield step
 
-    def lap(self, phase: str) -> None:
+    def lap(self, phase: str):
         """A phase of this step ends here: log its seconds."""
         now = time.perf_counter()
         self.seconds[f"time/{phase}"] = now - self.now
         self.now = now
 
-    def metrics(self, step: int, values: dict) -> None:
+    def metrics(self, step: int, values: dict):
         """Write a line of metrics.jsonl with its times. Tensors of one number become numbers."""
         row = {name: float(value) for name, value in values.items()} | self.seconds
         row["step_time"] = time.perf_counter() - self.began
@@ -72,10 +72,10 @@ class Log:
         if self.wandb:
             self.wandb.log(row, step=step)
 
-    def sample(self, step: int, row: dict) -> None:
+    def sample(self, step: int, row: dict):
         """Write a line of samples.jsonl."""
         self.write("samples", step, row)
 
-    def write(self, name: str, step: int, row: dict) -> None:
+    def write(self, name: str, step: int, row: dict):
         if rank() == 0:
             self.files[name].write(json.dumps({"step": step, **row}) + "\n")

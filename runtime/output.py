@@ -22,14 +22,14 @@ def rank() -> int:
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
-def print0(text: str) -> None:
+def print0(text: str):
     """Print on the first process, above any progress bar."""
     if rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-def warn0(text: str) -> None:
+def warn0(text: str):
     """Print to stderr on the first process."""
     if rank() == 0:
         tqdm.write(text, file=sys.stderr)
@@ -40,7 +40,7 @@ def progress(items: Iterable, title: str, **options: Any) -> tqdm:
     return tqdm(items, title, disable=rank() != 0, **options)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str):
     """Write a text file, and its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
@@ -63,7 +63,7 @@ def format_table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def moved(old: str, tools: dict[str, str]) -> None:
+def moved(old: str, tools: dict[str, str]):
     """Say which commands replace `python OLD`, and exit with status 2."""
     commands = "; ".join(f"{what}: python -m {tool}" for what, tool in tools.items())
     print(f"{old} is not a program any more. {commands}", file=sys.stderr)

@@ -35,7 +35,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # ------------------------------------------------------------------------------- ranks
 
 
-def init_processes() -> None:
+def init_processes():
     """Join the other processes that torchrun started, if any."""
     if world_size() == 1 or dist.is_initialized():
         return
@@ -76,7 +76,7 @@ def gather_rows(rows: list) -> tuple[list, slice]:
 # ------------------------------------------------------------------------------- sharded weights
 
 
-def shard_weights(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype | None) -> None:
+def shard_weights(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype | None):
     """Spread float32 weights, and with them gradients and optimiser states, over the processes.
 
     FSDP2 (Zhao et al. 2023) gathers one block at a time, in `dtype` for its forward, and sums
@@ -153,7 +153,7 @@ def shard_state(state: dict, optimizer: Optimizer) -> dict:
     return state
 
 
-def sum_gradients(parameters: list[Tensor]) -> None:
+def sum_gradients(parameters: list[Tensor]):
     """Sum the gradients over the processes. Sharded ones are summed already. Collective."""
     for p in parameters:
         # A process without tokens still takes part.
@@ -169,12 +169,12 @@ def sum_gradients(parameters: list[Tensor]) -> None:
 class StopRequest:
     """SIGTERM or Ctrl-C asks to stop after the current step. A second one ends the process."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.received = False
         for number in SIGNALS:
             signal.signal(number, self.receive)
 
-    def receive(self, number: int, _frame: Any) -> None:
+    def receive(self, number, _frame):
         self.received = True
         # torchrun repeats a Ctrl-C that the processes have seen already, and kills them later.
         if not dist.is_torchelastic_launched():
@@ -184,10 +184,10 @@ class StopRequest:
         """Was any process asked? Collective."""
         return any(gather_objects(self.received))
 
-    def release(self) -> None:
+    def release(self):
         """From here on nothing is left to be saved, so a signal ends the process at once."""
 
-        def leave(*_: Any) -> None:
+        def leave(*_):
             if rank() == 0:
                 os.write(1, b"\nstopped while evaluating; the same command evaluates again\n")
             os._exit(0)
@@ -195,7 +195,7 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, leave)
 
-    def finish(self) -> None:
+    def finish(self):
         """On the way out there is nothing to stop. Python would restore the default handlers."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -229,7 +229,7 @@ def start_training(usage: str) -> tuple[Config, StopRequest]:
     return config, stop
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]):
     """Run a script's main(). An InputError becomes one line on stderr and exit status 1."""
     try:
         main()
@@ -246,7 +246,7 @@ def run_main(main: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
-def leave(message: str) -> None:
+def leave(message):
     """Print one line and exit."""
     print(message, file=sys.stderr, flush=True)
     sys.exit(1)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import data
 from runtime.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -287,3 +288,38 @@ def is_one_error_line(err, message):
     """stderr holds one line, an error that contains `message`."""
     lines = [line for line in err.splitlines() if line.strip()]
     return len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+# ------------------------------------------------------------------------------- rewards
+
+
+def example(task="report", answer="", boxes=(), name="1"):
+    """An example without an image."""
+    return data.Example(id=name, task=task, images=(), question="", answer=answer, boxes=boxes)
+
+
+def phantom_reports(seed, n):
+    """The reports of n phantoms."""
+    config = load(f"seed={seed}", f"data.test_size={n}", "data.tasks=[report]")
+    return [e.answer for e in data.load_split(config, "test")]
+
+
+# What a model may write and no reward may stumble over.
+NASTY = [
+    "no " * 33_000,
+    "heart normal " * 8_000,
+    "a" * 100_000,
+    "[1" * 50_000,
+    "[" + "1" * 100_000,
+    "<think>" * 15_000,
+    "\n" * 100_000,
+    "tip " + "a-" * 50_000,
+    "xxx_" * 25_000,
+    ", the " * 17_000,
+    "." * 100_000,
+    "interstitial " * 8_000,
+    "[" + " " * 100_000,
+    "[0,0,1,1]" * 11_000,
+    "".join(map(chr, range(1, 60_000, 3))),
+    "\x00\ud800 \u0130",
+]

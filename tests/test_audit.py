@@ -1,7 +1,6 @@
-"""rewards.py audit: what each policy says, by the label extractor, and what the audit makes of its pay."""
+"""tools/audit.py: what each policy says, by the label extractor, and what the audit pays it."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,11 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers import ROOT, SMALL, is_one_error_line, load, phantom_reports
 
 import data
 import rewards
-from conftest import ROOT, SMALL
-from rewards import BLANK, LABELS, NEGATIVE, POSITIVE, UNCERTAIN
+from data import LABELS
+from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN
+from runtime.config import RewardsConfig
+from tools import audit
 
 REFERENCES = [
     "The heart is enlarged. There is no pleural effusion. Possible pneumonia.",
@@ -24,37 +26,35 @@ LENGTH = "def length(completions, **columns):\n    return [len(text) for text in
 
 
 @pytest.fixture(scope="module")
-def phantom_reports():
+def reports():
     """Studies that no other test and no run draws."""
-    return [data.phantom(7, index).report for index in range(400)]
+    return phantom_reports(7, 400)
 
 
 def said(policy, texts, seed=0):
-    return rewards.POLICIES[policy][1](list(texts), np.random.default_rng(seed))
+    return audit.policy_reports(list(texts), seed)[policy]
 
 
 def labels(texts):
     return rewards.extract_labels(texts)[:, 1:]
 
 
-def audit(*overrides, config="config.yaml"):
-    """(policy -> column -> cell of the first table, of the second, what follows them)."""
-    text = rewards.audit(data.load_config(ROOT / config, [*SMALL, *overrides]))
-    tables, lines = [], []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.split(" | ")]
-        if cells[0] in ("policy", "share, all / abnormal"):
-            tables.append({})
-            header = cells
-        elif cells[0] in rewards.POLICIES:
-            assert len(cells) == len(header)
-            tables[-1][cells[0]] = dict(zip(header[1:], cells[1:]))
-        elif ": " in line:
-            lines.append(line)
-    return *tables, dict(line.split(": ", 1) for line in lines)
+def read_table(text):
+    """{policy: {column: cell}}."""
+    head, _, *rows = [re.split(r" +\| +", line.strip()) for line in text.splitlines()]
+    assert all(len(row) == len(head) for row in rows)
+    return {policy: dict(zip(head[1:], cells)) for policy, *cells in rows}
 
 
-# ---------------------------------------------------------------------------------------------------- what they say
+def run_audit(*overrides):
+    """The two tables, and {what: policies} of the last lines."""
+    text = audit.audit(load(*SMALL, *overrides))
+    _, first, _, second, exploits = text.split("\n\n")
+    lines = dict(line.split(": ", 1) for line in exploits.splitlines())
+    return read_table(first), read_table(second), lines
+
+
+# ------------------------------------------------------------------------------- what they say
 
 
 def test_policies_on_reports_by_hand():
@@ -75,7 +75,8 @@ def test_policies_on_reports_by_hand():
         "A 1.5 cm nodule in the right upper lobe is seen. No pulmonary edema.",
     ]
     assert said("everything hedged", REFERENCES[:1]) == [
-        "Possibly the heart is enlarged. Possibly there is no pleural effusion. Possibly possible pneumonia."
+        "Possibly the heart is enlarged. Possibly there is no pleural effusion. "
+        "Possibly possible pneumonia."
     ]
     assert said("first sentence 50 times", REFERENCES[:1]) == [
         " ".join(["The heart is enlarged."] * 50)
@@ -87,59 +88,58 @@ def test_policies_on_reports_by_hand():
     ]
     assert said("most frequent report", [*REFERENCES, REFERENCES[1]]) == [REFERENCES[1]] * 4
     assert said("empty", REFERENCES) == [""] * 3
-    assert (labels(said("always normal", REFERENCES)) != POSITIVE).all() and len(
-        said("always normal", REFERENCES)
-    ) == 3
+    always_normal = said("always normal", REFERENCES)
+    assert len(always_normal) == 3
+    assert (labels(always_normal) != POSITIVE).all()
 
 
-def test_dropped_sentences_keep_the_rest(phantom_reports):
-    reference = labels(phantom_reports)
+def test_dropped_sentences_keep_the_rest(reports):
+    reference = labels(reports)
     positive, negative = np.isin(reference, (POSITIVE, UNCERTAIN)), reference == NEGATIVE
-    assert positive.any(1).mean() > 0.2 and negative.any(1).mean() > 0.9
-    assert (
-        labels(said("positives dropped", phantom_reports)) == np.where(positive, BLANK, reference)
-    ).all()
-    assert (
-        labels(said("negations dropped", phantom_reports)) == np.where(negative, BLANK, reference)
-    ).all()
+    assert positive.any(1).mean() > 0.2
+    assert negative.any(1).mean() > 0.9
+    without_positives = labels(said("positives dropped", reports))
+    assert (without_positives == np.where(positive, BLANK, reference)).all()
+    without_negatives = labels(said("negations dropped", reports))
+    assert (without_negatives == np.where(negative, BLANK, reference)).all()
 
 
 def test_every_finding_is_listed_and_negated():
     assert labels(said("every finding listed", ["a", "b"])).tolist() == [[POSITIVE] * 13] * 2
     assert labels(said("every finding negated", ["a", "b"])).tolist() == [[NEGATIVE] * 13] * 2
-    assert list(rewards.FINDINGS) == list(LABELS[1:])
-    for i, name in enumerate(
-        rewards.FINDINGS.values()
-    ):  # each by itself: a denial must not reach its neighbours
-        assert labels([f"There is no {name}."])[0].nonzero()[0].tolist() == [i]
+    assert list(audit.FINDINGS) == list(LABELS[1:])
 
 
-def test_rewording_keeps_the_labels(phantom_reports):
-    reference = rewards.extract_labels(phantom_reports)
-    shuffled, reworded = (
-        said("sentences shuffled", phantom_reports),
-        said("paraphrase", phantom_reports),
-    )
+def test_a_denial_does_not_reach_other_findings():
+    for i, name in enumerate(audit.FINDINGS.values()):
+        (found,) = labels([f"There is no {name}."])
+        assert found.nonzero()[0].tolist() == [i]
+
+
+def test_rewording_keeps_the_labels(reports):
+    reference = rewards.extract_labels(reports)
+    shuffled, reworded = said("sentences shuffled", reports), said("paraphrase", reports)
     assert (rewards.extract_labels(shuffled) == reference).all()
     assert (rewards.extract_labels(reworded) == reference).all(1).mean() >= 0.99
-    for texts, least in (
-        (shuffled, 0.9),
-        (reworded, 0.95),
-    ):  # they are other texts, of the same words when shuffled
-        assert np.mean([a != b for a, b in zip(texts, phantom_reports)]) > least
-    assert all(
-        sorted(rewards.tokenize(a)) == sorted(rewards.tokenize(b))
-        for a, b in zip(shuffled, phantom_reports)
-    )
-    again, otherwise = (said("sentences shuffled", phantom_reports, seed) for seed in (0, 1))
-    assert shuffled == again != otherwise
 
 
-def test_hedges_touch_every_finding(phantom_reports):
-    reference, hedged = labels(phantom_reports), labels(said("everything hedged", phantom_reports))
-    assert ((hedged == UNCERTAIN) | (reference != POSITIVE)).mean() > 0.99 and (
-        reference == POSITIVE
-    ).any()
+def test_rewording_gives_other_texts(reports):
+    for policy, least in (("sentences shuffled", 0.9), ("paraphrase", 0.95)):
+        assert np.mean([a != b for a, b in zip(said(policy, reports), reports)]) > least
+
+
+def test_shuffled_sentences_have_the_same_words(reports):
+    shuffled = said("sentences shuffled", reports)
+    for text, report in zip(shuffled, reports):
+        assert sorted(rewards.tokenize(text)) == sorted(rewards.tokenize(report))
+    assert said("sentences shuffled", reports, seed=0) == shuffled
+    assert said("sentences shuffled", reports, seed=1) != shuffled
+
+
+def test_hedges_touch_every_finding(reports):
+    reference, hedged = labels(reports), labels(said("everything hedged", reports))
+    assert (reference == POSITIVE).any()
+    assert ((hedged == UNCERTAIN) | (reference != POSITIVE)).mean() > 0.99
 
 
 def test_exchange_has_no_fixed_point():
@@ -147,17 +147,18 @@ def test_exchange_has_no_fixed_point():
         texts = [str(i) for i in range(n)]
         for seed in range(20):
             out = said("another study's report", texts, seed)
-            assert sorted(out) == sorted(texts) and all(a != b for a, b in zip(out, texts))
+            assert sorted(out) == sorted(texts)
+            assert all(a != b for a, b in zip(out, texts))
             assert out == said("another study's report", texts, seed)
     assert out != said("another study's report", texts, seed + 1)
 
 
-# ---------------------------------------------------------------------------------------------------- what they earn
+# ------------------------------------------------------------------------------- what they earn
 
 
 @pytest.mark.parametrize("style", ["plain", "tags", "suffix"])
 def test_table_is_what_score_completions_says(style, tmp_path):
-    """Every column of two policies, in every output format, and at a margin of one's own."""
+    """Every column of two policies, in every output format, and at another margin."""
     (tmp_path / "own.py").write_text(LENGTH)
     more = ["data.thinking=true", f"data.think_format={style}"] if style != "plain" else []
     more += [
@@ -166,146 +167,114 @@ def test_table_is_what_score_completions_says(style, tmp_path):
         "rewards.mccs_margin=0.2",
         f"rewards.report={{mccs: 0.5, gleu: 0.25, format: 1, {tmp_path}/own.py:length: 0}}",
     ]
-    config = data.load_config(ROOT / "config.yaml", [*SMALL, *more])
+    config = load(*SMALL, *more)
     examples = [e for e in data.load_split(config, "test") if e.task == "report"][:30]
     abnormal = np.isin(labels([e.answer for e in examples]), (POSITIVE, UNCERTAIN)).any(1)
     assert 0 < abnormal.sum() < 30
-    rows, others, _ = audit(*more)
-    cases = {
-        "reference": examples,
-        "always normal": [replace(e, answer=rewards.NORMAL_REPORT) for e in examples],
-    }
-    for name, answers in cases.items():
+
+    rows, others, _ = run_audit(*more)
+    always_normal = [replace(e, answer=audit.NORMAL_REPORT) for e in examples]
+    for policy, answers in (("reference", examples), ("always normal", always_normal)):
         targets = [data.target_text(e) for e in answers]
-        total, parts = rewards.score_completions(targets, examples, config.rewards, style)
+        total, components = rewards.score_completions(targets, examples, config.rewards, style)
         share = total.mean() / float(rows["reference"]["reward"])
-        assert float(rows[name].pop("share")) == pytest.approx(share, abs=2e-3)
-        expected = {
-            "reward": total,
-            "abnormal": total[abnormal],
-            "normal": total[~abnormal],
-            **parts,
-        }
-        assert rows[name] == {
-            column: f"{np.mean(values):.3f}" for column, values in expected.items()
-        }
-    assert set(rows["empty"].values()) == {
-        "0.000"
-    }  # its length, too: it does not even have the format
+        assert float(rows[policy].pop("share")) == pytest.approx(share, abs=2e-3)
+        columns = {"reward": total, "abnormal": total[abnormal], "normal": total[~abnormal]}
+        columns |= components
+        assert rows[policy] == {name: f"{np.mean(x):.3f}" for name, x in columns.items()}
+
+    # The empty text does not even have the format.
+    assert set(rows["empty"].values()) == {"0.000"}
     may_be_empty = ("empty", "positives dropped", "negations dropped")
     assert all(row["format"] == "1.000" for name, row in rows.items() if name not in may_be_empty)
+
+    normal = [audit.NORMAL_REPORT] * 30
     for column, report, margin in (
         ("mccs", "mccs", 0.2),
         ("mccs, margin .7", "mccs", 0.7),
         ("gleu", "gleu", 0.5),
     ):
-        cfg = data.RewardsConfig(report={report: 1}, mccs_margin=margin)
-        total = rewards.score_completions([rewards.NORMAL_REPORT] * 30, examples, cfg, "plain")[0]
-        assert (
-            others["always normal"][column] == f"{total.mean():.3f} / {total[abnormal].mean():.3f}"
-        )
+        cfg = RewardsConfig(report={report: 1}, mccs_margin=margin)
+        total, _ = rewards.score_completions(normal, examples, cfg, "plain")
+        expected = f"{total.mean():.3f} / {total[abnormal].mean():.3f}"
+        assert others["always normal"][column] == expected
 
 
-def test_the_exploit_named_is_the_best_of_the_table(tmp_path):
+REPORT_REWARDS = ["{mccs: 1}", "{label_f1: 1}", "{gleu: 1}", "{OWN:length: 1}"]
+
+
+@pytest.mark.parametrize("report", REPORT_REWARDS)
+def test_the_exploit_named_is_the_best_of_the_table(report, tmp_path):
     (tmp_path / "own.py").write_text(LENGTH)
-    for rewards_report in (
-        "{mccs: 1}",
-        "{label_f1: 1}",
-        "{gleu: 1}",
-        f"{{{tmp_path}/own.py:length: 1}}",
-    ):
-        rows, others, lines = audit(f"rewards.report={rewards_report}", "data.test_size=60")
-        wrong = {
-            name: float(row["reward"])
-            for name, row in rows.items()
-            if name not in ("reference", "sentences shuffled", "paraphrase")
-        }
-        named = re.match(r"(.*) \(([\d.]+) of", lines["cheapest exploit"])
-        assert set(named[1].split(", ")) <= {
-            name for name in wrong if wrong[name] == max(wrong.values())
-        }
-        assert named[2] == rows[named[1].split(", ")[0]]["share"]
-        blind = {
-            name: wrong[name]
-            for name in (
-                "empty",
-                "always normal",
-                "most frequent report",
-                "another study's report",
-                "every finding listed",
-                "every finding negated",
-            )
-        }
-        assert lines["without the image"].startswith(max(blind, key=blind.get))
-    assert lines["cheapest exploit"].startswith(
-        "first sentence 50 times ("
-    )  # of length, the last of the rewards
+    report = report.replace("OWN", f"{tmp_path}/own.py")
+    rows, _, lines = run_audit(f"rewards.report={report}", "data.test_size=60")
+    right = ("reference", "sentences shuffled", "paraphrase")
+    wrong = {name: float(row["reward"]) for name, row in rows.items() if name not in right}
+    best = {name for name in wrong if wrong[name] == max(wrong.values())}
+    names, share = re.match(r"(.*) \(([\d.]+) of", lines["cheapest exploit"]).groups()
+    assert set(names.split(", ")) <= best
+    assert share == rows[names.split(", ")[0]]["share"]
+
+    blind = {name: wrong[name] for name in audit.BLIND}
+    assert lines["without the image"].startswith(max(blind, key=blind.get))
+    if "length" in report:
+        assert lines["cheapest exploit"].startswith("first sentence 50 times (")
 
 
 def test_dropped_positives_are_named_with_what_pays_them_least():
-    _, others, lines = audit(
+    _, others, lines = run_audit(
         "rewards.report={mccs: 1}", "data.test_size=60", "rewards.mccs_margin=0.3"
     )
-    named = re.match(
+    earned, column, least = re.match(
         r"positives dropped \(([\d.]+) of what the reference earns; under (.*) ([\d.]+)\)",
         lines["findings omitted, on abnormal studies"],
-    )
-    abnormal = {
-        column: cell.split(" / ")[1] for column, cell in others["positives dropped"].items()
-    }
-    assert (
-        named[1] == abnormal["mccs"]
-        and abnormal[named[2]] == named[3] == min(abnormal.values()) == "0.000"
-    )
+    ).groups()
+    cells = others["positives dropped"].items()
+    abnormal = {column: cell.split(" / ")[1] for column, cell in cells}
+    assert earned == abnormal["mccs"]
+    assert abnormal[column] == least == min(abnormal.values()) == "0.000"
     assert abnormal["mccs, margin 0"] > abnormal["mccs"] > abnormal["mccs, margin .7"]
 
 
 def test_no_exploit_is_named_where_the_reference_earns_nothing(tmp_path):
-    """Normal studies of one's own; their image files are empty, so that opening one would fail."""
+    """Two normal studies. Their image files are empty, so that opening one would fail."""
     (tmp_path / "image.png").touch()
-    (tmp_path / "test.jsonl").write_text(
-        "".join(
-            json.dumps({"id": i, "images": ["image.png"], "report": REFERENCES[1]}) + "\n"
-            for i in "ab"
-        )
-    )
+    studies = [{"id": i, "images": ["image.png"], "report": REFERENCES[1]} for i in "ab"]
+    lines = [json.dumps(study) + "\n" for study in studies]
+    (tmp_path / "test.jsonl").write_text("".join(lines))
     source = ["data.source=jsonl", f"data.path={tmp_path}"]
-    rows, others, lines = audit(*source, "rewards.report={mccs: 1}")
-    assert rows["reference"]["abnormal"] == "-" and others["empty"]["mccs"] == "0.000 / -"
+
+    rows, others, lines = run_audit(*source, "rewards.report={mccs: 1}")
+    assert rows["reference"]["abnormal"] == "-"
+    assert others["empty"]["mccs"] == "0.000 / -"
     assert lines["findings omitted, on abnormal studies"].startswith("- (")
-    assert lines["cheapest exploit"].startswith(
-        "most frequent report, another study's report, positives dropped,"
-    )
-    rows, others, lines = audit(*source, "rewards.report={label_f1: 1}")
-    assert rows["reference"]["share"] == "-" and lines["cheapest exploit"].startswith("- (")
+    best = "most frequent report, another study's report, positives dropped,"
+    assert lines["cheapest exploit"].startswith(best)
+
+    rows, others, lines = run_audit(*source, "rewards.report={label_f1: 1}")
+    assert rows["reference"]["share"] == "-"
+    assert lines["cheapest exploit"].startswith("- (")
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------- command line
 
 
 def run(*args):
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "rewards.py"),
-            "audit",
-            str(ROOT / "config.yaml"),
-            *SMALL,
-            *args,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    """(exit status, stdout, stderr) of the command."""
+    command = [sys.executable, "-m", "tools.audit", "config.yaml", *SMALL, *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
-def test_command_line(tmp_path):
+def test_command_line():
     code, out, err = run("data.thinking=true")
-    assert code == 0 and not err
-    for name in rewards.POLICIES:
-        assert len(re.findall(rf"^{name} +\|", out, re.M)) == 2, name
+    assert code == 0
+    assert not err
+    for policy in audit.policy_reports(REFERENCES, 0):
+        assert len(re.findall(rf"^{policy} +\|", out, re.M)) == 2, policy
+
+
+def test_errors_are_one_line(tmp_path):
     (tmp_path / "own.py").write_text("def broken(**columns):\n    return [1 / 0]\n")
     for wrong, message in (
         ("rewards.mcss=1", "unknown key 'rewards.mcss'"),
@@ -315,10 +284,6 @@ def test_command_line(tmp_path):
         ("eval.limit=1", "has 1 reports"),
     ):
         code, out, err = run(wrong)
-        assert (
-            code == 1
-            and not out
-            and err.startswith("error: ")
-            and err.count("\n") == 1
-            and message in err
-        )
+        assert code == 1
+        assert not out
+        assert is_one_error_line(err, message)

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, sacrebleu, pycocotools, pycocoevalcap, brute force and hand numbers; prediction order; the page."""
+"""Metrics against published libraries, brute force and hand numbers; predictions; the page."""
 
 import contextlib
 import dataclasses
@@ -7,23 +7,28 @@ import io
 import json
 import math
 import re
-from pathlib import Path
+import sys
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import sacrebleu
+from helpers import ROOT, load, random_boxes
 from PIL import Image
 from pycocoevalcap.cider.cider import Cider
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from sklearn.metrics import classification_report, precision_recall_fscore_support
+from sklearn.metrics import classification_report
 
 import data
 import eval as evaluation
 import model
-from rewards import LABELS, extract_labels, iou, parse_boxes, tokenize
+from data import LABELS, parse_boxes
+from rewards import extract_labels, iou, tokenize
+from runtime.checkpoint import resolve
+from runtime.config import InputError
+from tools import report_page
 
 SENTENCES = [
     "Heart size is normal.",
@@ -41,8 +46,11 @@ SENTENCES = [
 ]
 
 
+# ------------------------------------------------------------------------------- inputs
+
+
 def report(i, answer, reference, patient=None, **other):
-    return {
+    record = {
         "id": f"r{i}",
         "task": "report",
         "kind": "",
@@ -56,23 +64,13 @@ def report(i, answer, reference, patient=None, **other):
         "n_tokens": 3,
         "reference": reference,
         "boxes": [],
-    } | other
+    }
+    return record | other
 
 
 def grounding(i, answer, boxes, label="Edema", **other):
-    return report(
-        i,
-        answer,
-        "",
-        **{
-            "task": "grounding",
-            "kind": "abnormality",
-            "id": f"g{i}",
-            "boxes": boxes,
-            "label": label,
-        }
-        | other,
-    )
+    asked = {"task": "grounding", "kind": "abnormality", "id": f"g{i}"}
+    return report(i, answer, "", **asked | {"boxes": boxes, "label": label} | other)
 
 
 def text_of(boxes):
@@ -83,154 +81,139 @@ def random_reports(rng, n, patients=None):
     def text():
         return " ".join(rng.choice(SENTENCES, rng.integers(0, 4), replace=False))
 
-    return [
-        report(
-            i,
-            text(),
-            text() or SENTENCES[0],
-            None if patients is None else f"p{rng.integers(patients)}",
-        )
-        for i in range(n)
-    ]
-
-
-def random_boxes(rng, n, digits):
-    low = rng.uniform(0, 0.5, (n, 2))
-    return np.round(np.concatenate([low, low + rng.uniform(0.1, 0.4, (n, 2))], 1), digits).tolist()
-
-
-def random_groundings(rng, n, digits=2):
     rows = []
     for i in range(n):
-        boxes = random_boxes(rng, rng.integers(0, 4), digits)
-        moved = [
-            [round(x + rng.normal(0, 0.04), digits) for x in box]
-            for box in boxes
-            if rng.random() < 0.8
-        ]
-        moved = [box for box in moved if box[0] < box[2] and box[1] < box[3]] + random_boxes(
-            rng, rng.integers(0, 2), digits
-        )
-        rows.append(
-            grounding(
-                i, text_of(moved) or "Not seen.", boxes, str(rng.choice(["Edema", "Fracture"]))
-            )
-        )
+        patient = None if patients is None else f"p{rng.integers(patients)}"
+        rows.append(report(i, text(), text() or SENTENCES[0], patient))
     return rows
 
 
-def config(tmp_path, **keys):
-    keys = {
-        "split": "test",
-        "limit": 0,
-        "batch_size": 2,
-        "bootstrap": 20,
-        "temperature": 0.0,
-        "samples": 1,
-        "cases": 4,
-    } | keys
-    return SimpleNamespace(
-        seed=0,
-        out=str(tmp_path),
-        rewards=data.RewardsConfig(),
-        eval=SimpleNamespace(**keys),
-        grpo=SimpleNamespace(max_new_tokens=8),
-    )
+def random_groundings(rng, n, digits=2):
+    """Answers with some of the reference boxes, a little off, and some others."""
+    rows = []
+    for i in range(n):
+        boxes = random_boxes(rng, rng.integers(0, 4), digits)
+        answer = random_boxes(rng, rng.integers(0, 2), digits)
+        for box in boxes:
+            moved = (np.array(box) + rng.normal(0, 0.03, 4)).round(digits).tolist()
+            if rng.random() < 0.8 and moved[0] < moved[2] and moved[1] < moved[3]:
+                answer.insert(0, moved)
+        label = str(rng.choice(["Edema", "Fracture"]))
+        rows.append(grounding(i, text_of(answer) or "Not seen.", boxes, label))
+    return rows
 
 
-def plain(blocks):
-    """The first block with plain numbers, of the predictions as they are."""
-    return {name: float(values[0]) for name, values in blocks[0].items()}
+@pytest.fixture
+def cfg(tmp_path):
+    return load(f"out={tmp_path}", "eval.batch_size=2")
 
 
+@pytest.fixture
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(evaluation, "RESAMPLES", 20)
+
+
+def plain(metrics):
+    return {name: float(values[0]) for name, values in metrics.items()}
+
+
+@np.errstate(all="ignore")
 def of_reports(rows, training=()):
-    with np.errstate(all="ignore"):
-        return plain(
-            evaluation.report_metrics(rows, np.ones((1, len(rows))), extract_labels, training)
-        )
+    """The metrics of the predictions as they are."""
+    weights = np.ones((1, len(rows)))
+    return plain(evaluation.report_metrics(rows, weights, extract_labels, training)[0])
 
 
+@np.errstate(all="ignore")
 def of_groundings(rows):
-    with np.errstate(all="ignore"):
-        return plain(evaluation.grounding_metrics(rows, np.ones((1, len(rows)))))
+    return plain(evaluation.grounding_metrics(rows, np.ones((1, len(rows))))[0])
 
 
-def test_label_scores_equal_scikit_learn():
+@np.errstate(all="ignore")
+def by_class(rows):
+    return plain(evaluation.grounding_metrics(rows, np.ones((1, len(rows))))[1])
+
+
+# ------------------------------------------------------------------------------- reports
+
+
+def positives(rows, key):
+    return np.isin(extract_labels([p[key] for p in rows]), (1, 3))
+
+
+def oracle_scores(y_true, y_pred, columns):
+    """scikit-learn's report, and its macro means over the labels with support."""
+    report = classification_report(
+        y_true[:, columns], y_pred[:, columns], output_dict=True, zero_division=0
+    )
+    rows = [report[str(i)] for i in range(len(columns))]
+    macro = {}
+    for score in ("f1-score", "precision", "recall"):
+        macro[score] = np.mean([row[score] for row in rows if row["support"]])
+    return report["micro avg"], macro, rows
+
+
+@pytest.mark.parametrize(
+    "name, columns", [("14", range(14)), ("13", range(1, 14)), ("5", [2, 5, 6, 8, 10])]
+)
+def test_label_scores_equal_scikit_learn(name, columns):
     rows = random_reports(np.random.default_rng(0), 150)
     metrics = of_reports(rows)
-    y_pred, y_true = (
-        np.isin(extract_labels([p[key] for p in rows]), (1, 3)) for key in ("answer", "reference")
-    )
-    top5 = [2, 5, 6, 8, 10]
-    assert [LABELS[i] for i in top5] == list(evaluation.TOP5)
-    seen = False
-    for name, columns in {"14": range(14), "13": range(1, 14), "5": top5}.items():
-        columns = list(columns)
-        oracle = classification_report(
-            y_true[:, columns], y_pred[:, columns], output_dict=True, zero_division=0
-        )
-        per_label = [oracle[str(i)] for i in range(len(columns))]
-        seen |= any(row["support"] == 0 for row in per_label)
-        macro = np.mean([row["f1-score"] for row in per_label if row["support"]])
-        assert metrics[f"ce_f1_macro{name}"] == pytest.approx(macro)
-        assert metrics[f"ce_f1_micro{name}"] == pytest.approx(oracle["micro avg"]["f1-score"])
-        for score in ("precision", "recall"):
-            assert metrics[f"ce_{score}_micro{name}"] == pytest.approx(oracle["micro avg"][score])
-            macro = np.mean([row[score] for row in per_label if row["support"]])
-            assert metrics[f"ce_{score}_macro{name}"] == pytest.approx(macro)
-    assert seen  # the rule for labels without support was exercised
+    y_pred, y_true = positives(rows, "answer"), positives(rows, "reference")
+    micro, macro, labels = oracle_scores(y_true, y_pred, list(columns))
+    # The rule for labels without support is exercised.
+    assert name == "5" or any(row["support"] == 0 for row in labels)
+    for ours, theirs in (("f1", "f1-score"), ("precision", "precision"), ("recall", "recall")):
+        assert metrics[f"ce_{ours}_micro{name}"] == pytest.approx(micro[theirs])
+        assert metrics[f"ce_{ours}_macro{name}"] == pytest.approx(macro[theirs])
+
+
+def test_the_five_labels_are_those_of_the_competition():
+    assert [LABELS[i] for i in (2, 5, 6, 8, 10)] == list(evaluation.TOP5)
+
+
+def test_abnormal_scores_equal_scikit_learn():
+    rows = random_reports(np.random.default_rng(0), 150)
+    metrics = of_reports(rows)
+    y_pred, y_true = positives(rows, "answer"), positives(rows, "reference")
     sick = y_true[:, 1:].any(1)
     assert 0 < sick.sum() < len(rows)
-    oracle = classification_report(
-        y_true[sick, 1:], y_pred[sick, 1:], output_dict=True, zero_division=0
-    )
-    assert metrics["abnormal_f1_micro13"] == pytest.approx(oracle["micro avg"]["f1-score"])
-    macro = np.mean([oracle[str(i)]["f1-score"] for i in range(13) if oracle[str(i)]["support"]])
-    assert metrics["abnormal_f1_macro13"] == pytest.approx(macro)
+    micro, macro, _ = oracle_scores(y_true[sick], y_pred[sick], list(range(1, 14)))
+    assert metrics["abnormal_f1_micro13"] == pytest.approx(micro["f1-score"])
+    assert metrics["abnormal_f1_macro13"] == pytest.approx(macro["f1-score"])
 
-    samples = precision_recall_fscore_support(y_true, y_pred, average="samples", zero_division=0)
-    assert [
-        metrics[f"ce_{score}_samples14"] for score in ("precision", "recall", "f1")
-    ] == pytest.approx(samples[:3])
-    certain = extract_labels([p["reference"] for p in rows]) != 3
-    scored = [
-        precision_recall_fscore_support(
-            y_true[certain[:, k], k], y_pred[certain[:, k], k], average="binary", zero_division=0
-        )[2]
-        for k in range(1, 14)
-        if y_true[certain[:, k], k].any()
-    ]
-    assert metrics["ce_certain_f1_macro13"] == pytest.approx(np.mean(scored)) and not certain.all()
+
+def test_f1_of_each_label_equals_scikit_learn():
+    rows = random_reports(np.random.default_rng(0), 150)
     with np.errstate(all="ignore"):
-        labels = evaluation.report_metrics(rows, np.ones((1, 150)), extract_labels)[1]
-    oracle = classification_report(y_true, y_pred, output_dict=True, zero_division=0)
-    for k, label in enumerate(LABELS):
-        f1 = oracle[str(k)]["f1-score"]
-        assert (
-            labels[label][0] == pytest.approx(f1)
-            if oracle[str(k)]["support"]
-            else math.isnan(labels[label][0])
-        )
+        ours = evaluation.report_metrics(rows, np.ones((1, 150)), extract_labels)[1]
+    y_pred, y_true = positives(rows, "answer"), positives(rows, "reference")
+    _, _, labels = oracle_scores(y_true, y_pred, list(range(14)))
+    for label, theirs in zip(LABELS, labels):
+        expected = theirs["f1-score"] if theirs["support"] else math.nan
+        assert ours[label][0] == pytest.approx(expected, nan_ok=True)
 
 
-def test_bleu_and_cider_equal_published_libraries():
+def test_bleu_equals_sacrebleu():
     rows = random_reports(np.random.default_rng(2), 60)
-    metrics, tokens = (
-        of_reports(rows),
-        [[" ".join(tokenize(p[key])) for p in rows] for key in ("answer", "reference")],
-    )
+    metrics = of_reports(rows)
+    answers = [" ".join(tokenize(p["answer"])) for p in rows]
+    references = [" ".join(tokenize(p["reference"])) for p in rows]
+    options = {"tokenize": "none", "smooth_method": "none", "force": True}
     for n in range(1, 5):
-        oracle = sacrebleu.BLEU(
-            max_ngram_order=n, tokenize="none", smooth_method="none", force=True
-        ).corpus_score(tokens[0], [tokens[1]])
+        oracle = sacrebleu.BLEU(max_ngram_order=n, **options).corpus_score(answers, [references])
         assert metrics[f"bleu{n}"] == pytest.approx(oracle.score / 100)
-    _, scores = Cider().compute_score(
-        {i: [t] for i, t in enumerate(tokens[1])}, {i: [t] for i, t in enumerate(tokens[0])}
-    )
-    assert evaluation.cider_scores(
-        *([p[key] for p in rows] for key in ("answer", "reference"))
-    ) == pytest.approx(scores)
-    assert metrics["cider"] == pytest.approx(scores.mean()) and scores.max() > 1
+
+
+def test_cider_equals_the_published_code():
+    rows = random_reports(np.random.default_rng(2), 60)
+    answers, references = [p["answer"] for p in rows], [p["reference"] for p in rows]
+    theirs = {i: [" ".join(tokenize(text))] for i, text in enumerate(answers)}
+    truth = {i: [" ".join(tokenize(text))] for i, text in enumerate(references)}
+    _, scores = Cider().compute_score(truth, theirs)
+    assert scores.max() > 1
+    assert evaluation.cider_scores(answers, references) == pytest.approx(scores)
+    assert of_reports(rows)["cider"] == pytest.approx(scores.mean())
 
 
 def test_reports_that_training_has_are_told_apart():
@@ -239,44 +222,21 @@ def test_reports_that_training_has_are_told_apart():
         report(1, "Pulmonary edema.", "Pulmonary edema."),
     ]
     m = of_reports(rows, ["clear  lungs", "moderate cardiomegaly"])
-    assert (m["copied_share"], m["copied_share_reference"], m["unseen_f1_micro13"]) == (
-        0.5,
-        0.5,
-        1,
-    ) and m["ce_f1_micro13"] < 1
-    assert "copied_share" not in of_reports(rows)
+    assert m["copied_share"] == 0.5
+    assert m["copied_share_reference"] == 0.5
+    assert m["unseen_f1_micro13"] == 1
+    assert m["ce_f1_micro13"] < 1
+    without = of_reports(rows)
+    assert "copied_share" not in without
+    assert "unseen_f1_micro13" not in without
 
 
 def test_a_collapsed_model_has_bleu_zero():
-    m = of_reports(
-        [report(0, "", "Clear lungs."), report(1, "Clear lungs", "Clear lungs are seen.")]
-    )
-    assert (
-        m["bleu1"] > 0
-        and m["bleu3"] == m["bleu4"] == 0
-        and of_reports([report(0, "", "Clear.")])["bleu1"] == 0
-    )
-
-
-def test_kinds_of_grounding_are_told_apart(tmp_path):
-    """Each kind has a block of its own; phrases are one class of the average precision, whatever they say."""
-    a = [0.1, 0.1, 0.4, 0.4]
-    rows = [
-        grounding(0, text_of([a]), [a]),
-        grounding(1, "Not seen.", [a], kind="phrase", label="one thing"),
-        grounding(2, text_of([a]), [a], kind="phrase", label="another"),
-    ]
-    results = evaluation.summarise({"m": rows}, config(tmp_path))
-    value = {
-        block: results[block]["map50"]["m"]["value"] for block in results if "labels" not in block
-    }
-    assert value == {"grounding": 0.75, "grounding of abnormality": 1, "grounding of phrase": 0.5}
-    assert list(results["grounding labels"]) == [
-        "soft_f1 Edema",
-        "ap50 Edema",
-        "soft_f1 phrase",
-        "ap50 phrase",
-    ]
+    rows = [report(0, "", "Clear lungs."), report(1, "Clear lungs", "Clear lungs are seen.")]
+    m = of_reports(rows)
+    assert m["bleu1"] > 0
+    assert m["bleu3"] == m["bleu4"] == 0
+    assert of_reports([report(0, "", "Clear.")])["bleu1"] == 0
 
 
 def test_report_numbers_by_hand():
@@ -292,134 +252,143 @@ def test_report_numbers_by_hand():
     assert (m["distinct_share"], m["distinct_share_reference"]) == (0.75, 0.75)
     assert (m["mean_words"], m["mean_words_reference"]) == (12 / 4, 14 / 4)
     assert (m["format_valid"], m["truncated"], m["examples"]) == (0.75, 0.25, 4)
-    assert m["ce_recall_micro13"] == pytest.approx(
-        2 / 5
-    )  # uncertain pneumonia is found once, missed once
-    assert m["ce_precision_micro13"] == 1 and m["ce_precision_micro14"] == pytest.approx(3 / 4)
+    # Uncertain pneumonia is found once, missed once.
+    assert m["ce_recall_micro13"] == pytest.approx(2 / 5)
+    assert m["ce_precision_micro13"] == 1
+    assert m["ce_precision_micro14"] == pytest.approx(3 / 4)
     assert m["ce_f1_macro13"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
-    assert m["rouge_l"] == pytest.approx(
-        (1 + 2 / 11 + 1 + 0) / 4
-    )  # the full stop is a token of both
+    # The full stop is a token of both.
+    assert m["rouge_l"] == pytest.approx((1 + 2 / 11 + 1 + 0) / 4)
     exact = of_reports([report(0, sick, sick)])
-    assert all(
-        exact[key] == pytest.approx(1)
-        for key in ("bleu1", "bleu4", "rouge_l", "gleu", "ce_f1_micro14")
-    )
+    for name in ("bleu1", "bleu4", "rouge_l", "gleu", "ce_f1_micro14"):
+        assert exact[name] == pytest.approx(1)
 
 
 def test_a_label_without_reference_counts_in_micro_only():
     rows = [report(0, "Moderate cardiomegaly. Rib fracture.", "Moderate cardiomegaly.")]
     m = of_reports(rows)
-    assert m["ce_f1_macro13"] == 1 and m["ce_f1_micro13"] == pytest.approx(2 / 3)
+    assert m["ce_f1_macro13"] == 1
+    assert m["ce_f1_micro13"] == pytest.approx(2 / 3)
 
 
-def brute_force_map(rows, threshold=0.5):
+# ------------------------------------------------------------------------------- grounding
+
+
+def test_kinds_of_grounding_are_told_apart(cfg, few_resamples):
+    """Each kind has its own block. Phrases are one class of the average precision."""
+    a = [0.1, 0.1, 0.4, 0.4]
+    rows = [
+        grounding(0, text_of([a]), [a]),
+        grounding(1, "Not seen.", [a], kind="phrase", label="one thing"),
+        grounding(2, text_of([a]), [a], kind="phrase", label="another"),
+    ]
+    results = evaluation.summarise({"m": rows}, cfg)
+    labels = results.pop("grounding labels")
+    value = {block: metrics["map50"]["m"]["value"] for block, metrics in results.items()}
+    assert value == {"grounding": 0.75, "grounding of abnormality": 1, "grounding of phrase": 0.5}
+    assert list(labels) == ["soft_f1 Edema", "ap50 Edema", "soft_f1 phrase", "ap50 phrase"]
+
+
+def ranked_boxes(rows):
+    """(place in the answer, example, box): all first boxes, then all second ones, .."""
+    ranked = []
+    for i, p in enumerate(rows):
+        ranked += [(place, i, box) for place, box in enumerate(parse_boxes(p["answer"]))]
+    return sorted(ranked)
+
+
+def brute_force_ap(rows):
     """Textbook VOC (2010 on): area under the precision envelope as a step function of recall."""
-    scores = []
-    for label in {p["label"] for p in rows}:
-        mine = [p for p in rows if p["label"] == label]
-        total = sum(len(p["boxes"]) for p in mine)
-        if not total:
-            continue
-        answers = [json.loads(f"[{p['answer']}]") if "[" in p["answer"] else [] for p in mine]
-        taken, recall, precision, found, seen = set(), [0.0], [0.0], 0, 0
-        for rank in range(max(map(len, answers))):
-            for i, answer in enumerate(answers):
-                if rank < len(answer):
-                    free = [j for j in range(len(mine[i]["boxes"])) if (i, j) not in taken]
-                    overlaps = [iou(answer[rank], mine[i]["boxes"][j]) for j in free]
-                    seen += 1
-                    if overlaps and max(overlaps) >= threshold:
-                        taken.add((i, free[int(np.argmax(overlaps))]))
-                        found += 1
-                    recall.append(found / total)
-                    precision.append(found / seen)
-        recall.append(1.0)
-        precision.append(0.0)
-        for k in range(len(precision) - 2, -1, -1):
-            precision[k] = max(precision[k], precision[k + 1])
-        scores.append(
-            sum((recall[k + 1] - recall[k]) * precision[k + 1] for k in range(len(recall) - 1))
-        )
-    return float(np.mean(scores))
+    total = sum(len(p["boxes"]) for p in rows)
+    taken, recall, precision = set(), [0.0], [0.0]
+    for seen, (_, i, box) in enumerate(ranked_boxes(rows), 1):
+        overlaps = {}
+        for j, reference in enumerate(rows[i]["boxes"]):
+            if (i, j) not in taken:
+                overlaps[j] = iou(box, reference)
+        if overlaps and max(overlaps.values()) >= 0.5:
+            taken.add((i, max(overlaps, key=overlaps.get)))
+        recall.append(len(taken) / total)
+        precision.append(len(taken) / seen)
+    area = 0.0
+    for k in range(1, len(recall)):
+        area += (recall[k] - recall[k - 1]) * max(precision[k:])
+    return area
 
 
-def test_map_by_hand_and_brute_force():
+def coco_ap(rows):
+    """COCO's own evaluation at IoU 0.5, with scores that fall with a box's place in its answer.
+
+    COCO averages the precision over chosen recalls. With n references we choose the middles
+    (k - 0.5) / n of the n steps of recall, which makes the mean the exact area.
+    """
+
+    def entry(i, box, **more):
+        # An image for each question, 1000 pixels wide, so that COCO's areas and IoUs are ours.
+        x1, y1, x2, y2 = (1000 * v for v in box)
+        size = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+        return {"image_id": i, "category_id": 0, "iscrowd": 0, **size, **more}
+
+    references = [(i, box) for i, p in enumerate(rows) for box in p["boxes"]]
+    n = len(references)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": [{"id": i} for i in range(len(rows))],
+            "categories": [{"id": 0}],
+            "annotations": [entry(*b, id=k) for k, b in enumerate(references, 1)],
+        }
+        truth.createIndex()
+        found = [entry(i, box, score=-place) for place, i, box in ranked_boxes(rows)]
+        run = COCOeval(truth, truth.loadRes(found), "bbox")
+        run.params.iouThrs = np.array([0.5])
+        run.params.recThrs = (np.arange(n) + 0.5) / n
+        run.evaluate()
+        run.accumulate()
+    return run.eval["precision"][0, :, 0, 0, 2].mean()  # all areas, 100 detections
+
+
+@pytest.mark.parametrize("oracle, digits", [(brute_force_ap, 2), (coco_ap, 5)])
+def test_average_precision_equals_the_oracle(oracle, digits):
+    # With 5 digits no IoU lies on the threshold.
+    seen = []
+    for seed in range(20):
+        rows = random_groundings(np.random.default_rng(seed), 25, digits)
+        scores = []
+        for label in ("Edema", "Fracture"):
+            scores.append(oracle([p for p in rows if p["label"] == label]))
+            assert by_class(rows)[f"ap50 {label}"] == pytest.approx(scores[-1])
+        assert of_groundings(rows)["map50"] == pytest.approx(np.mean(scores))
+        seen += scores
+    assert 0.05 < min(seen) < max(seen) < 0.95
+
+
+def test_map_by_hand():
     a, b, far = [0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9], [0.0, 0.8, 0.1, 0.9]
 
-    def score(rows):
+    def score(*rows):
         return of_groundings(rows)["map50"]
 
-    assert score([grounding(0, text_of([a, b]), [a, b])]) == 1
-    assert score([grounding(0, text_of([far, a]), [a, b])]) == pytest.approx(
-        1 / 4
-    )  # 1/2 precision at recall 1/2
-    assert score([grounding(0, text_of([a, a]), [a])]) == 1  # the repeat comes after full recall
-    # First boxes of both answers (miss, hit) come before the second box (hit): precision 1/2 and 2/3.
+    assert score(grounding(0, text_of([a, b]), [a, b])) == 1
+    # Precision 1/2 at recall 1/2.
+    assert score(grounding(0, text_of([far, a]), [a, b])) == pytest.approx(1 / 4)
+    # The repeat comes after full recall.
+    assert score(grounding(0, text_of([a, a]), [a])) == 1
+    # First boxes of both answers (miss, hit), then the second box (hit): precision 1/2 and 2/3.
     rows = [grounding(0, text_of([far, a]), [a]), grounding(1, text_of([b]), [b])]
-    assert score(rows) == pytest.approx(2 / 3)
-    # A false positive on an image without the finding counts; a class without reference boxes does not.
+    assert score(*rows) == pytest.approx(2 / 3)
+    # A false positive where nothing is there counts. A class without reference boxes does not.
     rows = [
         grounding(0, text_of([a]), []),
         grounding(1, text_of([b]), [b]),
         grounding(2, text_of([a]), [], "Fracture"),
     ]
-    assert score(rows) == pytest.approx(1 / 2)
-    for seed in range(30):
-        rows = random_groundings(np.random.default_rng(seed), 12)
-        assert score(rows) == pytest.approx(brute_force_map(rows))
-
-
-def test_map_equals_pycocotools():
-    """COCO's own evaluation of the same boxes, with scores that fall with the place of a box in its answer."""
-    for seed in range(10):
-        rows = random_groundings(np.random.default_rng(seed), 25, digits=5)  # no IoU on a threshold
-        names = sorted({p["label"] for p in rows})
-        boxes = [(i, p["label"], box) for i, p in enumerate(rows) for box in p["boxes"]]
-        found = [
-            (rank, i, p["label"], box)
-            for i, p in enumerate(rows)
-            for rank, box in enumerate(parse_boxes(p["answer"]))
-        ]
-
-        def entry(i, label, box, **more):
-            # an image of its own for each question: 1000 pixels wide, so that COCO's areas and IoUs are ours
-            x1, y1, x2, y2 = (1000 * v for v in box)
-            return {
-                "image_id": i,
-                "category_id": names.index(label),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "iscrowd": 0,
-                **more,
-            }
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO()
-            truth.dataset = {
-                "images": [{"id": i} for i in range(len(rows))],
-                "categories": [{"id": k} for k in range(len(names))],
-                "annotations": [entry(*b, id=n + 1) for n, b in enumerate(boxes)],
-            }
-            truth.createIndex()
-            run = COCOeval(
-                truth, truth.loadRes([entry(*b, score=-rank) for rank, *b in found]), "bbox"
-            )
-            run.evaluate()
-            run.accumulate()
-        precision = run.eval["precision"][:, :, :, 0, 2]  # (T, R, K): all areas, 100 detections
-        m = of_groundings(rows)
-        assert m["map50_coco"] == pytest.approx(precision[0].mean()) and m[
-            "map_coco"
-        ] == pytest.approx(precision.mean())
+    assert score(*rows) == pytest.approx(1 / 2)
 
 
 def test_grounding_numbers_by_hand():
-    a, half, b = (
-        [0.0, 0.0, 0.4, 0.4],
-        [0.0, 0.0, 0.4, 0.24],
-        [0.5, 0.5, 0.9, 0.9],
-    )  # IoU of a and half: 0.6
+    # IoU of a and half: 0.6
+    a, half, b = [0.0, 0.0, 0.4, 0.4], [0.0, 0.0, 0.4, 0.24], [0.5, 0.5, 0.9, 0.9]
     rows = [
         grounding(0, text_of([half]), [a]),
         grounding(1, text_of([half, b]), [a]),
@@ -434,75 +403,82 @@ def test_grounding_numbers_by_hand():
     assert m["soft_f1"] == pytest.approx(np.mean(radvlm))
     assert m["soft_f1_nonempty"] == pytest.approx((1.2 / 1.6 + 1.2 / 2.6) / 3)
     assert m["matched_iou"] == pytest.approx(0.6)
-    assert (
-        m["empty_accuracy"] == 1 / 4
-    )  # neither silence nor a broken box says that nothing is there
+    # Neither silence nor a broken box says that nothing is there.
+    assert m["empty_accuracy"] == 1 / 4
     assert m["truncated"] == pytest.approx(1 / 7)
 
 
+# ------------------------------------------------------------------------------- bootstrap
+
+
+def test_bootstrap_weights_count_the_patients():
+    patients = ["A", "A", "B", ""]
+    rows = [report(i, "", "", patient) for i, patient in enumerate(patients)]
+    weights = evaluation.bootstrap_weights(rows, 500, 0)
+    assert weights.shape == (501, 4)
+    assert (weights[0] == 1).all()
+    assert (weights[:, 0] == weights[:, 1]).all()
+    # Three are drawn: A, B, and the prediction without a patient.
+    assert (weights[:, 1:].sum(1) == 3).all()
+    assert weights[1:].mean(0) == pytest.approx(1, abs=0.15)
+
+
+def copies(rows, names, draw):
+    """A resample, written out: a copy of a prediction stands beside it."""
+    count = dict(zip(names, draw))
+    return [p for p in rows for _ in range(count[p["patient"]])]
+
+
 @pytest.mark.parametrize("patients", [None, 9])
-def test_bootstrap_equals_resampling_loop(patients):
+def test_bootstrap_equals_resampling_loop(patients, monkeypatch):
+    monkeypatch.setattr(evaluation, "RESAMPLES", 25)
     rng = np.random.default_rng(5)
     before, after = random_reports(rng, 30, patients), random_reports(rng, 30)
-    after = [
-        x | {"reference": y["reference"], "patient": y["patient"]} for x, y in zip(after, before)
-    ]
     boxes, others = random_groundings(rng, 20), random_groundings(rng, 20)
-    boxes = (
-        boxes
-        if patients is None
-        else [x | {"patient": f"p{rng.integers(patients)}"} for x in boxes]
-    )
-    others = [
-        x | {key: y[key] for key in ("boxes", "label", "patient")} for x, y in zip(others, boxes)
-    ]
-    models = {"sft": before + boxes, "grpo": after + others}
-    results = evaluation.summarise(models, config("", bootstrap=25), ["Moderate cardiomegaly."])
-    names = sorted({p["patient"] for p in models["sft"]})
-    draws = np.random.default_rng(0).multinomial(len(names), [1 / len(names)] * len(names), 25)
-    loop = {name: [] for name in models}
-    for draw in [[1] * len(names), *draws]:
-        chosen = [names[i] for i in np.repeat(np.arange(len(names)), draw)]
-        for name in models:
-            # a copy of an example stands beside it, as it does for the order of boxes
-            resample = [p for p in models[name] for _ in range(chosen.count(p["patient"]))]
-            reports, groundings = (
-                [p for p in resample if p["task"] == task] for task in ("report", "grounding")
-            )
-            loop[name].append(
-                {
-                    "reports": of_reports(reports, ["Moderate cardiomegaly."]),
-                    "grounding": of_groundings(groundings),
-                }
-            )
+    if patients is not None:
+        boxes = [p | {"patient": f"p{rng.integers(patients)}"} for p in boxes]
+    # Both models answer the same questions.
+    asked = ("reference", "boxes", "label", "patient")
+    first, second = before + boxes, after + others
+    second = [y | {key: x[key] for key in asked} for x, y in zip(first, second)]
+    training = ["Moderate cardiomegaly."]
+    results = evaluation.summarise({"sft": first, "grpo": second}, load("seed=0"), training)
+
+    names = sorted({p["patient"] for p in first})
+    size = len(names)
+    draws = np.random.default_rng(0).multinomial(size, [1 / size] * size, 25)
+    loop = {"sft": [], "grpo": []}
+    for draw in [[1] * size, *draws]:
+        for name, rows in (("sft", first), ("grpo", second)):
+            reports = copies([p for p in rows if p["task"] == "report"], names, draw)
+            groundings = copies([p for p in rows if p["task"] == "grounding"], names, draw)
+            metrics = {
+                "reports": of_reports(reports, training),
+                "grounding": of_groundings(groundings),
+            }
+            loop[name].append(metrics)
+
     assert {*results} == {"reports", "labels", "grounding", "grounding labels"}
     for block in ("reports", "grounding"):
         for metric, by_model in results[block].items():
-            before, after = (
-                np.array([m[block].get(metric, np.nan) for m in loop[name]]) for name in models
-            )
-            assert by_model["grpo"]["value"] == pytest.approx(after[0], nan_ok=True)
-            assert by_model["grpo"]["difference"][0] == pytest.approx(
-                after[0] - before[0], nan_ok=True
-            )
-            if metric.startswith(
-                ("distinct", "examples", "cider")
-            ):  # these take the split as it is
+            start = np.array([m[block].get(metric, np.nan) for m in loop["sft"]])
+            end = np.array([m[block].get(metric, np.nan) for m in loop["grpo"]])
+            own, change = by_model["grpo"], end - start
+            assert own["value"] == pytest.approx(end[0], nan_ok=True)
+            assert own["difference"][0] == pytest.approx(change[0], nan_ok=True)
+            # These take the split as it is.
+            if metric.startswith(("distinct", "examples", "cider")):
                 continue
-            assert by_model["grpo"]["interval"] == pytest.approx(
-                np.nanpercentile(after[1:], [2.5, 97.5]), nan_ok=True
-            ), metric
-            assert by_model["grpo"]["difference"][1:] == pytest.approx(
-                np.nanpercentile((after - before)[1:], [2.5, 97.5]), nan_ok=True
-            ), metric
+            low_high = np.nanpercentile(end[1:], [2.5, 97.5])
+            assert own["interval"] == pytest.approx(low_high, nan_ok=True), metric
+            low_high = np.nanpercentile(change[1:], [2.5, 97.5])
+            assert own["difference"][1:] == pytest.approx(low_high, nan_ok=True), metric
             assert by_model["sft"]["difference"] == [0, 0, 0]
 
 
-def test_paired_differences_need_the_same_examples(tmp_path):
+def test_paired_differences_need_the_same_examples(cfg):
     with pytest.raises(ValueError, match="same examples"):
-        evaluation.summarise(
-            {"a": [report(0, "x", "y")], "b": [report(1, "x", "y")]}, config(tmp_path)
-        )
+        evaluation.summarise({"a": [report(0, "x", "y")], "b": [report(1, "x", "y")]}, cfg)
 
 
 @pytest.mark.filterwarnings("error")
@@ -521,26 +497,28 @@ def test_paired_differences_need_the_same_examples(tmp_path):
         ],
     ],
 )
-def test_empty_cases(predictions, tmp_path):
-    table = evaluation.table(
-        evaluation.summarise({"a": predictions, "b": predictions}, config(tmp_path))
-    )
+def test_empty_cases(predictions, cfg, few_resamples):
+    table = evaluation.table(evaluation.summarise({"a": predictions, "b": predictions}, cfg))
     assert "nan" not in table.lower()
-    assert ("reports" in table) == any(p["task"] == "report" for p in predictions)
-    assert ("grounding" in table) == any(p["task"] == "grounding" for p in predictions)
+    tasks = {p["task"] for p in predictions}
+    assert ("reports" in table) == ("report" in tasks)
+    assert ("grounding" in table) == ("grounding" in tasks)
 
 
-def test_table_is_aligned_and_shows_differences(tmp_path):
+def test_table_is_aligned_and_shows_differences(cfg, few_resamples):
     rows = random_reports(np.random.default_rng(1), 20)
     models = {"sft": rows, "grpo": [p | {"answer": p["reference"]} for p in rows]}
-    lines = evaluation.table(evaluation.summarise(models, config(tmp_path))).splitlines()
-    assert (
-        len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines if "|" in line})
-        == 1
-    )
+    lines = evaluation.table(evaluation.summarise(models, cfg)).splitlines()
+    places = {tuple(m.start() for m in re.finditer(r"\|", line)) for line in lines}
+    assert len(places) == 1
     (row,) = [line for line in lines if line.startswith("minus sft: ce_f1_micro13")]
+    _, first, second = row.split("|")
     gain = 1 - of_reports(rows)["ce_f1_micro13"]
-    assert f"{gain:+.3f} [" in row.split("|")[2] and not row.split("|")[1].strip()
+    assert f"{gain:+.3f} [" in second
+    assert not first.strip()
+
+
+# ------------------------------------------------------------------------------- predictions
 
 
 class Policy:
@@ -550,59 +528,45 @@ class Policy:
         self.skip = skip
 
     def sample(self, examples, group_size, max_new_tokens, temperature, stream):
-        assert (group_size > 1) == (temperature > 0)
-        return [
-            SimpleNamespace(
-                example=e,
-                texts=[f"Text {e.id}.", "Edema."][:group_size],
-                finished=[True] * group_size,
-                tokens=[np.zeros(4)] * group_size,
-            )
-            for e in examples
-            if e.id not in self.skip
-        ]
+        assert (group_size, temperature) == (1, 0)
+        rollouts = []
+        for e in examples:
+            if e.id not in self.skip:
+                rollout = {"texts": [f"Text {e.id}."], "finished": [True], "lengths": [4]}
+                rollouts.append(SimpleNamespace(example=e, **rollout))
+        return rollouts
 
 
 def examples(n):
     film = SimpleNamespace(image=Image.new("L", (40, 30)))
-    return [
-        data.Example(
-            id=str(i),
-            task="report" if i % 2 else "grounding",
-            images=(film,),
-            question="",
-            answer="Pulmonary edema.",
-            boxes=() if i % 2 else ((0, 0, 1, 1),),
-        )
-        for i in range(n)
-    ]
+    made = []
+    for i in range(n):
+        task, boxes = ("report", ()) if i % 2 else ("grounding", ((0, 0, 1, 1),))
+        asked = {"images": (film,), "question": "", "answer": "Pulmonary edema."}
+        made.append(data.Example(id=str(i), task=task, boxes=boxes, **asked))
+    return made
+
+
+def write_predictions(path, n, text):
+    lines = [json.dumps({"id": i, "text": text}) + "\n" for i in range(n)]
+    path.write_text("".join(lines))
 
 
 @pytest.mark.parametrize("n, world", [(7, 3), (6, 3), (1, 2), (0, 2), (5, 1)])
-def test_predict_keeps_the_order_over_ranks(n, world, monkeypatch, tmp_path):
-    shares, given = [], examples(n)
-    monkeypatch.setattr(model, "world_size", lambda: world)
-    for rank in range(world):
-        monkeypatch.setattr(model, "rank", lambda: rank)
-        monkeypatch.setattr(model, "gather_objects", lambda rows: shares.append(rows) or [rows])
-        evaluation.predict(Policy(skip="4"), given, config(tmp_path))
-    assert sum(map(len, shares)) == len(
-        [e for e in given if e.id != "4"]
-    )  # nothing is decoded twice
-    monkeypatch.setattr(model, "gather_objects", lambda rows: shares)
-    result = evaluation.predict(Policy(skip="4"), given, config(tmp_path))
+def test_predict_keeps_the_order_over_ranks(n, world, monkeypatch, cfg):
+    gathered, given = [], examples(n)
+    monkeypatch.setattr(evaluation, "world_size", lambda: world)
+    # What each process gives is added to what the others gave before it.
+    monkeypatch.setattr(
+        evaluation, "gather_lists", lambda items: gathered.extend(items) or gathered
+    )
+    for rank in reversed(range(world)):
+        monkeypatch.setattr(evaluation, "rank", lambda rank=rank: rank)
+        result = evaluation.predict(Policy(skip="4"), given, cfg, "")
+    # Nothing is decoded twice.
+    assert len(gathered) == len([e for e in given if e.id != "4"])
     assert [p["answer"] for p in result] == [f"Text {i}." for i in range(n) if i != 4]
     assert json.loads(json.dumps(result)) == result
-
-
-def test_best_of_several_samples_is_what_the_rewards_pay_most(tmp_path):
-    result = evaluation.predict(Policy(), examples(4), config(tmp_path, samples=2, temperature=1.0))
-    assert [p["answer"] for p in result] == [
-        "Text 0.",
-        "Edema.",
-        "Text 2.",
-        "Edema.",
-    ]  # no box is better than another
 
 
 def test_predictions_of_another_program(tmp_path):
@@ -614,90 +578,163 @@ def test_predictions_of_another_program(tmp_path):
         ("1", "Edema.", "report"),
         ("2", "Edema.", "grounding"),
     ]
-    for text, message in (
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
         ('{"id": 0}', "line 1"),
         ('{"id": 0, "text": null}', "line 1.*expected text, got None"),
         ('{"id": 0, "text": ""}', "no prediction for 2 of 3 examples, such as id '1'"),
-    ):
-        path.write_text(text)
-        with pytest.raises(data.InputError, match=f"theirs.jsonl.*{message}"):
-            evaluation.read_predictions(path, examples(3))
+    ],
+)
+def test_bad_predictions_of_another_program(line, message, tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    path.write_text(line)
+    with pytest.raises(InputError, match=f"theirs.jsonl.*{message}"):
+        evaluation.read_predictions(path, examples(3))
+
+
+def test_a_file_that_is_not_there_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.jsonl: cannot read"):
+        evaluation.read_predictions(tmp_path / "absent.jsonl", examples(3))
+
+
+# ------------------------------------------------------------------------------- commands
 
 
 def test_resolve_prefers_best_then_last(tmp_path):
-    assert evaluation.resolve(tmp_path) == tmp_path and evaluation.resolve("org/name") == "org/name"
+    assert resolve(tmp_path) == str(tmp_path)
+    assert resolve("org/name") == "org/name"
     (tmp_path / "last").mkdir()
-    assert evaluation.resolve(tmp_path) == str(tmp_path / "last")
+    assert resolve(tmp_path) == str(tmp_path / "last")
     (tmp_path / "best").mkdir()
-    assert evaluation.resolve(tmp_path) == str(tmp_path / "best")
+    assert resolve(tmp_path) == str(tmp_path / "best")
 
 
-def test_what_one_model_lacks_no_model_is_measured_on(monkeypatch, tmp_path, capsys):
+def test_what_one_model_lacks_no_model_is_measured_on(
+    monkeypatch, cfg, tmp_path, capsys, few_resamples
+):
+    policies = {"a": Policy(skip="3"), "b": Policy()}
     monkeypatch.setattr(data, "load_split", lambda cfg, split: examples(6))
-    monkeypatch.setattr(
-        model, "load_policy", lambda cfg, path: Policy(skip="3" if path == "a" else "")
-    )
-    _, results = evaluation.evaluate_checkpoints(config(tmp_path), {"a": "a", "b": "b"})
-    assert (
-        results["reports"]["examples"]["b"]["value"] == 2
-        and "1 of 6 examples" in capsys.readouterr().out
-    )
+    monkeypatch.setattr(model, "load_policy", lambda cfg, path: policies[path])
+    _, results = evaluation.evaluate_checkpoints(cfg, {"a": "a", "b": "b"})
+    assert results["reports"]["examples"]["b"]["value"] == 2
+    assert "1 of 6 examples" in capsys.readouterr().out
     assert len((tmp_path / "eval" / "b.jsonl").read_text().splitlines()) == 6
 
 
-def test_no_training_split_costs_its_metrics_only(monkeypatch, tmp_path, capsys):
+def test_no_training_split_costs_its_metrics_only(monkeypatch, cfg, capsys, few_resamples):
     def load_split(cfg, split):
         if split == "train":
-            raise data.InputError("train.jsonl: cannot read")
+            raise InputError("train.jsonl: cannot read")
         return examples(4)
 
     monkeypatch.setattr(data, "load_split", load_split)
     monkeypatch.setattr(model, "load_policy", lambda cfg, path: Policy())
-    _, results = evaluation.evaluate_checkpoints(config(tmp_path), {"a": "a"})
-    assert "copied_share" not in results["reports"] and "train.jsonl" in capsys.readouterr().out
+    _, results = evaluation.evaluate_checkpoints(cfg, {"a": "a"})
+    assert "copied_share" not in results["reports"]
+    assert "train.jsonl" in capsys.readouterr().out
+
+
+def test_without_the_tool_no_page_is_written(monkeypatch, cfg, tmp_path, capsys, few_resamples):
+    monkeypatch.setattr(data, "load_split", lambda cfg, split: examples(4))
+    monkeypatch.setattr(model, "load_policy", lambda cfg, path: Policy())
+    monkeypatch.setitem(sys.modules, "tools.report_page", None)
+    table, _ = evaluation.evaluate_checkpoints(cfg, {"a": "a"})
+    out = capsys.readouterr().out
+    assert out.startswith(table)
+    assert len(out.removeprefix(table).strip().splitlines()) == 1
+    assert "no page is written" in out
+    written = {path.name for path in (tmp_path / "eval").iterdir()}
+    assert written == {"a.jsonl", "metrics.json"}
 
 
 def test_column_names_are_the_shortest_distinct_tails():
-    assert evaluation.column_names(["out/sft", "out/grpo/", "out/./sft"]) == {
-        "sft": "out/./sft",
-        "grpo": "out/grpo/",
-    }
+    names = evaluation.column_names(["out/sft", "out/grpo/", "out/./sft"])
+    assert names == {"sft": "out/./sft", "grpo": "out/grpo/"}
     assert list(evaluation.column_names(["x/sft", "y/sft"])) == ["x/sft", "y/sft"]
     assert list(evaluation.column_names(["/a", "/b/a"])) == ["a", "b/a"]
 
 
-def test_evaluate_checkpoints_writes_predictions_metrics_and_page(monkeypatch, tmp_path, capsys):
+def test_evaluate_checkpoints_writes_predictions_metrics_and_page(
+    monkeypatch, cfg, tmp_path, capsys, few_resamples
+):
     monkeypatch.setattr(data, "load_split", lambda cfg, split: examples(9))
     monkeypatch.setattr(model, "load_policy", lambda cfg, path: Policy())
+    monkeypatch.setattr(report_page, "CASES", 4)
+    cfg.eval.limit = 3
     other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"id": i, "text": "No edema."}) + "\n" for i in range(9)))
-    table, results = evaluation.evaluate_checkpoints(
-        config(tmp_path, limit=3), {"x/sft": "x/sft", "grpo": "grpo"}, {"other": other}
-    )
+    write_predictions(other, 9, "No edema.")
+    checkpoints = {"x/sft": "x/sft", "grpo": "grpo"}
+    table, results = evaluation.evaluate_checkpoints(cfg, checkpoints, {"other": other})
     assert capsys.readouterr().out.startswith(table)
+
+    # Three examples of each task, drawn, in order.
     rows = [json.loads(line) for line in (tmp_path / "eval/x/sft.jsonl").read_text().splitlines()]
-    reports, groundings = (
-        [p["id"] for p in rows if p["task"] == task] for task in ("report", "grounding")
-    )
-    assert (
-        len(reports) == len(groundings) == 3
-        and reports == sorted(reports)
-        and groundings == sorted(groundings)
-    )  # drawn, in order
+    reports = [p["id"] for p in rows if p["task"] == "report"]
+    groundings = [p["id"] for p in rows if p["task"] == "grounding"]
+    assert len(reports) == len(groundings) == 3
+    assert reports == sorted(reports)
+    assert groundings == sorted(groundings)
+    assert (reports, groundings) != (["1", "3", "5"], ["0", "2", "4"])
+
     stored = json.loads((tmp_path / "eval/metrics.json").read_text(), parse_constant=pytest.fail)
-    assert (
-        (reports, groundings) != (["1", "3", "5"], ["0", "2", "4"])
-        and stored["reports"]["examples"]["grpo"]["value"] == 3
-        and list(stored["reports"]["bleu4"]) == ["x/sft", "grpo", "other"]
-    )
+    assert stored["reports"]["examples"]["grpo"]["value"] == 3
+    assert list(stored["reports"]["bleu4"]) == ["x/sft", "grpo", "other"]
     assert math.isnan(results["grounding"]["matched_iou"]["grpo"]["value"])
     assert stored["grounding"]["matched_iou"]["grpo"]["value"] is None
     assert (tmp_path / "eval/report.html").read_text().count("class=case") == 4
-    assert not list(Path(tmp_path).rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def run_main(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["eval.py", str(ROOT / "config.yaml"), *words])
+    evaluation.main()
+
+
+def test_command_line_separates_folders_from_overrides(monkeypatch, tmp_path):
+    calls = []
+    (tmp_path / "cwd" / "x" / "eval").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    (tmp_path / "cwd" / "p.jsonl").touch()
+    (tmp_path / "cwd" / "x" / "eval" / "a.jsonl").touch()
+    monkeypatch.setattr(evaluation, "evaluate_checkpoints", lambda *args: calls.append(args))
+    files = ["--predictions", "p.jsonl", "x/eval/a.jsonl"]
+    folders = ["--checkpoint", "x/a", "x/b"]
+    run_main(monkeypatch, "seed=1", *files, *folders, "eval.limit=2")
+    ((cfg, checkpoints, predictions),) = calls
+    assert (cfg.seed, cfg.eval.limit) == (1, 2)
+    assert list(checkpoints) == ["x/a", "x/b"]
+    assert predictions == {"cwd/p": "p.jsonl", "eval/a": "x/eval/a.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--checkpoint", "p", "--predictions", "p.jsonl"], "would be one column"),
+        (["eval.limit=2"], "expected a folder after --checkpoint"),
+    ],
+)
+def test_a_wrong_command_line_is_an_input_error(words, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").touch()
+    with pytest.raises(InputError, match=message):
+        run_main(monkeypatch, *words)
+
+
+def test_an_option_of_another_program_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, "--reproduce", "grid.yaml")
+    assert end.value.code == 2
+    assert "unrecognized arguments: --reproduce" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- the page
 
 
 class Tags(html.parser.HTMLParser):
-    """All tags of a page, and all addresses in them."""
+    """All tags of a page, all addresses in them, and the text."""
 
     def __init__(self, page):
         super().__init__()
@@ -713,24 +750,21 @@ class Tags(html.parser.HTMLParser):
 
 
 def test_every_box_is_drawn():
-    """The picture is well-formed, or a browser would show its first box only: references dashed, then each model's in its colour."""
-    example = dataclasses.replace(
-        examples(1)[0], boxes=((0.1, 0.1, 0.4, 0.5), (0.5, 0.2, 0.9, 0.6)), answer="two"
-    )
+    """The picture is well-formed, or a browser would show its first box only."""
+    boxes = ((0.1, 0.1, 0.4, 0.5), (0.5, 0.2, 0.9, 0.6))
+    example = dataclasses.replace(examples(1)[0], boxes=boxes, answer="two")
     answers = {
         "sft": "[0.10, 0.10, 0.40, 0.50]",
         "grpo": "[0.20, 0.20, 0.30, 0.40] and [0.50, 0.20, 0.80, 0.60]",
     }
-    predictions = {
-        name: report(0, answer, "two") | {"task": "grounding", "boxes": list(example.boxes)}
-        for name, answer in answers.items()
-    }
-    _, svg, _ = evaluation.grounding_case(example, predictions)
-    drawn = [
-        (r.get("stroke"), r.get("stroke-dasharray") != "none", float(r.get("x")))
-        for r in ElementTree.fromstring(svg)
-    ]
-    white, first, second = "#ffffff", *evaluation.COLOURS[:2]
+    predictions = {name: grounding(0, answer, list(boxes)) for name, answer in answers.items()}
+    _, svg, _ = report_page.grounding_case(example, predictions)
+    drawn = []
+    for r in ElementTree.fromstring(svg):
+        dashed = r.get("stroke-dasharray") != "none"
+        drawn.append((r.get("stroke"), dashed, float(r.get("x"))))
+    # References dashed, then those of each model in its colour.
+    white, first, second = "#ffffff", *report_page.COLOURS[:2]
     assert drawn == [
         (white, True, 0.1),
         (white, True, 0.5),
@@ -740,119 +774,103 @@ def test_every_box_is_drawn():
     ]
 
 
-def test_the_page_stands_alone_and_shows_generated_text_as_text(tmp_path):
+@pytest.mark.parametrize(
+    "answer, boxes, outcome",
+    [
+        ("[0.1, 0.1, 0.4, 0.4]", [(0.1, 0.1, 0.4, 0.4)], "right"),
+        ("It is not seen.", [], "right"),
+        ("It is not seen.", [(0.1, 0.1, 0.4, 0.4)], "missed"),
+        ("[0.1, 0.1, 0.4, 0.4]", [], "false alarm"),
+        ("[0.6, 0.6, 0.9, 0.9]", [(0.1, 0.1, 0.4, 0.4)], "wrong place"),
+    ],
+)
+def test_outcomes_of_grounding(answer, boxes, outcome):
+    example = dataclasses.replace(examples(1)[0], boxes=tuple(boxes))
+    case = report_page.grounding_case(example, {"m": grounding(0, answer, boxes)})
+    assert case[0] == outcome
+
+
+@pytest.mark.parametrize(
+    "answer, outcome, chips",
+    [
+        ("Pulmonary edema.", "right", ["tp"]),
+        ("Pulmonary edema. Rib fracture.", "false alarm", ["tp", "fp"]),
+        ("Rib fracture.", "missed", ["fn", "fp"]),
+        # No Finding has a chip and is no false alarm.
+        ("Heart size is normal.", "missed", ["fp", "fn"]),
+    ],
+)
+def test_outcomes_and_chips_of_reports(answer, outcome, chips):
+    example = examples(2)[1]
+    predictions = {"m": report(1, answer, example.answer)}
+    case = report_page.report_case(example, predictions, extract_labels)
+    assert case[0] == outcome
+    assert re.findall(r'class="chip (\w\w)"', case[2]) == chips
+    assert "<u>edema</u>" in case[2]
+
+
+def test_phrases_are_underlined_whatever_their_blanks():
+    html = report_page.underlined("<b> Cardiac\n  enlargement & edema.")
+    assert html == "&lt;b&gt; <u>Cardiac\n  enlargement</u> &amp; <u>edema</u>."
+
+
+def test_clear_differences_are_bold():
+    entry = {"value": 0.5, "interval": [0.4, 0.6], "difference": [0.2, 0.1, 0.3]}
+    unclear = entry | {"difference": [0.2, -0.1, 0.3]}
+    html = report_page.html_table({"m": {"a": entry, "b": entry}, "n": {"a": entry, "b": unclear}})
+    assert html.count("<b>+0.200</b><small>[+0.100, +0.300]</small>") == 1
+    assert html.count("<b>") == 1
+
+
+HOSTILE = '<script>alert(1)</script> <img src=x onerror=y> & "quoted" edema'
+
+
+def write_run(folder):
+    """The log of a run with hostile text everywhere."""
+    folder.mkdir()
+    sample = {"text": HOSTILE, "reward": 0.5, "advantage": 0.0, "parts": {HOSTILE: 0.25}}
+    groups, rows = [], []
+    for step in range(3):
+        for task in ("grounding", "report"):
+            group = {"step": step, "task": task, "reference": f"{task}-{step}"}
+            groups.append(group | {"question": HOSTILE, "samples": [sample]})
+        rows.append({"step": step, "reward": step / 7, "rewards/mccs/mean": 0.1, "kl": 0.0})
+    (folder / "samples.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def page_of(cfg, text):
+    """The page of 200 cases in which every text is `text`."""
+    given, rows = [], []
+    for e in examples(200):
+        example = dataclasses.replace(e, question=text, answer=text, id=text + e.id)
+        given.append(example)
+        same = {"task": e.task, "boxes": list(e.boxes), "thinking": text, "id": example.id}
+        rows.append(report(0, text, text, e.id, **same))
+    predictions = {"<b>": rows}
+    results = evaluation.summarise(predictions, cfg)
+    return report_page.page(cfg, results, predictions, given)
+
+
+def test_the_page_stands_alone_and_shows_generated_text_as_text(
+    cfg, tmp_path, monkeypatch, few_resamples
+):
     """Hostile text everywhere: it neither adds a tag nor gets lost. 200 cases stay small."""
-    hostile = '<script>alert(1)</script> <img src=x onerror=y> & "quoted" edema'
-    given = [
-        dataclasses.replace(e, question=hostile, answer=hostile, id=hostile + e.id)
-        for e in examples(200)
-    ]
-    rows = [
-        report(i, hostile, hostile)
-        | {"task": e.task, "boxes": list(e.boxes), "thinking": hostile, "id": e.id}
-        for i, e in enumerate(given)
-    ]
-    calm = [r | {key: "calm" for key in ("text", "answer", "reference", "thinking")} for r in rows]
-    cfg = config(tmp_path, cases=200)
-    (tmp_path / "grpo").mkdir()
-    groups = [
-        {
-            "step": n,
-            "task": task,
-            "question": hostile,
-            "reference": f"{task}-{n}",
-            "samples": [
-                {"text": hostile, "reward": 0.5, "advantage": 0.0, "parts": {hostile: 0.25}}
-            ],
-        }
-        for n in range(3)
-        for task in ("grounding", "report")
-    ]
-    (tmp_path / "grpo" / "samples.jsonl").write_text(
-        "".join(json.dumps(group) + "\n" for group in groups)
-    )
-    (tmp_path / "grpo" / "metrics.jsonl").write_text(
-        "".join(
-            json.dumps({"step": n, "reward": n / 7, "rewards/mccs/mean": 0.1, "kl": 0.0}) + "\n"
-            for n in range(3)
-        )
-    )
-    pages = []
-    for predictions, shown in (
-        (rows, given),
-        (
-            calm,
-            [
-                dataclasses.replace(e, question="calm", answer="calm", id=e.id[len(hostile) :])
-                for e in given
-            ],
-        ),
-    ):
-        with np.errstate(all="ignore"):
-            results = evaluation.summarise({"<b>": predictions}, cfg)
-            pages.append(evaluation.page(cfg, results, {"<b>": predictions}, shown))
-    loud, quiet = map(Tags, pages)
-    assert [t for t in loud.tags if t != "u"] == [
-        t for t in quiet.tags if t != "u"
-    ] and loud.tags.count("script") == 1  # labels underline
-    assert (
-        loud.text.count("alert(1)") >= 400
-        and "onerror=y" in loud.text
-        and loud.tags.count("polyline") == 6
-    )
-    assert (
-        all(address.startswith("data:image/jpeg;base64,") for address in loud.addresses)
-        and len(loud.addresses) == 200
-    )
-    assert re.findall(r"Reference: (\w+-\d)", loud.text) == [
-        "report-1",
-        "report-2",
-        "grounding-1",
-        "grounding-2",
-    ]  # the last ones of each task
-    assert len(pages[0]) < 10e6 and "http" not in pages[0]
-
-
-def test_command_line_separates_folders_from_overrides(monkeypatch, tmp_path):
-    calls = []
-    (tmp_path / "cwd" / "x" / "eval").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "cwd")
-    for name in ("p.jsonl", "x/eval/a.jsonl"):
-        Path(name).touch()
-    monkeypatch.setattr(data, "load_config", lambda path, overrides: (path, overrides))
-    monkeypatch.setattr(
-        evaluation,
-        "evaluate_checkpoints",
-        lambda cfg, paths, files: calls.append((cfg, list(paths), files)),
-    )
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "eval.py",
-            "c.yaml",
-            "seed=1",
-            "--predictions",
-            "p.jsonl",
-            "x/eval/a.jsonl",
-            "--checkpoint",
-            "x/a",
-            "x/b",
-            "eval.limit=2",
-        ],
-    )
-    evaluation.main()
-    assert calls == [
-        (
-            ("c.yaml", ["seed=1", "eval.limit=2"]),
-            ["x/a", "x/b"],
-            {"cwd/p": "p.jsonl", "eval/a": "x/eval/a.jsonl"},
-        )
-    ]
-    monkeypatch.setattr("sys.argv", ["eval.py", "c.yaml", "--predictions", "absent.jsonl"])
-    with pytest.raises(data.InputError, match="absent.jsonl: expected a file"):
-        evaluation.main()
-    monkeypatch.setattr(
-        "sys.argv", ["eval.py", "c.yaml", "--checkpoint", "p", "--predictions", "p.jsonl"]
-    )
-    with pytest.raises(data.InputError, match="would be one column"):
-        evaluation.main()
+    monkeypatch.setattr(report_page, "CASES", 200)
+    write_run(tmp_path / "grpo")
+    page = page_of(cfg, HOSTILE)
+    loud, quiet = Tags(page), Tags(page_of(cfg, "calm"))
+    # The labels of the hostile text are underlined, and have chips.
+    own = ("u", "span")
+    assert [t for t in loud.tags if t not in own] == [t for t in quiet.tags if t not in own]
+    assert loud.tags.count("script") == 1
+    assert loud.text.count("alert(1)") >= 400
+    assert "onerror=y" in loud.text
+    assert loud.tags.count("polyline") == 6
+    assert len(loud.addresses) == 200
+    assert all(address.startswith("data:image/jpeg;base64,") for address in loud.addresses)
+    # The last groups of each task.
+    last = ["report-1", "report-2", "grounding-1", "grounding-2"]
+    assert re.findall(r"Reference: (\w+-\d)", loud.text) == last
+    assert len(page) < 10e6
+    assert "http" not in page

@@ -1,237 +1,242 @@
-"""The grid of --reproduce: rows in the right order, kept when done, and RESULTS.md with their numbers."""
+"""tools/reproduce.py: rows in the right order, kept when done, RESULTS.md with their numbers."""
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from helpers import ROOT, SHORT, load
 
-import data
-import eval as evaluation
-from conftest import ROOT
+from runtime.config import InputError, read_yaml
+from tools import reproduce
 
 GRID = ROOT / "configs" / "ablations" / "grid.yaml"
 
+# ------------------------------------------------------------------------------- the shipped grid
 
-def test_the_shipped_grid_is_complete():
-    """Every row of every claim is one of `rows`, and the other way round; rows begin at rows; every setting is one of the configuration."""
-    grid = data.read_yaml(GRID)
-    assert {name for claim in grid["claims"] for name in claim["rows"]} == set(grid["rows"])
-    assert len({evaluation.grid_run(grid, name, 0)[0] for name in grid["rows"]}) == len(
-        grid["rows"]
-    )
-    for name, row in grid["rows"].items():
-        folder, start, commands = evaluation.grid_run(grid, name, 0)
-        config = data.load_config(ROOT / grid["config"], [a for a in commands[0][2:] if "=" in a])
-        assert (
-            config.out == str(folder)
-            and start in [*grid["rows"], None]
-            and ("thinking" in name) <= config.data.thinking
-        )
-        begins, stage = (
-            (config.grpo.init, "")
-            if commands[0][0] == "train_grpo.py"
-            else (config.sft.init, config.sft.stage)
-        )
-        checkpoint = {
-            "weak SFT": "weak_sft/seed0/sft",
-            "SFT": "sft/seed0/more",
-            "more SFT": "more_sft/seed0/more",
-            "cold start": "cold_start/seed0/cold_start",
-            None: "",
-        }[start]
-        assert begins == (f"runs/ablations/{checkpoint}/best" if start else "auto") and (
-            stage == "sft"
-        ) == (start is None)
-    last = evaluation.grid_run(grid, "more SFT", 2)[2]
-    assert [c[0] for c in last] == ["train_sft.py", "eval.py"]
-    assert last[1][-3:] == [
-        "--checkpoint",
-        "runs/ablations/sft/seed2/more",
-        "runs/ablations/more_sft/seed2/more",
-    ]
+
+def test_every_row_is_in_a_claim_and_every_claim_has_its_rows():
+    grid = read_yaml(GRID)
+    named = {name for claim in grid["claims"] for name in claim["rows"]}
+    assert named == set(grid["rows"])
+    folders = {reproduce.grid_run(grid, name, 0).folder for name in grid["rows"]}
+    assert len(folders) == len(grid["rows"])
+
+
+@pytest.mark.parametrize("name", read_yaml(GRID)["rows"])
+def test_a_row_begins_at_its_start_with_settings_of_the_configuration(name):
+    grid = read_yaml(GRID)
+    run = reproduce.grid_run(grid, name, 0)
+    script, path, *settings = run.commands[0]
+    config = load(*settings, config=path)
+    assert config.out == str(run.folder)
+    assert config.data.thinking or "thinking" not in name
+    begins = config.grpo.init if script == "train_grpo.py" else config.sft.init
+    checkpoints = {
+        "weak SFT": "runs/ablations/weak_sft/seed0/sft/best",
+        "SFT": "runs/ablations/sft/seed0/more/best",
+        "more SFT": "runs/ablations/more_sft/seed0/more/best",
+        "cold start": "runs/ablations/cold_start/seed0/cold_start/best",
+        None: "auto",
+    }
+    assert begins == checkpoints[run.start]
+    plain = script == "train_sft.py" and config.sft.stage == "sft"
+    assert plain == (run.start is None)
+
+
+def test_continued_sft_is_evaluated_beside_its_start():
+    train, evaluate = reproduce.grid_run(read_yaml(GRID), "more SFT", 2).commands
+    assert train[0] == "train_sft.py"
+    assert evaluate[0] == "eval.py"
+    folders = ["runs/ablations/sft/seed2/more", "runs/ablations/more_sft/seed2/more"]
+    assert evaluate[-3:] == ["--checkpoint", *folders]
+
+
+# ------------------------------------------------------------------------------- a small grid
 
 
 @pytest.fixture
 def grid(tmp_path):
+    claim = {"title": "A", "paper": "p", "seeds": [0, 1], "reading": "r"}
     grid = {
         "config": "config.yaml",
         "out": str(tmp_path / "runs"),
         "results": str(tmp_path / "RESULTS.md"),
         "start": "SFT",
-        "set": ["eval.bootstrap=5"],
+        "set": ["eval.limit=5"],
         "rows": {"SFT": {"stage": "sft"}, "more": {"stage": "more"}, "GRPO": None},
-        "claims": [
-            {
-                "title": "A",
-                "paper": "p",
-                "seeds": [0, 1],
-                "reading": "r",
-                "rows": ["SFT", "more", "GRPO"],
-            }
-        ],
+        "claims": [claim | {"rows": ["SFT", "more", "GRPO"]}],
     }
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    write_grid(tmp_path / "grid.yaml", grid)
     return tmp_path / "grid.yaml"
 
 
-def test_rows_run_once_in_order_and_results_hold_their_numbers(grid, tmp_path, monkeypatch):
-    calls, rng, fail, steps = [], np.random.default_rng(0), [], {}
-    monkeypatch.setattr(evaluation.model, "last_step", lambda run: steps.get(run, 9999))
+def write_grid(path, grid):
+    path.write_text(yaml.safe_dump(grid, sort_keys=False))
 
-    def run(command, **_):
-        calls.append([command[1].name, *command[2:]])
-        out = next(a[4:] for a in command[2:] if a.startswith("out="))
-        if fail and fail[0] in out:
-            return subprocess.CompletedProcess(command, 1)
-        if command[1].name != "train_sft.py":
-            models = ["own"] if "/sft/" in out else ["start", "own"]
-            values = {
-                m: {
-                    "value": float(rng.random()),
-                    "difference": [float(rng.normal()) * (m == "own"), 0, 0],
-                }
-                for m in models
-            }
-            (tmp_path / out / "eval").mkdir(parents=True)
-            (tmp_path / out / "eval" / "metrics.json").write_text(
-                json.dumps(
-                    {
-                        "reports": {
-                            "ce_f1_macro13": values,
-                            "bleu4": {m: {"value": None} for m in models},
-                        }
-                    }
-                )
-            )
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
-    steps[tmp_path / "runs" / "more" / "seed1" / "more"] = (
-        399  # a signal stopped it: it ends well, but not at its last step
-    )
-    with pytest.raises(data.InputError, match="'more', seed 1"):
-        evaluation.reproduce(grid)
-    assert calls[-1][0] == "train_sft.py"  # and is not evaluated
-    steps.clear()
-    fail.append("more/seed1")
-    with pytest.raises(data.InputError, match="'more', seed 1"):
-        evaluation.reproduce(grid)
-    state = tmp_path / "runs" / "more" / "seed1" / "state.json"
-    state.write_text(
-        json.dumps({**json.loads(state.read_text()), "cpu_minutes": 3})
-    )  # what it has taken counts
-    fail.clear()
-    calls.clear()
-    evaluation.reproduce(grid)  # goes on where it stopped: only the failed row and what follows
-    assert [(c[0], next(a for a in c if a.startswith("out="))[-10:]) for c in calls] == [
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+class Scripts:
+    """Stands in for the scripts: writes down what is started, and random metrics."""
+
+    def __init__(self):
+        self.calls = []
+        self.failing = ""
+        self.stopped = None
+        self.rng = np.random.default_rng(0)
+
+    def run(self, command, **_):
+        script = command[1].name
+        (out,) = (word[4:] for word in command[2:] if word.startswith("out="))
+        self.calls.append((script, out[-10:]))
+        failed = bool(self.failing) and self.failing in out
+        if not failed and script != "train_sft.py":
+            self.write_metrics(Path(out))
+        return subprocess.CompletedProcess(command, int(failed))
+
+    def write_metrics(self, out):
+        models = ["own"] if "/sft/" in str(out) else ["start", "own"]
+        values, empty = {}, {}
+        for name in models:
+            change = float(self.rng.normal()) if name == "own" else 0.0
+            values[name] = {"value": float(self.rng.random()), "difference": [change, 0, 0]}
+            empty[name] = {"value": None}
+        metrics = {"reports": {"ce_f1_macro13": values, "bleu4": empty}}
+        write_json(out / "eval" / "metrics.json", metrics)
+
+    def last_step(self, run):
+        """As if all scripts got to their last step but one."""
+        return 399 if run == self.stopped else 9999
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    scripts = Scripts()
+    monkeypatch.setattr(subprocess, "run", scripts.run)
+    monkeypatch.setattr(reproduce, "last_step", scripts.last_step)
+    return scripts
+
+
+def table_lines(text):
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+def shown(numbers, sign):
+    return f"{np.mean(numbers):{sign}.3f} [{min(numbers):{sign}.3f}, {max(numbers):{sign}.3f}]"
+
+
+def test_a_row_that_a_signal_stopped_is_not_evaluated(grid, tmp_path, scripts):
+    # It ends well, but not at its last step.
+    scripts.stopped = tmp_path / "runs" / "more" / "seed1" / "more"
+    with pytest.raises(InputError, match="'more', seed 1"):
+        reproduce.reproduce(grid)
+    assert scripts.calls[-1][0] == "train_sft.py"
+
+
+def test_a_failed_row_is_run_again_and_no_other(grid, tmp_path, scripts):
+    scripts.failing = "more/seed1"
+    with pytest.raises(InputError, match="'more', seed 1"):
+        reproduce.reproduce(grid)
+    # What it has taken so far counts.
+    path = tmp_path / "runs" / "more" / "seed1" / "state.json"
+    write_json(path, json.loads(path.read_text()) | {"cpu_minutes": 3})
+
+    scripts.failing = ""
+    scripts.calls.clear()
+    reproduce.reproduce(grid)
+    assert scripts.calls == [
         ("train_sft.py", "more/seed1"),
         ("eval.py", "more/seed1"),
         ("train_grpo.py", "grpo/seed1"),
     ]
-    header, _, *lines = [
-        line.strip("| ").split(" | ")
-        for line in (tmp_path / "RESULTS.md").read_text().splitlines()
-        if line.startswith("|")
-    ]
-    assert header == [
-        "seeds",
-        "ce_f1_macro13",
-        "ce_f1_macro13 - start",
-    ]  # bleu4 has no value: no column; nor have those that nobody measured
 
-    def shown(numbers, sign):
-        return f"{np.mean(numbers):{sign}.3f} [{min(numbers):{sign}.3f}, {max(numbers):{sign}.3f}]"
+    scripts.calls.clear()
+    reproduce.reproduce(grid)
+    assert not scripts.calls
+    expected = "6 of 6 runs, 0.1 CPU-hours, the longest 3 CPU-minutes"
+    assert expected in (tmp_path / "RESULTS.md").read_text()
 
-    for (title, seeds, value, gain), name in zip(lines, ("sft", "more", "grpo"), strict=True):
-        own = [
-            json.loads(
-                (tmp_path / "runs" / name / f"seed{s}" / "eval" / "metrics.json").read_text()
-            )["reports"]["ce_f1_macro13"]["own"]
-            for s in (0, 1)
-        ]
-        assert (
-            title.lower() == name and seeds == "2" and value == shown([v["value"] for v in own], "")
-        )
-        assert gain == ("-" if name == "sft" else shown([v["difference"][0] for v in own], "+"))
-    calls.clear()
-    evaluation.reproduce(grid)
-    assert (
-        not calls
-        and "6 of 6 runs, 0.1 CPU-hours, the longest 3 CPU-minutes"
-        in (tmp_path / "RESULTS.md").read_text()
-    )
+
+def test_results_hold_the_numbers_of_the_rows(grid, tmp_path, scripts):
+    reproduce.reproduce(grid)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert f"`python -m tools.reproduce {grid}`" in text
+    header, _, *lines = table_lines(text)
+    # bleu4 has no value, so it has no column. Nor have those that nobody measured.
+    assert header == ["seeds", "ce_f1_macro13", "ce_f1_macro13 - start"]
+    for (title, seeds, value, gain), name in zip(lines, ("SFT", "more", "GRPO"), strict=True):
+        values, changes = [], []
+        for seed in ("seed0", "seed1"):
+            path = tmp_path / "runs" / name.lower() / seed / "eval" / "metrics.json"
+            own = json.loads(path.read_text())["reports"]["ce_f1_macro13"]["own"]
+            values.append(own["value"])
+            changes.append(own["difference"][0])
+        assert (title, seeds) == (name, "2")
+        assert value == shown(values, "")
+        assert gain == ("-" if name == "SFT" else shown(changes, "+"))
 
 
 def test_a_row_that_is_not_there_is_one_line(grid):
-    tree = yaml.safe_load(grid.read_text())
+    tree = read_yaml(grid)
     tree["claims"][0]["rows"].append("GRPP")
-    grid.write_text(yaml.safe_dump(tree, sort_keys=False))
-    with pytest.raises(data.InputError, match="no row 'GRPP'; the rows are SFT, more, GRPO"):
-        evaluation.reproduce(grid)
+    write_grid(grid, tree)
+    with pytest.raises(InputError, match="no row 'GRPP'; the rows are SFT, more, GRPO"):
+        reproduce.reproduce(grid)
 
 
 def test_two_terminals_share_a_grid(grid, tmp_path, monkeypatch):
-    """A row that another process is at is left to it, and so is what begins there, until it is done."""
-    first, order = evaluation.grid_run(data.read_yaml(grid), "more", 0)[0], []
+    """A row that another process is at is left to it, and so is what begins there."""
+    first = reproduce.grid_run(read_yaml(grid), "more", 0).folder
     first.mkdir(parents=True)
-    other = open(first / "lock", "w")
+    other = open(first / "lock", "w")  # noqa: SIM115, it is closed in wait()
     fcntl.flock(other, fcntl.LOCK_EX)
+    order = []
 
-    def run(folder, commands, where):
-        order.append("/".join(folder.parts[-2:]))
-        (folder / "eval").mkdir()
-        (folder / "eval" / "metrics.json").write_text("{}")
-        (folder / "state.json").write_text('{"done": true, "cpu_minutes": 1}')
+    def finish(folder, minutes):
+        write_json(folder / "eval" / "metrics.json", {})
+        write_json(folder / "state.json", {"done": True, "cpu_minutes": minutes})
 
-    def wait(seconds):  # everything else is done: the other one ends, too
-        assert len(order) == 5 and "more/seed0" not in order
-        (first / "eval").mkdir()
-        (first / "eval" / "metrics.json").write_text("{}")
-        (first / "state.json").write_text('{"done": true, "cpu_minutes": 2}')
+    def run(run, where):
+        order.append("/".join(run.folder.parts[-2:]))
+        finish(run.folder, 1)
+
+    def wait(seconds):
+        # Everything else is done. Now the other process ends, too.
+        assert len(order) == 5
+        finish(first, 2)
         other.close()
 
-    monkeypatch.setattr(evaluation, "run_commands", run)
-    monkeypatch.setattr(evaluation.time, "sleep", wait)
-    evaluation.reproduce(grid)
-    assert (
-        order == ["sft/seed0", "grpo/seed0", "sft/seed1", "more/seed1", "grpo/seed1"]
-        and "6 of 6 runs, 0.1 CPU-hours" in (tmp_path / "RESULTS.md").read_text()
-    )
+    monkeypatch.setattr(reproduce, "run_commands", run)
+    monkeypatch.setattr(reproduce.time, "sleep", wait)
+    reproduce.reproduce(grid)
+    assert order == ["sft/seed0", "grpo/seed0", "sft/seed1", "more/seed1", "grpo/seed1"]
+    assert "6 of 6 runs, 0.1 CPU-hours" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_a_grid_runs_for_real(grid, tmp_path):
     """Two steps of everything, by the real scripts."""
-    tree = yaml.safe_load(grid.read_text())
-    tree["set"] = [
-        "data.train_size=24",
-        "data.val_size=4",
-        "data.test_size=6",
-        "model.max_pixels=9216",
-        "sft.steps=2",
-        "sft.more_steps=1",
-        "sft.batch_size=4",
-        "grpo.steps=1",
-        "grpo.prompts=4",
-        "grpo.group_size=2",
-        "grpo.max_new_tokens=8",
-        "eval.bootstrap=5",
-        "eval.cases=2",
-    ]
-    tree["claims"][0] |= {"seeds": [3], "rows": ["GRPO"]}  # SFT comes with it
-    grid.write_text(yaml.safe_dump(tree, sort_keys=False))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "eval.py"), "--reproduce", str(grid)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    tree = read_yaml(grid)
+    tree["set"] = [*SHORT, "sft.steps=2", "sft.more_steps=1", "grpo.steps=1"]
+    # SFT comes with it.
+    tree["claims"][0] |= {"seeds": [3], "rows": ["GRPO"]}
+    write_grid(grid, tree)
+    command = [sys.executable, "-m", "tools.reproduce", str(grid)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "1 of 1 runs" in text and "| GRPO | 1 | 0." in text
-    assert (tmp_path / "runs" / "grpo" / "seed3" / "eval" / "report.html").exists()
-    assert evaluation.row_state(tmp_path / "runs" / "grpo" / "seed3")["cpu_minutes"] > 0.01
+    assert "2 of 2 runs" in text
+    assert "| GRPO | 1 | 0." in text
+    folder = tmp_path / "runs" / "grpo" / "seed3"
+    assert (folder / "eval" / "report.html").exists()
+    assert reproduce.read_state(folder)["cpu_minutes"] > 0.01

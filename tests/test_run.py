@@ -283,13 +283,14 @@ def test_adapters_continue_bit_for_bit(finished, tmp_path, device):
 
 
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
-def test_two_processes_equal_one(finished, several_processes, tmp_path, parallel):
+def test_two_processes_equal_one(finished, several_processes, tmp_path, device, parallel):
     """The same supervised training and samples, and an evaluation."""
     out, _ = finished
+    limit = tolerance("library", device)
     way = f"model.parallel={parallel}"
     text = run("train_grpo.py", f"out={tmp_path}", *LEARNING, way, processes=2)
     assert "ce_f1_macro13" in text
-    assert largest_difference(weights(out / "sft"), weights(tmp_path / "sft")) < 1e-4
+    assert largest_difference(weights(out / "sft"), weights(tmp_path / "sft")) < limit
     for a, b in zip(metrics(out / "sft"), metrics(tmp_path / "sft"), strict=True):
         for name in ("loss", "grad_norm", "num_tokens"):
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
@@ -346,6 +347,7 @@ def handlers():
         (train_sft, "model.path=/absent/model", "/absent/model"),
         (train_grpo, "rewards.report.mcs=1", "'mccs'"),
         (train_grpo, "grpo.init=/absent", "/absent"),
+        (train_grpo, "rewards.chexbert=/absent.pth", "rewards.chexbert"),
         (train_grpo, "grpo.normalize_parts=true", "grpo.adv_norm=group or batch"),
         (evaluation, "--checkpoint=/absent", "/absent"),
     ],

@@ -10,7 +10,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import START, all_tokens, largest_difference, load, weights
+from helpers import START, all_tokens, largest_difference, load, tolerance, weights
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -167,13 +167,15 @@ def launch(folder, world, parallel, options=(), steps=STEPS):
     ],
     ids=["everything", "frozen tower", "adapters"],
 )
-def test_however_weights_are_spread(tmp_path, options, ways):
+def test_however_weights_are_spread(tmp_path, device, options, ways):
     one, seen = launch(tmp_path / "one", 1, "replicate", options)
     assert largest_difference(one, load_file(START / "model.safetensors")) > 1e-3
     norms = torch.tensor(seen["norms"])
+    assert (norms[:, 1] > 0).all()
+    limit = tolerance("gradients", device)
     for parallel in ways:
         two, other = launch(tmp_path / parallel, 2, parallel, options)
-        assert largest_difference(one, two) <= 1e-5
+        assert largest_difference(one, two) <= limit
         assert torch.allclose(norms, torch.tensor(other["norms"]), rtol=1e-4, atol=1e-6)
         assert seen["samples"] == other["samples"]
     # As planned, except for what does not divide evenly.
@@ -181,11 +183,11 @@ def test_however_weights_are_spread(tmp_path, options, ways):
         assert size == pytest.approx(other["planned bytes"][part], rel=0.1), part
 
 
-def test_saved_by_two_resumed_by_others(tmp_path):
+def test_saved_by_two_resumed_by_others(tmp_path, device):
     whole, _ = launch(tmp_path / "whole", 1, "replicate")
     launch(tmp_path / "parts", 2, "shard", steps=3)
     for world in (1, 4):
         folder = tmp_path / str(world)
         shutil.copytree(tmp_path / "parts", folder, symlinks=True)
         resumed, _ = launch(folder, world, "shard")
-        assert largest_difference(whole, resumed) <= 1e-5
+        assert largest_difference(whole, resumed) <= tolerance("gradients", device)

@@ -17,6 +17,7 @@ from data import Example
 from model import load_policy
 from runtime.checkpoint import resolve
 from runtime.config import Config, InputError, load_config
+from runtime.output import warn0
 from runtime.processes import run_main
 
 
@@ -24,8 +25,13 @@ def run_config(checkpoint: str) -> Config:
     """The configuration that a checkpoint was trained with, or the defaults where there is none."""
     folder = Path(resolve(checkpoint)).resolve()
     for place in (folder, folder.parent):
-        if (place / "config.yaml").is_file():
-            return load_config(place / "config.yaml")
+        path = place / "config.yaml"
+        if path.is_file():
+            try:
+                return load_config(path)
+            except InputError as error:
+                # A run of another version: its weights load, its settings do not.
+                warn0(f"{error}; the answer is taken to be plain")
     return Config()
 
 

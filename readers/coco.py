@@ -1,0 +1,74 @@
+"""Boxes in COCO's format: SPLIT.json, instances_SPLIT*.json or *_SPLIT.json.
+
+One file alone is divided by patients. Images without an annotation count as normal.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from readers.study import (
+    Skip,
+    Study,
+    corners,
+    first_file,
+    hash_split,
+    locate,
+    normalize_box,
+    patient_of,
+    read_json,
+)
+from runtime.config import InputError, Source
+
+
+def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+    root = Path(source.path)
+    files = {*root.glob("*.json"), *root.glob("annotations/*.json")}
+    alone = len(files) == 1
+    if alone:
+        (path,) = files
+    else:
+        patterns = (f"{split}.json", f"instances_{split}*.json", f"*_{split}.json")
+        path = locate(root, *(f"{folder}{p}" for p in patterns for folder in ("", "annotations/")))
+    try:
+        studies = read_studies(path, root, source.image_root(), split)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path}: not in COCO's format, images with id, file_name, width, height and "
+            f"annotations with image_id, category_id, bbox ({error!r})"
+        ) from None
+    splits = hash_split(study.patient for study in studies) if alone else {}
+    for study in studies:
+        if splits.get(study.patient, split) == split:
+            study.findings = sorted({name for _, name in study.boxes})
+            yield study
+
+
+def read_studies(path: Path, root: Path, images: Path, split: str) -> list[Study]:
+    """A study for each image of a file."""
+    tree = read_json(path)
+    part = path.stem.removeprefix("instances_")
+    folders = ("", "images", part, f"images/{part}", split, f"images/{split}")
+    names = {category["id"]: readable(category["name"]) for category in tree["categories"]}
+    studies: dict[Any, Study] = {}
+    sizes = {}
+    for row in tree["images"]:
+        name = row["file_name"]
+        sizes[row["id"]] = row["width"], row["height"]
+        candidates = [first_file(images, n, folders) for n in (name, Path(name).name)]
+        file = next((f for f in candidates if f.is_file()), images / name)
+        where = f"{path}, image {row['id']}"
+        studies[row["id"]] = Study(str(name), patient_of(name, root), [file], where, complete=True)
+    for row in tree["annotations"]:
+        image = row["image_id"]
+        box = normalize_box(corners(*row["bbox"]), *sizes[image])
+        key = "abnormality", names[row["category_id"]]
+        studies[image].boxes.setdefault(key, []).append(box)
+    return list(studies.values())
+
+
+def readable(name: Any) -> str:
+    """ "PleuralEffusion", "pleural_effusion" -> "pleural effusion" """
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(name))
+    return words.replace("_", " ").lower()

@@ -1,0 +1,83 @@
+"""Conversations in LLaVA's format, as RadVLM's tools write them.
+
+SPLIT.json, or one *.json that is divided by patients. Texts are kept as they are; each turn asks a
+question, with the turns before it as its history. A turn whose answer has boxes is grounding, one
+that asks for a report or findings is a report, the others are for SFT alone.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from readers.study import (
+    Asked,
+    Skip,
+    Study,
+    first_file,
+    hash_split,
+    locate,
+    parse_boxes,
+    patient_of,
+    read_json,
+)
+from runtime.config import InputError, Source
+
+# A question with yes or no for an answer asks for no report.
+ASKS_FOR_REPORT = re.compile(r"(?i)(?!is|are|does|do|can|could)\b.*\b(report|findings)\b")
+
+
+def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+    root, images = Path(source.path), source.image_root()
+    files = list(root.glob("*.json"))
+    alone = len(files) == 1
+    path = files[0] if alone else locate(root, f"{split}.json", f"*{split}*.json")
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list of conversations")
+    studies = []
+    for n, row in enumerate(rows):
+        where = f"{path}, [{n}]"
+        try:
+            names, turns = parse_conversation(row)
+            name = str(row.get("id", n))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            skip(
+                f"{where}: expected an object with image and conversations of human and gpt "
+                f"({error!r})"
+            )
+            continue
+        files = [first_file(images, name, ("", "images")) for name in names]
+        patient = patient_of(names[0], root)
+        studies.append(Study(name, patient, files, where, asked=questions(name, turns)))
+    splits = hash_split(study.patient for study in studies) if alone else {}
+    for study in studies:
+        if splits.get(study.patient, split) == split:
+            yield study
+
+
+def parse_conversation(row: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The names of the images, and the texts of human and gpt in turn."""
+    turns = [(str(turn["from"]), str(turn["value"])) for turn in row["conversations"]]
+    speakers = [speaker for speaker, _ in turns]
+    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError("turns of human and gpt in turn")
+    image = row["image"]
+    names = [image] if isinstance(image, str) else [str(name) for name in image]
+    return names, [text for _, text in turns]
+
+
+def questions(name: str, turns: list[str]) -> list[Asked]:
+    """A question for each turn of human and gpt."""
+    asked, history = [], ()
+    for k, (question, answer) in enumerate(zip(turns[::2], turns[1::2])):
+        question = question.replace("<image>", "").strip()
+        boxes = [box for box in parse_boxes(answer) if min(box) >= 0 and max(box) <= 1]
+        item = Asked(f"{name}-{k}", "classification", question, answer, history=history)
+        if boxes:
+            item.task, item.kind, item.label, item.boxes = "grounding", "phrase", question, boxes
+        elif ASKS_FOR_REPORT.match(question):
+            item.task = "report"
+        asked.append(item)
+        history += ((question, answer),)
+    return asked

@@ -1,0 +1,135 @@
+"""VinDr-CXR: boxes of abnormalities by several radiologists, which are fused.
+
+From PhysioNet (annotations/annotations_{train,test}.csv) or Kaggle (train.csv), with the images as
+train/ID.png or .jpg. Boxes are pixels of the original, whose size is in train_meta.csv and
+test_meta.csv if the images were resized. PhysioNet's validation images, and Kaggle's splits, are
+chosen by hash_split.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from readers.study import (
+    Box,
+    Skip,
+    Study,
+    first_file,
+    hash_split,
+    image_size,
+    locate,
+    normalize_box,
+    read_csv,
+)
+from runtime.config import InputError, Source
+
+Readings = dict[str, dict[str, list[Box]]]  # finding -> radiologist -> boxes in pixels
+CORNERS = ("x_min", "y_min", "x_max", "y_max")
+
+
+def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+    root = Path(source.path)
+    folders = ("annotations/", "")
+    official = any((root / f"{folder}annotations_train.csv").is_file() for folder in folders)
+    part = "test" if official and split == "test" else "train"
+    if official:
+        names = [f"{folder}annotations_{part}.csv" for folder in folders]
+    else:
+        names = ["annotations/annotations_train.csv", "train.csv"]
+    path = locate(root, *names)
+    images = read_boxes(path, skip)
+    if part == "test":
+        splits = dict.fromkeys(images, "test")
+    else:
+        splits = hash_split(images, test=0.0 if official else 0.2)
+
+    sizes = read_sizes(root / f"{part}_meta.csv", skip)
+    for image, findings in images.items():
+        if splits[image] != split:
+            continue
+        where = f"{path}, image {image}"
+        file = image_file(root, image, part)
+        if not file.is_file():
+            skip(f"{where}: {file} does not exist (DICOM files have to be converted to PNG first)")
+            continue
+        width, height = sizes.get(image) or image_size(file)
+        boxes = {}
+        for name, readings in findings.items():
+            for box in chain.from_iterable(readings.values()):
+                if box[2] > 1.01 * width or box[3] > 1.01 * height:
+                    raise InputError(
+                        f"{where}: a box lies outside {file}, {width:.0f} x {height:.0f} pixels: "
+                        f"were the images resized? Then {root / f'{part}_meta.csv'} must give the "
+                        f"original sizes, in the columns image_id, dim0 (height), dim1 (width)"
+                    )
+            fused = fuse_boxes(readings.values())
+            boxes["abnormality", name] = [normalize_box(box, width, height) for box in fused]
+        names = sorted(findings)
+        yield Study(
+            image, f"vindr/{image}", [file], where, findings=names, boxes=boxes, complete=True
+        )
+
+
+def read_boxes(path: Path, skip: Skip) -> dict[str, Readings]:
+    """image -> finding -> radiologist -> boxes"""
+    images: dict[str, Readings] = {}
+    for row in read_csv(path, ["image_id", "class_name", *CORNERS], skip):
+        findings = images.setdefault(row["image_id"], {})
+        name = row["class_name"]
+        if name.lower() == "no finding":
+            continue
+        try:
+            box = tuple(float(row[corner]) for corner in CORNERS)
+        except ValueError:
+            skip(f"{path}, image {row['image_id']}: {name} without a box")
+            continue
+        radiologist = row.get("rad_id") or row.get("rad_ID") or ""
+        findings.setdefault(name, {}).setdefault(radiologist, []).append(box)
+    return images
+
+
+def read_sizes(path: Path, skip: Skip) -> dict[str, tuple[float, float]]:
+    """image -> width and height of the original, where the file is there."""
+    if not path.is_file():
+        return {}
+    rows = read_csv(path, ["image_id", "dim0", "dim1"], skip)
+    return {row["image_id"]: (float(row["dim1"]), float(row["dim0"])) for row in rows}
+
+
+def image_file(root: Path, image: str, part: str) -> Path:
+    """The PNG or JPEG file of an image; where it is expected when there is none."""
+    folders = (part, f"{part}_png", "images", "")
+    for ending in ("png", "jpg"):
+        file = first_file(root, f"{image}.{ending}", folders)
+        if file.is_file():
+            return file
+    return root / part / f"{image}.png"
+
+
+def fuse_boxes(readings: Iterable[list[Box]], threshold: float = 0.55) -> list[Box]:
+    """Boxes of one finding by several radiologists as one list: weighted box fusion.
+
+    Solovyev et al. 2021, with equal weights. Each box joins the fused box that it overlaps most, if
+    their IoU is above the threshold; a fused box is the mean of its members.
+    """
+    clusters: list[list[np.ndarray]] = []
+    fused = np.zeros((0, 4))
+    for box in map(np.array, chain.from_iterable(readings)):
+        overlaps = ious(fused, box)
+        if len(overlaps) and overlaps.max() > threshold:
+            clusters[overlaps.argmax()].append(box)
+        else:
+            clusters.append([box])
+        fused = np.stack([np.mean(cluster, axis=0) for cluster in clusters])
+    return [tuple(box) for box in fused.tolist()]
+
+
+def ious(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """(N,) intersection over union of boxes (N, 4) and one box (4,)."""
+    low = np.maximum(boxes[:, :2], box[:2])
+    high = np.minimum(boxes[:, 2:], box[2:])
+    shared = (high - low).clip(0).prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return shared / (areas + (box[2:] - box[:2]).prod() - shared)

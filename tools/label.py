@@ -1,0 +1,92 @@
+"""CheXpert labels of a CSV file of reports, in the CSV format of the CheXpert labeler.
+
+python -m tools.label reports.csv -o labels.csv [--evidence]
+"""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+from data import LABELS
+from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN, extract_labels, find_mentions
+from runtime.config import InputError
+from runtime.output import write_atomically
+from runtime.processes import run_main
+
+VALUES = {BLANK: "", POSITIVE: "1.0", NEGATIVE: "0.0", UNCERTAIN: "-1.0"}
+NAMES = {BLANK: "blank", POSITIVE: "positive", NEGATIVE: "negative", UNCERTAIN: "uncertain"}
+HEADERS = ("reports", "report", "report impression")
+
+
+def read_reports(path: str | Path) -> list[str]:
+    """The reports in a CSV file, one a row. A header is optional. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot read ({reason})") from None
+    if rows and rows[0] and rows[0][0].strip().lower() in HEADERS:
+        rows = rows[1:]
+
+    for number, row in enumerate(rows, 1):
+        if len(row) > 1:
+            raise InputError(
+                f"{path}: report {number} has {len(row)} cells; put quotes around a report with "
+                f"commas"
+            )
+    return [row[0] if row else "" for row in rows]
+
+
+def labels_csv(reports: list[str]) -> str:
+    """One row per report: the text, then 1.0, 0.0, -1.0 or nothing for each of LABELS."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["Reports", *LABELS])
+    for report, states in zip(reports, extract_labels(reports).tolist()):
+        writer.writerow([report, *(VALUES[state] for state in states)])
+    return file.getvalue()
+
+
+def evidence(reports: list[str]) -> list[str]:
+    """A line for every mention: report, label, state, the phrase and its cue, the clause."""
+    lines = []
+    for number, report in enumerate(reports, 1):
+        for label, state, phrase, cue, clause in find_mentions(report):
+            because = f" <- {cue}" if cue else ""
+            lines.append(
+                f"{number} | {LABELS[label]} | {NAMES[state]} | {phrase}{because} "
+                f"| {clause.strip()}"
+            )
+    return lines
+
+
+def label_file(path: str | Path, output: str | Path) -> list[str]:
+    """Write the labels of the reports in `path` to `output`, and return the reports."""
+    reports = read_reports(path)
+    try:
+        write_atomically(Path(output), labels_csv(reports))
+    except OSError as error:
+        raise InputError(f"{output}: cannot write ({error.strerror})") from None
+    return reports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("reports", help="one report per row; a header `Reports` is optional")
+    parser.add_argument("-o", "--output", required=True, metavar="LABELS.csv")
+    parser.add_argument(
+        "--evidence", action="store_true", help="print the phrase and the cue behind each label"
+    )
+    args = parser.parse_args()
+    reports = label_file(args.reports, args.output)
+    for line in evidence(reports) if args.evidence else ():
+        print(line)
+    print(f"{args.output}: labels of {len(reports)} reports")
+
+
+if __name__ == "__main__":
+    run_main(main)

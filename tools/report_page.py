@@ -1,0 +1,384 @@
+"""report.html: tables, training curves, cases with texts and boxes, and groups of samples.
+
+eval.evaluate_checkpoints writes it. The page stands alone: it holds its images and asks for no
+other file. Whatever a model wrote is shown as text.
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import math
+import re
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data import LABELS, Example, open_images, parse_boxes
+from eval import cell, main_metrics, soft_f1_of
+from rewards import POSITIVE, UNCERTAIN, find_mentions, labeler
+from runtime.config import Config, InputError
+
+CASES = 60  # half of them reports, half grounding
+GROUPS = 2  # of each task
+SIDE = (300, 300)  # of a thumbnail, in pixels
+TASKS = ("report", "grounding")
+COLOURS = ("#2563a8", "#c2571a", "#2e8540", "#7b4fa3", "#8a6d1b", "#a83256")
+# Title of a plot -> its lines, a pattern of keys of metrics.jsonl. A group is a line's name.
+PLOTS = {
+    "loss": "loss|eval_loss",
+    "reward": "reward",
+    "reward parts": "rewards/(.*)/mean",
+    "KL to the reference": "kl",
+    "entropy": "entropy",
+    "tokens per completion": "completions/mean_length",
+    "cut at the limit": "completions/clipped_ratio",
+    "groups without a signal": "frac_reward_zero_std",
+    "clipped tokens": "clip_ratio/region_mean",
+    "gradient norm": "grad_norm",
+    "sampled against scored": "sampling/sampling_logp_difference/mean",
+}
+# Is a label in the text, is it in the reference -> the class of its chip.
+CHIPS = {(True, True): "tp", (True, False): "fp", (False, True): "fn"}
+STYLE = """
+:root {
+  --ink: #1d2733; --soft: #66727f; --line: #e2e6ea; --wash: #f6f8f9;
+  --good: #2e8540; --bad: #b3312c; --accent: #2563a8;
+}
+* { box-sizing: border-box }
+body {
+  margin: 0 auto; max-width: 1180px; padding: 28px 20px 80px; color: var(--ink);
+  background: #fff; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif;
+}
+h1 { font-size: 24px; margin: 0 }
+h2 { font-size: 18px; margin: 44px 0 12px }
+h3 { font-size: 14px; margin: 0 0 6px }
+p, small { color: var(--soft) }
+summary { cursor: pointer; color: var(--accent); margin: 10px 0 }
+
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px }
+th, td {
+  padding: 4px 14px 4px 0; text-align: left; white-space: nowrap;
+  border-bottom: 1px solid var(--line);
+}
+td small { margin-left: 6px }
+
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 18px }
+.plots svg { width: 100%; display: block; background: var(--wash); border-radius: 4px }
+
+.case {
+  display: grid; grid-template-columns: 260px 1fr; gap: 20px; padding: 18px 0;
+  border-top: 1px solid var(--line);
+}
+.film { position: relative }
+.film img { width: 100%; display: block; border-radius: 4px; background: #000 }
+.film svg { position: absolute; inset: 0; width: 100%; height: 100% }
+.film rect { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
+.texts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 18px;
+  min-width: 0;
+}
+.texts p { margin: 0; color: var(--ink); overflow-wrap: anywhere; white-space: pre-wrap }
+.texts u { text-decoration-color: var(--accent); text-underline-offset: 3px }
+.chip {
+  display: inline-block; font-size: 12px; padding: 1px 8px; margin: 6px 6px 0 0;
+  border-radius: 9px; background: var(--wash); color: var(--soft);
+}
+.tp { background: #e4f2e7; color: var(--good) }
+.fp { background: #fae6e5; color: var(--bad) }
+.fn { background: #fff; color: var(--bad); border: 1px dashed var(--bad) }
+button {
+  font: inherit; font-size: 13px; padding: 3px 12px; margin: 0 6px 6px 0; cursor: pointer;
+  border: 1px solid var(--line); border-radius: 14px; background: #fff; color: var(--ink);
+}
+button[aria-pressed=true] { background: var(--ink); color: #fff; border-color: var(--ink) }
+
+.sample {
+  display: grid; grid-template-columns: 170px 1fr; gap: 14px; padding: 7px 0;
+  border-top: 1px solid var(--line); font-size: 13.5px;
+}
+.sample div { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 0 }
+@media (max-width: 640px) {
+  .case, .sample { grid-template-columns: 1fr }
+  body { padding: 18px 12px 60px }
+}
+"""
+SCRIPT = """
+const chosen = { task: "", outcome: "" };
+const buttons = document.querySelectorAll("button");
+for (const button of buttons) button.onclick = () => {
+  chosen[button.dataset.kind] = button.dataset.value;
+  for (const b of buttons)
+    b.setAttribute("aria-pressed", chosen[b.dataset.kind] === b.dataset.value);
+  let n = 0;
+  for (const c of document.querySelectorAll(".case")) {
+    const fits = (kind) => !chosen[kind] || c.dataset[kind] === chosen[kind];
+    const shown = fits("task") && fits("outcome");
+    c.style.display = shown ? "" : "none";
+    n += shown;
+  }
+  document.getElementById("shown").textContent = n + " shown";
+};
+"""
+
+# ------------------------------------------------------------------------------- tables
+
+
+def table_cell(value, low, high, sign="") -> str:
+    """A difference (with a sign) is bold if its interval leaves out 0."""
+    shown, _, bounds = cell(value, low, high, sign).partition(" ")
+    if sign and (low > 0 or high < 0):
+        shown = f"<b>{shown}</b>"
+    return f"<td>{shown}<small>{bounds}</small></td>"
+
+
+def html_table(metrics: dict) -> str:
+    """A block of what eval.summarise returns: values, then differences to the first model."""
+    first, *others = next(iter(metrics.values()))
+    heads = ["", first, *others, *(f"{name} minus {first}" for name in others)]
+    html = "<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads)
+    for metric, models in metrics.items():
+        html += f"<tr><th>{escape(metric)}</th>"
+        for entry in models.values():
+            html += table_cell(entry["value"], *entry["interval"])
+        for name in others:
+            html += table_cell(*models[name]["difference"], sign="+")
+    return f"<div class=scroll><table>{html}</table></div>"
+
+
+def tables_html(results: dict) -> str:
+    html = ""
+    for block, metrics in results.items():
+        if "labels" in block:
+            html += f"<details><summary>per label</summary>{html_table(metrics)}</details>"
+            continue
+        html += f"<h2>{block.capitalize()}</h2>{html_table(main_metrics(metrics))}"
+        html += f"<details><summary>every metric</summary>{html_table(metrics)}</details>"
+    return html
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A file of JSON lines; nothing if it does not exist, or is just being written."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def plot(title: str, lines: dict) -> str:
+    """Curves as SVG, of {name: [(step, value), ..]}: thin the values, thick their running means."""
+    x, y = np.concatenate([*lines.values()]).T
+    width = 1 + max(map(len, lines.values())) // 20
+    svg = key = ""
+    for (name, line), colour in zip(lines.items(), COLOURS):
+        steps, values = np.transpose(line)
+        left = 8 + 284 * (steps - x.min()) / (np.ptp(x) or 1)
+        means = [values[max(0, i - width) : i + width + 1].mean() for i in range(len(values))]
+        for heights, style in ((values, "opacity=.3"), (means, "stroke-width=1.8")):
+            top = 112 - 100 * (heights - y.min()) / (np.ptp(y) or 1)
+            points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(left, top))
+            svg += f'<polyline fill=none stroke={colour} {style} points="{points}" />'
+        if len(lines) > 1:
+            key += f' <small style="color:{colour}">{escape(name)}</small>'
+    span = f"{y.min():.3g} to {y.max():.3g}, steps {x.min():.0f} to {x.max():.0f}"
+    return (
+        f'<div><h3>{escape(title)}</h3><svg viewBox="0 0 300 120">{svg}</svg>'
+        f"<small>{span}</small>{key}</div>"
+    )
+
+
+def curves(run: Path) -> str:
+    """The training curves of one stage, from its metrics.jsonl."""
+    series = {}
+    for row in read_lines(run / "metrics.jsonl"):
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                series.setdefault(name, []).append((row["step"], value))
+
+    plots = ""
+    for title, pattern in PLOTS.items():
+        matches = [match for name in series if (match := re.fullmatch(pattern, name))]
+        lines = {match[match.lastindex or 0]: series[match[0]] for match in matches}
+        if lines:
+            plots += plot(title, lines)
+    if not plots:
+        return ""
+    return f"<h2>Training: {escape(run.name)}</h2><div class=plots>{plots}</div>"
+
+
+def groups_html(run: Path) -> str:
+    """The last groups of each task in samples.jsonl: completions with rewards and advantages."""
+    rows = read_lines(run / "samples.jsonl")
+    html = ""
+    for task in TASKS:
+        for group in [row for row in rows if row["task"] == task][-GROUPS:]:
+            html += f"<h3>step {group['step']}: {escape(group['question'])}</h3>"
+            html += f"<p>Reference: {escape(group['reference'])}</p>"
+            for sample in sorted(group["samples"], key=lambda s: -s["reward"]):
+                html += sample_html(sample)
+    return f"<h2>Groups of samples, the highest reward first</h2>{html}" if html else ""
+
+
+def sample_html(sample: dict) -> str:
+    parts = ""
+    for name, value in sample["parts"].items():
+        parts += f"<br><small>{escape(name.rpartition('/')[2])} {value:.3f}</small>"
+    return (
+        f"<div class=sample><div><b>{sample['reward']:.3f}</b> "
+        f"<small>advantage {sample['advantage']:+.3f}</small>{parts}</div>"
+        f"<div>{escape(sample['text'])}</div></div>"
+    )
+
+
+# ------------------------------------------------------------------------------- cases
+
+
+def thumbnail(example: Example) -> str:
+    """The example's first image as a data URL."""
+    try:
+        image, *_ = open_images(dataclasses.replace(example, images=example.images[:1]))
+    except InputError:
+        # Predictions of another program can be shown without the images.
+        image = Image.new("L", SIDE)
+    image = image.convert("L")
+    image.thumbnail(SIDE)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=72)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def box_svg(boxes, colour, dashes="none") -> str:
+    svg = ""
+    for x1, y1, x2, y2 in boxes:
+        svg += (
+            f'<rect x="{x1}" y="{y1}" width="{max(x2 - x1, 0)}" height="{max(y2 - y1, 0)}" '
+            f'stroke="{colour}" stroke-dasharray="{dashes}"/>'
+        )
+    return svg
+
+
+def underlined(text: str) -> str:
+    """The text as HTML. The phrases that the built-in rules read labels from are underlined."""
+    phrases = {phrase for _, _, phrase, *_ in find_mentions(text) if phrase.strip()}
+    if not phrases:
+        return escape(text)
+    # Longer phrases first. The rules have read the text with other blanks and hyphens.
+    longest_first = map(re.escape, sorted(phrases, key=len, reverse=True))
+    pattern = re.sub(r"(\\[\s-])+", r"[\\s-]+", "|".join(longest_first))
+    parts = [escape(part) for part in re.split(rf"(?i)\b((?:{pattern})\w*)", text)]
+    # Plain text and phrases take turns.
+    parts[1::2] = [f"<u>{phrase}</u>" for phrase in parts[1::2]]
+    return "".join(parts)
+
+
+def column(title, text, prediction, chips, colour="inherit") -> str:
+    """What a model answered: `text` and `chips` are HTML."""
+    thinking = ""
+    if prediction["thinking"]:
+        thought = escape(prediction["thinking"])
+        thinking = f"<details><summary>thinking</summary><p>{thought}</p></details>"
+    return (
+        f'<div><h3 style="color:{colour}">{escape(title)}</h3><p>{text or "(empty)"}</p>'
+        f"{chips}{thinking}</div>"
+    )
+
+
+def report_case(example: Example, predictions: dict, read_labels):
+    """The outcome for the last model, no SVG, and the texts with their labels as chips."""
+    answers = [p["answer"] for p in predictions.values()]
+    labels = np.isin(read_labels([example.answer, *answers]), (POSITIVE, UNCERTAIN)).tolist()
+    html = f"<div><h3>reference</h3><p>{underlined(example.answer)}</p></div>"
+    for (name, p), own in zip(predictions.items(), labels[1:]):
+        kinds = [CHIPS.get(pair) for pair in zip(own, labels[0])]
+        chips = ""
+        for label, kind in zip(LABELS, kinds):
+            if kind:
+                chips += f'<span class="chip {kind}">{label}</span>'
+        html += column(name, underlined(p["answer"]), p, chips)
+
+    # No Finding does not count.
+    if "fn" in kinds[1:]:
+        return "missed", "", html
+    return "false alarm" if "fp" in kinds[1:] else "right", "", html
+
+
+def grounding_case(example: Example, predictions: dict):
+    """The outcome for the last model, the boxes as SVG, and the texts."""
+    svg = box_svg(example.boxes, "#ffffff", "4")
+    html = f"<div><h3>reference (dashed)</h3><p>{escape(example.answer)}</p></div>"
+    for (name, p), colour in zip(predictions.items(), COLOURS):
+        boxes, score = parse_boxes(p["answer"]), soft_f1_of(p)
+        svg += box_svg(boxes, colour)
+        chip = f"<span class=chip>soft-F1 {score:.2f}</span>"
+        html += column(name, escape(p["answer"]), p, chip, colour)
+
+    outcome = "wrong place"
+    if score >= 0.5:
+        outcome = "right"
+    elif not example.boxes:
+        outcome = "false alarm"
+    elif not boxes:
+        outcome = "missed"
+    return outcome, f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{svg}</svg>', html
+
+
+def buttons_html(kind, values) -> str:
+    html = f'<button data-kind={kind} data-value="" aria-pressed=true>every {kind}</button>'
+    for value in values:
+        html += f'<button data-kind={kind} data-value="{value}" aria-pressed=false>{value}</button>'
+    return f"<div>{html}</div>"
+
+
+def cases_html(cfg: Config, predictions: dict, examples: list[Example]) -> str:
+    """Some examples with the answers of all models, drawn by the seed."""
+    read_labels = labeler(cfg.rewards)
+    order = np.random.default_rng(cfg.seed).permutation(len(examples))
+    chosen = []
+    for task in TASKS:
+        chosen += [i for i in order if examples[i].task == task][: CASES // 2]
+    if not chosen:
+        return ""
+
+    cases, outcomes = "", set()
+    for i in chosen:
+        example = examples[i]
+        own = {name: rows[i] for name, rows in predictions.items()}
+        if example.task == "report":
+            outcome, svg, texts = report_case(example, own, read_labels)
+        else:
+            outcome, svg, texts = grounding_case(example, own)
+        outcomes.add(outcome)
+        cases += (
+            f'<div class=case data-task="{example.task}" data-outcome="{outcome}"><div>'
+            f'<div class=film><img src="{thumbnail(example)}" alt="" loading=lazy>{svg}</div>'
+            f"<small>{escape(example.id)}</small></div><div><p>{escape(example.question)}</p>"
+            f"<div class=texts>{texts}</div></div></div>"
+        )
+    return (
+        f"<h2>Cases</h2>{buttons_html('task', TASKS)}{buttons_html('outcome', sorted(outcomes))}"
+        "<p>Underlined: phrases that the built-in rules read. <span class='chip tp'>found</span>"
+        "<span class='chip fp'>not in the reference</span><span class='chip fn'>missed</span></p>"
+        f"<p id=shown>{len(chosen)} shown</p>{cases}"
+    )
+
+
+def page(cfg: Config, results: dict, predictions: dict, examples: list[Example]) -> str:
+    """The whole page. The predictions {model: [..]} and the examples are in the same order."""
+    out, models = escape(cfg.out), escape(", ".join(predictions))
+    stages = [Path(cfg.out, stage) for stage in ("sft", "cold_start", "more", "grpo")]
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{out}</title><style>{STYLE}</style><h1>{out}</h1>"
+        f"<p>{models} on {escape(cfg.eval.split)}; 95 % bootstrap intervals over patients. "
+        "The top of eval.py says what each metric means.</p>"
+        f"{tables_html(results)}{''.join(map(curves, stages))}"
+        f"{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}"
+        f"<script>{SCRIPT}</script></html>"
+    )

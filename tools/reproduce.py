@@ -1,0 +1,259 @@
+"""The papers' claims in miniature: train and evaluate a grid of runs, and write RESULTS.md.
+
+  python -m tools.reproduce configs/ablations/grid.yaml
+
+RESULTS.md is written after each row and seed. What is done is kept, what was interrupted continues
+from its last checkpoint. The same command in a second terminal takes rows that the first is not at.
+The grid file explains its format.
+"""
+
+import argparse
+import fcntl
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime.checkpoint import last_step
+from runtime.config import InputError, load_config, read_yaml
+from runtime.output import write_atomically
+from runtime.processes import run_main
+
+ROOT = Path(__file__).parents[1]
+METRICS = "eval/metrics.json"  # in the folder of a run
+# The metrics that are shown, with their blocks; those whose difference to the start is shown, too.
+SHOWN = {
+    "ce_f1_macro13": "reports",
+    "ce_f1_macro5": "reports",
+    "ce_f1_micro13": "reports",
+    "ce_recall_micro13": "reports",
+    "bleu4": "reports",
+    "mean_words": "reports",
+    "soft_f1": "grounding",
+    "map50": "grounding",
+}
+GAINS = ("ce_f1_macro13", "ce_recall_micro13", "soft_f1", "map50")
+
+# ------------------------------------------------------------------------------- the grid
+
+
+@dataclass
+class Run:
+    """A row of the grid with one seed."""
+
+    stage: str  # "sft" | "more" | "cold_start" | "grpo"
+    folder: Path
+    start: str | None  # the row whose checkpoint it starts from
+    commands: list[list[str]]
+
+
+def find_row(grid, name) -> dict:
+    """A row with its defaults."""
+    if name not in grid["rows"]:
+        raise InputError(f"grid: no row {name!r}; the rows are {', '.join(grid['rows'])}")
+    return {"stage": "grpo", "start": grid["start"], "set": [], **(grid["rows"][name] or {})}
+
+
+def folder_of(grid, name, seed) -> Path:
+    return Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
+
+
+def grid_run(grid: dict, name: str, seed: int) -> Run:
+    """The commands of a row. All but plain SFT are evaluated beside the row they start from."""
+    row, folder = find_row(grid, name), folder_of(grid, name, seed)
+    stage = row["stage"]
+    settings = [grid["config"], f"seed={seed}", *grid["set"], *row["set"], f"out={folder}"]
+    evaluate = ["eval.py", *settings, "--checkpoint"]
+    result = str(folder / stage)
+    if stage == "sft":
+        train = ["train_sft.py", *settings]
+        return Run(stage, folder, None, [train, [*evaluate, result]])
+
+    start = row["start"]
+    before = str(folder_of(grid, start, seed) / find_row(grid, start)["stage"])
+    if stage == "grpo":
+        # It ends with an evaluation.
+        train = ["train_grpo.py", *settings, f"grpo.init={before}/best"]
+        return Run(stage, folder, start, [train])
+    train = ["train_sft.py", *settings, f"sft.stage={stage}", f"sft.init={before}/best"]
+    return Run(stage, folder, start, [train, [*evaluate, before, result]])
+
+
+def needed_runs(grid):
+    """{(row, seed): run} of all claims, with the rows that they start from."""
+    runs = {}
+    for claim in grid["claims"]:
+        for seed in claim["seeds"]:
+            for name in claim["rows"]:
+                while name and (name, seed) not in runs:
+                    run = grid_run(grid, name, seed)
+                    runs[name, seed] = run
+                    name = run.start
+    return runs
+
+
+# ------------------------------------------------------------------------------- running it
+
+
+def reproduce(path: str) -> None:
+    """Run the grid of a file."""
+    grid = read_yaml(path)
+    left = needed_runs(grid)
+    bar = tqdm(total=len(left), desc="grid")
+    while left:
+        done = run_next(left, path)
+        if done is None:
+            # All that can be run is being run by others.
+            time.sleep(5)
+            continue
+        del left[done]
+        write_atomically(Path(grid["results"]), grid_text(grid, path))
+        bar.update()
+
+
+def run_next(left, path):
+    """Run one of those that are left. Its key, or None if none can be run now."""
+    for (name, seed), run in left.items():
+        waits = (run.start, seed) in left
+        if not waits and run_unless_locked(run, f"{path}: {name!r}, seed {seed}"):
+            return name, seed
+    return None
+
+
+def run_unless_locked(run: Run, where: str) -> bool:
+    """False if another process is at it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.folder / "lock", "w") as lock:
+        try:
+            # The lock ends with this process, however that ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if not read_state(run.folder)["done"]:
+            run_commands(run, where)
+    return True
+
+
+def read_state(folder: Path) -> dict:
+    """Is a run done, and how many CPU minutes has it taken so far?"""
+    path = folder / "state.json"
+    return json.loads(path.read_text()) if path.exists() else {"done": False, "cpu_minutes": 0.0}
+
+
+def child_minutes() -> float:
+    """CPU minutes of the commands that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (usage.ru_utime + usage.ru_stime) / 60
+
+
+def run_commands(run: Run, where: str) -> None:
+    """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
+    state, before = read_state(run.folder), child_minutes()
+    config_path, *overrides = run.commands[0][1:]
+    config = load_config(config_path, overrides)
+    steps = {"grpo": config.grpo.steps, "more": config.sft.more_steps}
+    n_steps = steps.get(run.stage, config.sft.steps)
+    metrics = run.folder / METRICS
+    metrics.unlink(missing_ok=True)
+    try:
+        for command in run.commands:
+            text = f"python {' '.join(command)}"
+            tqdm.write(text)
+            script = [sys.executable, ROOT / command[0], *command[1:]]
+            code = subprocess.run(script, stdout=subprocess.DEVNULL).returncode
+            # A signal stops a script without an error code.
+            stopped = last_step(run.folder / run.stage) < n_steps
+            unmeasured = command is run.commands[-1] and not metrics.exists()
+            if code or stopped or unmeasured:
+                raise InputError(
+                    f"{where}: `{text}` did not end; started again, the grid goes on from there"
+                )
+        state["done"] = True
+    finally:
+        state["cpu_minutes"] += child_minutes() - before
+        write_atomically(run.folder / "state.json", json.dumps(state))
+
+
+# ------------------------------------------------------------------------------- RESULTS.md
+
+
+def spread(results: list[dict], metric: str, gain=False) -> str:
+    """Mean, lowest and highest over the seeds: of the value, or of the difference to the start."""
+    values = []
+    for blocks in results:
+        # The last model is the row's own. Its start stands before it.
+        models = list(blocks.get(SHOWN[metric], {}).get(metric, {}).values())
+        if gain and len(models) > 1:
+            values.append(models[-1]["difference"][0])
+        if models and not gain:
+            values.append(models[-1]["value"])
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    sign = "+" if gain else ""
+    return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]"
+
+
+def table_row(grid, name, seeds) -> list[str]:
+    results = []
+    for seed in seeds:
+        folder = folder_of(grid, name, seed)
+        if read_state(folder)["done"]:
+            results.append(json.loads((folder / METRICS).read_text()))
+    values = [spread(results, metric) for metric in SHOWN]
+    gains = [spread(results, metric, gain=True) for metric in GAINS]
+    return [name, str(len(results)), *values, *gains]
+
+
+def claim_table(grid, claim) -> str:
+    head = ["", "seeds", *SHOWN, *(f"{metric} - start" for metric in GAINS)]
+    rows = [table_row(grid, name, claim["seeds"]) for name in claim["rows"]]
+
+    # A column compares rows, so one with a single value says nothing.
+    least = min(2, len(rows))
+    kept = [i for i, column in enumerate(zip(*rows)) if len(rows) - column.count("-") >= least]
+    lines = []
+    for row in (head, ["---"] * len(head), *rows):
+        lines.append(f"| {' | '.join(row[i] for i in kept)} |")
+    return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def grid_text(grid: dict, path: str) -> str:
+    """RESULTS.md: a table for each claim."""
+    states = [read_state(run.folder) for run in needed_runs(grid).values()]
+    minutes = [state["cpu_minutes"] for state in states if state["done"]]
+    parts = [
+        "# The papers' claims in miniature",
+        f"`python -m tools.reproduce {path}`: phantoms and the built-in 2.4 M-parameter model. "
+        f"Mean [lowest, highest] over the seeds that are done. {len(minutes)} of {len(states)} "
+        f"runs, {sum(minutes) / 60:.1f} CPU-hours, the longest {max(minutes, default=0):.0f} "
+        f"CPU-minutes.",
+        one_line(grid.get("setting", "")),
+    ]
+    for claim in grid["claims"]:
+        parts += [f"## {claim['title']}", one_line(claim["paper"]), claim_table(grid, claim)]
+        parts.append(one_line(claim.get("reading", "")))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", help="a file like configs/ablations/grid.yaml")
+    reproduce(parser.parse_args().grid)
+
+
+if __name__ == "__main__":
+    run_main(main)
