@@ -1,37 +1,80 @@
-"""Shared by all tests: the modules on the path, one thread (faster for tiny models), one tiny policy."""
+"""Fixtures and options of all tests: the device, one thread, few phantoms, one tiny policy.
 
+`pytest` runs on the CPU wherever it is started, `pytest --device cuda` on a GPU, and
+`pytest --device cuda -m gpu` only the tests that use it in this process.
+
+Nothing may import torch before pytest_configure has hidden the GPUs, so imports stand in functions.
+"""
+
+# ruff: noqa: PLC0415
+
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import data  # noqa: E402
-import model  # noqa: E402
 
-SMALL = ["data.train_size=40", "data.val_size=6", "data.test_size=8", "model.max_pixels=9216"]
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where models run")
+
+
+def pytest_configure(config):
+    """Hide the GPUs, also from the workers and scripts that are started from here."""
+    cpu = config.getoption("device") == "cpu"
+    if cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    # Faster for tiny models.
+    torch.set_num_threads(1)
+    # Convolutions would round to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
+    if not cpu and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: there is no GPU")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where the tensors of a test belong."""
+    import torch
+
+    return torch.device(request.config.getoption("device"))
+
+
+@pytest.fixture(scope="session")
+def several_processes(device):
+    """For tests that start two or four processes."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.device_count() < 4:
+        pytest.skip("nccl wants one GPU for each process")
 
 
 @pytest.fixture(scope="session")
 def config():
-    return data.load_config(ROOT / "config.yaml", SMALL)
+    from helpers import SMALL, load
+
+    return load(*SMALL)
 
 
 @pytest.fixture(scope="session")
 def examples(config):
+    import data
+
     return data.load_split(config, "train")
 
 
 @pytest.fixture(scope="session")
 def policy(config):
-    """The built-in model with every weight moved away from its initial value, so that no part of it is idle."""
-    policy = model.load_policy(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return policy
+    """The built-in model, with every weight moved so that no part of it is idle.
+
+    It is shared: tests set its attributes with monkeypatch, and train a copy.
+    """
+    from helpers import move_weights
+
+    from model import load_policy
+
+    return move_weights(load_policy(config), 0.05, seed=1)

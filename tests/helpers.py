@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,71 @@ SHORT = [
     "grpo.save_every=1",
     "grpo.lr=1e-3",
 ]
+# The same from START, so that GRPO has something to learn from: rewards differ within groups.
+LEARNING = [
+    *SHORT,
+    f"model.path={START}",
+    "sft.optimizer=adamw",
+    "grpo.max_new_tokens=40",
+    "grpo.temperature=1",
+]
 
 
 def load(*overrides, config="config.yaml"):
     """A configuration of the project with overrides."""
     return load_config(ROOT / config, overrides)
+
+
+# ------------------------------------------------------------------------------- tolerances
+
+# What rounding may change in float32, by device. A GPU adds up in another order each time.
+TOLERANCE = {
+    "cpu": {
+        # The same computation twice.
+        "repeated": 0.0,
+        # Two ways to the same log-probs and gradients.
+        "log-probs": 1e-5,
+        "gradients": 1e-5,
+        # Against another implementation.
+        "library": 1e-4,
+        # Weights and metrics of a short run that is repeated.
+        "training": 0.0,
+        # Relative, of what tests/test_trajectories.py stores: of each value of each step, of the
+        # mean signed difference over the steps; and the share of completions that are others.
+        "trajectory, step": 1e-4,
+        "trajectory, mean": 1e-5,
+        "trajectory, other samples": 0.05,
+    },
+    "cuda": {
+        "repeated": 1e-4,
+        "log-probs": 1e-4,
+        "gradients": 1e-3,
+        "library": 1e-3,
+        "training": 5e-3,
+        "trajectory, step": 1e-3,
+        "trajectory, mean": 1e-4,
+        "trajectory, other samples": 0.1,
+    },
+}
+
+
+def tolerance(name, device):
+    return TOLERANCE[torch.device(device).type][name]
+
+
+def distance(a, b):
+    """The largest absolute difference of two tensors."""
+    return float((a - b).detach().abs().max())
+
+
+def relative_distance(a, b):
+    """The norm of the difference, relative to that of b."""
+    return float(((a - b).norm() / b.norm()).detach())
+
+
+def is_repeated(a, b):
+    """The same, bit for bit on the CPU."""
+    return distance(a, b) <= tolerance("repeated", a.device)
 
 
 # ------------------------------------------------------------------------------- random inputs
@@ -61,6 +122,30 @@ def random_boxes(rng, n, digits=None):
     return [tuple(box) for box in corners.tolist()]
 
 
+def seeded(seed):
+    """A generator on the CPU: random numbers that are the same on every device."""
+    return torch.Generator().manual_seed(seed)
+
+
+def random_completions(lengths, seed, device):
+    """A tensor (T,) of ids for each length, group by group. All families have these ids."""
+    generator = seeded(seed)
+
+    def random_ids(n):
+        return torch.randint(10, 200, (n,), generator=generator).to(device)
+
+    return [list(map(random_ids, group)) for group in lengths]
+
+
+@torch.no_grad()
+def move_weights(policy, scale, seed):
+    """The policy with noise on all its weights, so that no part of it is idle."""
+    generator = seeded(seed)
+    for p in policy.model.parameters():
+        p += scale * torch.randn(p.shape, generator=generator).to(p.device)
+    return policy
+
+
 # ------------------------------------------------------------------------------- plain forward
 
 
@@ -76,6 +161,82 @@ def plain_logits(policy, prompt, ids):
         tokens[name] = torch.cat([values, rest[None].to(values.dtype)], 1)
     logits = policy.model(**tokens, **prompt.images, use_cache=False).logits[0]
     return logits[-len(ids) - 1 : -1].index_fill(1, policy.banned, -torch.inf)
+
+
+def plain_logprobs(policy, prompt, ids, temperature=1.0):
+    """(T,) log-probs of ids (T,) after a prompt, from plain_logits."""
+    logits = plain_logits(policy, prompt, ids) / temperature
+    return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+def score_all(policy, rollouts, temperature=1.0):
+    """Log-probs of all tokens of the rollouts under the policy, (N,)."""
+    prompts = [r.prompt for r in rollouts]
+    logp, _, mask = policy.logprobs(prompts, [r.tokens for r in rollouts], temperature)
+    return logp[mask]
+
+
+def recorded(rollouts, name="sampled"):
+    """Log-probs that the rollouts keep, (N,), in the order of score_all."""
+    groups = [r.logprobs[name] for r in rollouts]
+    return torch.cat([row for group in groups for row in group])
+
+
+def all_tokens(rollouts):
+    """The completions of all rollouts, R tensors (T,)."""
+    return [ids for r in rollouts for ids in r.tokens]
+
+
+@contextmanager
+def watch_layer(layer):
+    """A list of the shapes (B, T) that the layer is called with."""
+    shapes = []
+
+    def watch(_, inputs):
+        shapes.append(tuple(inputs[0].shape[:-1]))
+
+    with layer.register_forward_pre_hook(watch):
+        yield shapes
+
+
+def check_shared_prefix(policy, examples, group_size, monkeypatch):
+    """Scores, gradients and samples with every prompt once are those of plain rows."""
+    device = policy.device
+    prompts = [policy.encode(e) for e in examples]
+    # Of one token and of many.
+    cycle = [1 + 6 * (i % 3) for i in range(group_size + len(prompts))]
+    lengths = [cycle[b : b + group_size] for b in range(len(prompts))]
+    completions = random_completions(lengths, 0, device)
+    stream = sum(map(len, prompts)) + sum(map(sum, lengths)) - group_size * len(prompts)
+    # Rows end, and are dropped, at different times.
+    monkeypatch.setattr(policy, "stop_ids", torch.arange(0, len(policy.tokenizer), 8).to(device))
+    trained = dict(policy.model.named_parameters())
+    logprobs, gradients, samples = [], [], []
+    for shared in (True, False):
+        monkeypatch.setattr(policy, "shared", shared)
+        with watch_layer(policy.base.language_model.layers[0]) as shapes:
+            logp, _, mask = policy.logprobs(prompts, completions)
+        if shared:
+            # No padding, no prompt twice, no last token.
+            assert set(shapes) == {(1, stream)}
+        weights = torch.linspace(-1, 1, logp.numel(), device=device).view(logp.shape)
+        loss = (logp * weights).sum()
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        gradients.append({n: g for n, g in zip(trained, found) if g is not None})
+        logprobs.append(logp.detach()[mask])
+        samples.append(policy.sample(examples, group_size, 20, 1.0, (4, 4)))
+
+    largest = logprobs[1].abs().max()
+    assert distance(*logprobs) < tolerance("log-probs", device) * largest
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("visual" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        error = relative_distance(gradient, gradients[1][name])
+        assert error < tolerance("gradients", device), name
+    assert len({len(ids) for ids in all_tokens(samples[0])}) > 2
+    for one, other in zip(*samples):
+        assert one.texts == other.texts
+    assert distance(*map(recorded, samples)) < tolerance("log-probs", device)
 
 
 # ------------------------------------------------------------------------------- scripts

@@ -1,10 +1,10 @@
-"""Runs a script with its sampled tokens written down, and replaced by those of an earlier run where it sampled others.
+"""Run a script with its sampled tokens written down, or replaced by those of an earlier run.
 
-  python tests/replay.py EARLIER.json SCRIPT.py CONFIG [key=value ...]
+  python tests/replay.py CONFIG EARLIER.json SCRIPT.py [key=value ...]
 
-EARLIER.json holds [{example id: token ids of its completions}, ..] for every step, or [] to record. What was sampled goes
-to OUT/tokens.RANK.jsonl. Processors round differently, and now and then a sample is another one; with the tokens of the
-earlier run, losses can still be compared.
+EARLIER.json holds [{example id: token ids of its completions}, ..] for every step, or [] to record.
+What was sampled goes to OUT/tokens.RANK.jsonl. Processors round differently, and now and then a
+sample is another one; with the tokens of the earlier run, losses can still be compared.
 """
 
 import json
@@ -56,13 +56,14 @@ def replayed(sample, earlier, path):
 
 
 def main():
-    earlier, script, *args = sys.argv[1:]
-    out = Path(next(arg for arg in args if arg.startswith("out=")).removeprefix("out="))
+    config, earlier, script, *args = sys.argv[1:]
+    out = next(arg for arg in args if arg.startswith("out="))
+    out = Path(out.removeprefix("out="))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"tokens.{os.environ.get('RANK', 0)}.jsonl"
     earlier = json.loads(Path(earlier).read_text())
     model.Policy.sample = replayed(model.Policy.sample, earlier, path)
-    sys.argv = [script, *args]
+    sys.argv = [script, config, *args]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 

@@ -1,33 +1,31 @@
-"""The safety net: short runs through the real command line give what they gave before, in every way to run them.
+"""The safety net: short runs through the command line give what they gave before, in every way.
 
-  python tests/test_trajectories.py record [SETTING ...]     makes trajectories.json, or some of its settings, anew
+  python tests/test_trajectories.py record [SETTING ...]     makes trajectories.json, or parts of it
   python tests/test_trajectories.py compare [SETTING ...]    prints the largest differences to it
 
-trajectories.json holds, for each setting, the sampled tokens, what every step logged, and how far the weights moved. All
-runs begin at tests/start, a small model that has learnt to write reports and boxes, so that rewards differ within groups.
+trajectories.json holds, for each setting, the sampled tokens, what every step logged, and how far
+the weights moved. All runs begin at tests/start, a small model that has learnt to write reports and
+boxes, so that rewards differ within groups.
 """
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-STORED = Path(__file__).with_name("trajectories.json")
-START = Path(__file__).with_name("start")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-STEP_TOLERANCE = 1e-4  # relative, of each value of each step
-MEAN_TOLERANCE = 1e-5  # relative, of the mean signed difference over the steps
+from helpers import START, metrics, start_script, tolerance, wait_for_lines, weights
+
+STORED = Path(__file__).with_name("trajectories.json")
+
 SMALLEST = 1e-2  # smaller values are compared as if they were of this size: losses cancel
-SAME_SAMPLES = 0.95  # share of completions that are sampled again
 
 COMMON = [
     f"model.path={START}",
@@ -104,7 +102,8 @@ SETTINGS = {
     ],
     "SFT": ["train_sft.py", *SFT, "sft.init=base"],
 }
-# Different ways to the same numbers: setting, name of the way, what it sets, number of processes (0: without torchrun).
+# Different ways to the same numbers: setting, name of the way, what it sets, and the number of
+# processes (0: without torchrun).
 WAYS = [
     ("default", "as it is", [], 0),
     ("default", "micro-batches of 1", ["grpo.micro_batch=1", "grpo.sample_batch=2"], 0),
@@ -130,24 +129,12 @@ LOGGED = {
 
 def start(setting, out, args, processes, earlier):
     script, *settings = SETTINGS[setting]
-    launcher = []
-    if processes:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "replay.py"), str(earlier), script]
-    command += [str(ROOT / "config.yaml"), *COMMON, *settings, *args, f"out={out}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    overrides = [*COMMON, *settings, *args, f"out={out}"]
+    return start_script("tests/replay.py", str(earlier), script, *overrides, processes=processes)
 
 
-def kill_after(process, log, lines):
-    """Kill the process once its log has so many lines."""
-    while process.poll() is None:
-        if log.exists() and log.read_text().count("\n") >= lines:
-            process.send_signal(signal.SIGKILL)
-            return
-        time.sleep(0.02)
+def stage_of(setting):
+    return "sft" if SETTINGS[setting][0] == "train_sft.py" else "grpo"
 
 
 def run(setting, out, args=(), processes=0, earlier=(), interrupt=False):
@@ -155,23 +142,25 @@ def run(setting, out, args=(), processes=0, earlier=(), interrupt=False):
     out.mkdir(parents=True, exist_ok=True)
     path = out / "earlier.json"
     path.write_text(json.dumps(list(earlier)))
-    stage = "sft" if SETTINGS[setting][0] == "train_sft.py" else "grpo"
     if interrupt:
         process = start(setting, out, args, processes, path)
-        kill_after(process, out / stage / "metrics.jsonl", lines=2)
+        wait_for_lines(out / stage_of(setting) / "metrics.jsonl", 2, process)
+        process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
     process = start(setting, out, args, processes, path)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return read(setting, out, stage)
+    return read(setting, out)
 
 
-def read(setting, out, stage):
-    """{steps: [{name: value}], tokens: [{id: token ids}], change: moments of the change of the weights}"""
-    lines = (out / stage / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+def read(setting, out):
+    """{steps: [{name: value}], tokens: [{id: token ids}], change: moments of the change}"""
+    folder = out / stage_of(setting)
     names = LOGGED[SETTINGS[setting][0]]
-    steps = [{name: row[name] for name in names if name in row} for row in rows]
+    steps = []
+    for row in metrics(folder):
+        steps.append({name: row[name] for name in names if name in row})
 
     tokens = [{} for _ in steps]
     for path in sorted(out.glob("tokens.*.jsonl")):
@@ -180,29 +169,24 @@ def read(setting, out, stage):
             tokens[row["step"]][row["id"]] = row["tokens"]
 
     before = load_file(START / "model.safetensors")
-    after = load_file(out / stage / "last" / "model.safetensors")
-    change = torch.cat(
-        [(after[name].double() - before[name].double()).flatten() for name in before]
-    )
+    after = weights(folder)
+    changes = [(after[name].double() - before[name].double()).flatten() for name in before]
+    change = torch.cat(changes)
     moments = {
         "mean_abs": change.abs().mean(),
         "rms": change.square().mean().sqrt(),
         "p4": change.pow(4).mean().pow(0.25),
     }
-    return {
-        "steps": steps,
-        "tokens": tokens,
-        "change": {name: float(value) for name, value in moments.items()},
-    }
+    moments = {name: float(value) for name, value in moments.items()}
+    return {"steps": steps, "tokens": tokens, "change": moments}
 
 
 def differences(new, old):
-    """{name: (largest relative difference of a step, mean signed relative difference over the steps)}"""
+    """{name: (largest relative difference of a step, mean signed difference over the steps)}"""
     result = {}
     for name in old["steps"][-1]:
-        pairs = [
-            (a[name], b[name]) for a, b in zip(new["steps"], old["steps"], strict=True) if name in b
-        ]
+        pairs = zip(new["steps"], old["steps"], strict=True)
+        pairs = [(a[name], b[name]) for a, b in pairs if name in b]
         relative = [(a - b) / max(abs(b), SMALLEST) for a, b in pairs]
         result[name] = max(map(abs, relative)), abs(sum(relative)) / len(relative)
     for name, value in old["change"].items():
@@ -211,87 +195,74 @@ def differences(new, old):
     return result
 
 
-def same_samples(new, old):
-    """The share of completions that are the same tokens."""
-    pairs = [
-        (a, b)
-        for new_step, old_step in zip(new["tokens"], old["tokens"], strict=True)
-        for name, group in old_step.items()
-        for a, b in zip(new_step[name], group, strict=True)
-    ]
-    return sum(a == b for a, b in pairs) / len(pairs)
+def other_samples(new, old):
+    """The share of completions that are other tokens."""
+    same = []
+    for new_step, old_step in zip(new["tokens"], old["tokens"], strict=True):
+        for name, group in old_step.items():
+            same += [a == b for a, b in zip(new_step[name], group, strict=True)]
+    # SFT samples nothing.
+    return same.count(False) / max(1, len(same))
 
 
 @pytest.mark.parametrize(
     ("setting", "way", "args", "processes"), WAYS, ids=[f"{s}, {w}" for s, w, _, _ in WAYS]
 )
-def test_trajectories(tmp_path, setting, way, args, processes):
+def test_trajectories(tmp_path, request, device, setting, way, args, processes):
+    if processes > 1:
+        request.getfixturevalue("several_processes")
     old = json.loads(STORED.read_text())[setting]
     new = run(setting, tmp_path, args, processes, old["tokens"], interrupt="killed" in way)
-    largest = differences(new, old)
-    print(setting, way, largest)
-    too_large = {
-        name: pair
-        for name, pair in largest.items()
-        if pair[0] > STEP_TOLERANCE or pair[1] > MEAN_TOLERANCE
-    }
-    assert not too_large
-    if setting != "SFT":
-        assert same_samples(new, old) >= SAME_SAMPLES
+    for name, (of_step, of_mean) in differences(new, old).items():
+        assert of_step <= tolerance("trajectory, step", device), name
+        assert of_mean <= tolerance("trajectory, mean", device), name
+    assert other_samples(new, old) <= tolerance("trajectory, other samples", device)
 
 
 def test_the_settings_train():
-    """Every part of the loss counts in every setting: rewards differ within groups, and the policy leaves the reference."""
+    """Every part of the loss counts: rewards differ, and the policy leaves the reference."""
     for setting, trajectory in json.loads(STORED.read_text()).items():
         for step in trajectory["steps"]:
             assert step["grad_norm"] > 1e-3, setting
-        if setting == "SFT":
+        if stage_of(setting) == "sft":
             continue
         assert trajectory["steps"][-1]["kl"] > 1e-3, setting
         assert len({step["reward"] for step in trajectory["steps"]}) > 1, setting
-        lengths = {
-            len(ids)
-            for groups in trajectory["tokens"]
-            for group in groups.values()
-            for ids in group
-        }
+        groups = chain.from_iterable(step.values() for step in trajectory["tokens"])
+        lengths = {len(ids) for group in groups for ids in group}
         assert len(lengths) > 3, setting
+
+
+def record(stored, chosen, folder):
+    """Run settings, and write trajectories.json with them."""
+    for setting in chosen or SETTINGS:
+        new = stored[setting] = run(setting, folder / setting)
+        print(setting, json.dumps(new["steps"], indent=1), new["change"])
+    lines = []
+    for name in SETTINGS:
+        trajectory = json.dumps(stored[name], separators=(",", ":"))
+        lines.append(f"{json.dumps(name)}: {trajectory}")
+    STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def compare(stored, chosen, folder):
+    """Run settings in all ways, and print how they differ from trajectories.json."""
+    for setting, way, args, processes in WAYS:
+        if chosen and setting not in chosen:
+            continue
+        old = stored[setting]
+        out = folder / setting / way
+        new = run(setting, out, args, processes, old["tokens"], "killed" in way)
+        print(f"{setting}, {way}: {other_samples(new, old):.3f} of samples are others")
+        for name, (of_step, of_mean) in differences(new, old).items():
+            print(f"    {name:28} step {of_step:.1e}, mean {of_mean:.1e}")
 
 
 def main():
     command, *chosen = sys.argv[1:]
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        if command == "record":
-            for setting in chosen or SETTINGS:
-                stored[setting] = run(setting, Path(folder, setting))
-                print(
-                    setting,
-                    json.dumps(stored[setting]["steps"], indent=1),
-                    stored[setting]["change"],
-                )
-            text = ",\n".join(
-                f"{json.dumps(name)}: {json.dumps(stored[name], separators=(',', ':'))}"
-                for name in SETTINGS
-            )
-            STORED.write_text("{\n" + text + "\n}\n")
-        elif command == "compare":
-            for setting, way, args, processes in WAYS:
-                if not chosen or setting in chosen:
-                    old = stored[setting]
-                    new = run(
-                        setting,
-                        Path(folder, setting, way),
-                        args,
-                        processes,
-                        old["tokens"],
-                        "killed" in way,
-                    )
-                    print(
-                        f"{setting}, {way}: {same_samples(new, old) if setting != 'SFT' else 1:.3f} of samples the same"
-                    )
-                    for name, pair in differences(new, old).items():
-                        print(f"    {name:28} step {pair[0]:.1e}, mean {pair[1]:.1e}")
+        {"record": record, "compare": compare}[command](stored, chosen, Path(folder))
 
 
 if __name__ == "__main__":
