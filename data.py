@@ -30,7 +30,7 @@ from PIL import Image
 
 from readers import phantom as phantoms
 from readers.phantom import phantom  # noqa: F401
-from readers.study import LABELS, Box, Skip, Study, parse_boxes, read_lines  # noqa: F401
+from readers.study import LABELS, Asked, Box, Skip, Study, parse_boxes, read_lines  # noqa: F401
 from runtime.config import Config, InputError, Source, load_config  # noqa: F401
 from runtime.output import moved, progress, warn0
 
@@ -298,16 +298,17 @@ def study_examples(
         return kind in source.tasks or TASK_OF[kind] in source.tasks
 
     asker = Asker(study, split, seed)
+    asked = [a for a in study.asked if wanted(a.kind or a.task)]
     regions = wanted_regions(study, asker, wanted)
     reports = study.report is not None and wanted("report")
     lists = study.findings is not None and wanted("classification")
     detection = study.complete and wanted("detection")
-    if not (study.asked or reports or lists or regions or detection):
+    if not (asked or reports or lists or regions or detection):
         return
     if problem := image_problem(study.images, source.image_root()):
         skip(f"{study.where}: {problem}")
         return
-    yield from asked_examples(study, asker, skip)
+    yield from asked_examples(study, asked, asker, skip)
     if reports:
         yield from report_examples(study, asker, skip)
     if lists:
@@ -322,11 +323,15 @@ def study_examples(
         yield detection_example(study, asker)
 
 
-def asked_examples(study: Study, asker: Asker, skip: Skip) -> Iterator[Example]:
-    """The questions that the dataset itself asks."""
-    for asked in study.asked:
-        answer = boxes_text(asked.boxes) if asked.answer is None else asked.answer
-        problem = wrong_box([asked.boxes])
+def asked_examples(
+    study: Study, questions: list[Asked], asker: Asker, skip: Skip
+) -> Iterator[Example]:
+    """The questions that the dataset itself asks. Its own answers are kept, boxes and all."""
+    for asked in questions:
+        answer, problem = asked.answer, ""
+        if answer is None:
+            answer = boxes_text(asked.boxes)
+            problem = wrong_box([asked.boxes])
         if asked.task == "report" and not answer.strip():
             problem = "the report is empty"
         if problem:
@@ -449,7 +454,7 @@ def read_source(config: Config, source: Source, split: str, skip: Skip) -> list[
         for e in study_examples(study, source, split, config.seed, skip):
             if e.id in examples:
                 skip(f"{source.path}, {split}: a second example has the id {e.id!r}")
-            elif e.task in source.tasks or e.kind in source.tasks:
+            else:
                 examples[e.id] = e
     return list(examples.values())
 

@@ -100,7 +100,8 @@ class Prompt:
 
     tokens: dict[str, Tensor]  # (1, P) each, see TOKEN_INPUTS
     images: dict[str, Tensor]  # pixels and their sizes; the first dimension counts images or parts
-    features: ImageFeatures | None = None  # of a frozen vision tower, once they are known
+    # What a frozen vision tower made of the images, by level, once it is known.
+    features: list[Sequence[Tensor]] | None = None
 
     @property
     def input_ids(self) -> Tensor:
@@ -433,24 +434,18 @@ class Policy:
         """The images of B prompts as the vision tower sees them, computed where not known yet."""
         new = [p for p in prompts if p.features is None]
         if new:
-            pixels, grid = (
-                torch.cat([p.images[name] for p in new])
-                for name in ("pixel_values", "image_grid_thw")
-            )
-            out = self.base.get_image_features(pixels, grid, return_dict=True)
-            embeddings = iter(out.pooler_output)
-            deepstack = [iter(level) for level in getattr(out, "deepstack_features", None) or ()]
-            for p in new:
-                count = len(p.images["image_grid_thw"])
-                own = list(itertools.islice(embeddings, count))
-                levels = [list(itertools.islice(level, count)) for level in deepstack]
-                p.features = ImageFeatures(own, levels)
-        features = [p.features for p in prompts]
-        levels = zip(*(f.deepstack_features for f in features))
-        return ImageFeatures(
-            list(itertools.chain.from_iterable(f.pooler_output for f in features)),
-            [list(itertools.chain.from_iterable(level)) for level in levels],
-        )
+            pixels = torch.cat([p.images["pixel_values"] for p in new])
+            grids = [p.images["image_grid_thw"] for p in new]
+            out = self.base.get_image_features(pixels, torch.cat(grids), return_dict=True)
+            # Of each level one tensor per image: share them out.
+            levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+            first = 0
+            for p, grid in zip(new, grids):
+                p.features = [level[first : first + len(grid)] for level in levels]
+                first += len(grid)
+        levels = zip(*(p.features for p in prompts))
+        embeddings, *deepstack = (list(itertools.chain.from_iterable(level)) for level in levels)
+        return ImageFeatures(embeddings, deepstack)
 
     def positions(self, tokens: dict[str, Tensor], images: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Prompt positions, (3, B, P) for M-RoPE models and else (B, P), and the next ones (B,).
@@ -1031,6 +1026,10 @@ def image_only(family):
     return ImageOnly
 
 
+# What transformers raises for a folder that holds no model.
+NOT_LOADED = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+
+
 def load_policy(config: Config, path: str | Path | None = None, weights: bool = True) -> Policy:
     """The policy in `path` (default: model.path): "tiny", a local model folder or a hub id.
 
@@ -1048,15 +1047,7 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
     try:
         model = load_weights(path, weights)
         processor = load_processor(path, model, pixels)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except NOT_LOADED as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"model {path!r} cannot be loaded: {reason}") from None
     model_type = model.config.model_type

@@ -37,8 +37,8 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Linear warm-up to `peak`, then cosine to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    angle = math.pi * (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 @dataclass

@@ -11,7 +11,6 @@ with 3 and 1 rows left, R = 4:
   d1     1         empty slots hold zeros
 """
 
-
 import torch
 from torch.nn import functional as F  # noqa: N812
 

@@ -31,8 +31,9 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
     else:
         patterns = (f"{split}.json", f"instances_{split}*.json", f"*_{split}.json")
         path = locate(root, *(f"{folder}{p}" for p in patterns for folder in ("", "annotations/")))
+    tree = read_json(path)
     try:
-        studies = read_studies(path, root, source.image_root(), split)
+        studies = read_studies(tree, path, root, source.image_root(), split)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(
             f"{path}: not in COCO's format, images with id, file_name, width, height and "
@@ -45,9 +46,8 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
             yield study
 
 
-def read_studies(path: Path, root: Path, images: Path, split: str) -> list[Study]:
+def read_studies(tree: Any, path: Path, root: Path, images: Path, split: str) -> list[Study]:
     """A study for each image of a file."""
-    tree = read_json(path)
     part = path.stem.removeprefix("instances_")
     folders = ("", "images", part, f"images/{part}", split, f"images/{split}")
     names = {category["id"]: readable(category["name"]) for category in tree["categories"]}

@@ -64,7 +64,7 @@ def read_openi(root: Path, skip: Skip) -> dict[str, tuple[str, Views, str]]:
     for path in sorted((root / "ecgen-radiology").glob("*.xml")):
         try:
             tree = ElementTree.parse(path)
-        except (ElementTree.ParseError, OSError) as error:
+        except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
             skip(f"{path}: not valid XML ({error})")
             continue
         sections = {t.get("Label"): " ".join(t.itertext()) for t in tree.iter("AbstractText")}

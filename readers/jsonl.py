@@ -37,7 +37,7 @@ def parse_line(line: str, source: Source, where: str) -> Study:
         raise ValueError("report and phrase are two examples, with an id each")
     if "report" in row:
         report = row["report"] if isinstance(row["report"], str) else ""
-        asked = Asked(str(row["id"]), "report", answer=report)
+        asked = Asked(str(row["id"]), "report", answer=" ".join(report.split()))
     elif "phrase" in row:
         boxes = [tuple(float(value) for value in box) for box in row["boxes"]]
         phrase = str(row["phrase"])

@@ -94,8 +94,13 @@ def read_sizes(path: Path, skip: Skip) -> dict[str, tuple[float, float]]:
     """image -> width and height of the original, where the file is there."""
     if not path.is_file():
         return {}
-    rows = read_csv(path, ["image_id", "dim0", "dim1"], skip)
-    return {row["image_id"]: (float(row["dim1"]), float(row["dim0"])) for row in rows}
+    sizes = {}
+    for row in read_csv(path, ["image_id", "dim0", "dim1"], skip):
+        try:
+            sizes[row["image_id"]] = float(row["dim1"]), float(row["dim0"])
+        except ValueError:
+            skip(f"{path}, image {row['image_id']}: expected numbers in dim0 and dim1")
+    return sizes
 
 
 def image_file(root: Path, image: str, part: str) -> Path:
