@@ -6,13 +6,12 @@ import json
 import numpy as np
 import pytest
 import yaml
+from helpers import ROOT, load
+from layouts import kaggle, picture, r2gen, write
 
 import data
 import rewards
-from conftest import ROOT
-from data import InputError, load_config
-from layouts import kaggle, picture, r2gen, write
-
+from runtime.config import InputError, config_text, load_config
 
 # ---------------------------------------------------------------- configuration
 
@@ -33,7 +32,7 @@ def test_overrides_and_types(tmp_path):
     )
     assert config.rewards.report == {"mccs": 1.0, "gleu": 0.5} and config.out == "5"
     assert (
-        load_config(write(tmp_path / "d.yaml", data.config_text(config))) == config
+        load_config(write(tmp_path / "d.yaml", config_text(config))) == config
     )  # saved and read back
 
 
@@ -58,7 +57,7 @@ def test_overrides_and_types(tmp_path):
         ("grpo=3", "grpo"),
         ("data.report_share=1.5", "at most 1"),
         ("grpo.lora_rank=-1", "at least 0"),
-        ("grpo.group_size=1", "it takes two"),
+        ("grpo.group_size=1", "grpo.group_size: expected at least 2"),
         ("grpo.freeze=[tower]", "grpo.freeze: expected one of vision, projector, got 'tower'"),
         ("sft.freeze=vision", "sft.freeze: expected a list"),
         ("sft.train_vision=false", "unknown key 'sft.train_vision'"),
@@ -106,10 +105,11 @@ def test_every_epoch_sees_every_example_once():
 
 def test_batches_mix_tasks_as_told(examples):
     for share, reports in ((0.5, 4), (1.0, 8), (0.25, 2)):
-        tasks = [e.task for e in data.batch(examples, 8, 3, 0, "sft", share)]
+        config = load("grpo.prompts=8", f"data.report_share={share}")
+        tasks = [e.task for e in data.grpo_batch(examples, 3, config)]
         assert tasks.count("report") == reports
     only = [e for e in examples if e.task == "grounding"]
-    assert len(data.batch(only, 8, 0, 0, "sft", 0.5)) == 8
+    assert len(data.grpo_batch(only, 0, load("grpo.prompts=8"))) == 8
 
 
 def test_box_text_is_the_papers_format():
@@ -120,8 +120,8 @@ def test_box_text_is_the_papers_format():
         == "[0.10, 0.20, 0.30, 0.40], [0.50, 0.50, 0.75, 1.00] and [0.00, 0.00, 1.00, 1.00]"
     )
     assert (
-        rewards.parse_boxes(data.boxes_text(boxes)) == boxes
-        and rewards.parse_boxes(data.boxes_text([])) == []
+        data.parse_boxes(data.boxes_text(boxes)) == boxes
+        and data.parse_boxes(data.boxes_text([])) == []
     )
 
 
@@ -129,7 +129,7 @@ def test_box_text_is_the_papers_format():
 @pytest.mark.parametrize("task", ["report", "grounding"])
 def test_targets_satisfy_the_format_reward(examples, style, task):
     example = dataclasses.replace(next(e for e in examples if e.task == task), style=style)
-    valid, thinking, answer = rewards.parse_output(data.target_text(example), task, style)
+    valid, thinking, answer = data.parse_output(data.target_text(example), task, style)
     assert valid and answer == example.answer and (style == "plain" or thinking == example.thinking)
     assert data.prompt_text(example).endswith(" /think") == (style == "suffix")
 

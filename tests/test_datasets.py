@@ -5,15 +5,18 @@ import dataclasses
 import json
 import sys
 
+import layouts
 import numpy as np
 import pytest
+from helpers import ROOT
 from PIL import Image
 
 import data
-import layouts
-import rewards
-from conftest import ROOT
-from data import InputError, load_config, load_split
+from data import load_split
+from readers.mimic_cxr import findings_section
+from readers.vindr_cxr import fuse_boxes
+from runtime.config import InputError, Source, config_text, load_config
+from tools import inspect_data
 
 SPLITS = ("train", "val", "test")
 
@@ -121,29 +124,27 @@ def test_mimic_cxr_from_r2gen(tmp_path):
     ],
 )
 def test_findings_section(text, section):
-    assert data.findings_section(text).strip() == section
+    assert findings_section(text).strip() == section
 
 
 def test_boxes_of_several_readers_are_fused():
     a, b, c, far = (0, 0, 10, 10), (0, 0, 10, 8), (0, 2, 10, 12), (50, 50, 60, 60)
-    assert near(data.fuse_boxes([[a], [b]]), [(0, 0, 10, 9)]) and near(
-        data.fuse_boxes([[a, far], [b, far]]), [(0, 0, 10, 9), far]
+    assert near(fuse_boxes([[a], [b]]), [(0, 0, 10, 9)]) and near(
+        fuse_boxes([[a, far], [b, far]]), [(0, 0, 10, 9), far]
     )
     assert near(
-        data.fuse_boxes([[a], [b], [c]]), [(0, 2 / 3, 10, 10)]
+        fuse_boxes([[a], [b], [c]]), [(0, 2 / 3, 10, 10)]
     )  # c overlaps the mean of a and b by 7 / 12
+    assert near(fuse_boxes([[a], [(0, 5, 10, 15)]]), [a, (0, 5, 10, 15)])  # by a third: two lesions
     assert near(
-        data.fuse_boxes([[a], [(0, 5, 10, 15)]]), [a, (0, 5, 10, 15)]
-    )  # by a third: two lesions
-    assert near(
-        data.fuse_boxes([[(0, 0, 10, 11), (0, 0, 10, 7)], [(0, 0, 10, 8)]]), [(0, 0, 10, 26 / 3)]
+        fuse_boxes([[(0, 0, 10, 11), (0, 0, 10, 7)], [(0, 0, 10, 8)]]), [(0, 0, 10, 26 / 3)]
     )  # one reader's, too
     rng = np.random.default_rng(0)
     apart = [(10 * i, 0, 10 * i + 4 + rng.random(), 5) for i in range(9)]
     assert (
-        near(data.fuse_boxes([apart]), apart)
-        and near(data.fuse_boxes([apart] * 3), apart)
-        and data.fuse_boxes([]) == []
+        near(fuse_boxes([apart]), apart)
+        and near(fuse_boxes([apart] * 3), apart)
+        and fuse_boxes([]) == []
     )
 
 
@@ -355,7 +356,7 @@ def test_llava_conversations_go_round(tmp_path, policy):
             e.question,
             data.target_text(e),
         ]
-    assert rewards.parse_boxes(data.target_text(where)) == list(where.boxes)
+    assert data.parse_boxes(data.target_text(where)) == list(where.boxes)
     text = policy.chat(other)  # earlier turns come first, the image once
     places = [
         text.index(part)
@@ -632,7 +633,7 @@ MIXTURE = (
 def test_a_mixture_of_sources_with_weights(tmp_path):
     root = layouts.everything(tmp_path)
     config = load_config(ROOT / "config.yaml", [f"data.path={root}", MIXTURE, "data.views=frontal"])
-    assert load_config(layouts.write(tmp_path / "c.yaml", data.config_text(config))) == config
+    assert load_config(layouts.write(tmp_path / "c.yaml", config_text(config))) == config
     train = load_split(config, "train")
     assert len({e.id for e in train}) == len(train)
     n = collections.Counter((e.id.split("/")[0], e.kind or e.task) for e in train)
@@ -652,7 +653,7 @@ def test_a_mixture_of_sources_with_weights(tmp_path):
         all(len({e.copy for e in study}) == 1 for study in studies)
         and load_split(config, "train") == train
     )
-    config.data.test = [data.Source("vindr_cxr", tasks=["abnormality"])]
+    config.data.test = [Source("vindr_cxr", tasks=["abnormality"])]
     assert {e.kind for e in load_split(config, "test")} == {"abnormality"}
 
 
@@ -672,7 +673,7 @@ def test_patients_are_never_shared_between_splits(tmp_path, capsys):
     config.data.val = config.data.test
     assert {e.patient for e in load_split(config, "train")} == {"mimic/10000032", "mimic/10000764"}
     assert (
-        "left out 1 examples of 1 patients that are held out, too, such as mimic/10000898"
+        "left out 1 examples of 1 patients that are also held out, such as mimic/10000898"
         in capsys.readouterr().err
     )
 
@@ -718,7 +719,7 @@ def test_wordings_are_seeded_and_held_out_ones_fixed(tmp_path):
         ("data.train=[iu_xray]", "a list of sources"),
         ("data.train=[{weigth: 1}]", "weigth"),
         ("data.val=[{weight: 0}]", r"data.val\[\].weight: expected more than 0"),
-        ("data.train=[{tasks: [reports]}]", "data.tasks"),
+        ("data.train=[{tasks: [reports]}]", r"data.train\[\].tasks"),
     ],
 )
 def test_bad_sources_name_the_key(override, message):
@@ -763,15 +764,22 @@ def test_traces_come_from_the_file_or_the_references(tmp_path, capsys):
             load_split(of("iu_xray", root, "data.thinking=true", f"data.traces={path}"), "train")
 
 
-# ---------------------------------------------------------------- python data.py
+# ---------------------------------------------------------------- python -m tools.inspect_data
 
 
-def test_the_description_counts_and_shows(tmp_path):
+def test_the_description_counts_and_shows(tmp_path, monkeypatch):
     root = layouts.everything(tmp_path)
     (root / "iu_xray" / "images_normalized" / "5_Frontal.dcm.png").unlink()
     (root / "iu_xray" / "images_normalized" / "6_Frontal.dcm.png").write_bytes(b"no image")
     config = load_config(ROOT / "config.yaml", [f"data.path={root}", MIXTURE])
-    text, sheet = data.describe(config, lambda e: (7, 5), rewards.labeler(config.rewards))
+    seen = []
+
+    def encode(_, example):
+        seen.append(data.target_text(example))
+        return 7, 5
+
+    monkeypatch.setattr(inspect_data.Description, "encode", encode)
+    text, sheet = inspect_data.describe(config)
     rows = {
         tuple(line.replace(" ", "").split("|")[:3]): line.replace(" ", "").split("|")[3:]
         for line in text.splitlines()
@@ -786,12 +794,8 @@ def test_the_description_counts_and_shows(tmp_path):
     )
     assert "cannot be read: " in text and "would stop a run" in text and "6_Frontal.dcm.png" in text
     config.data.thinking = True  # lengths are of what is trained, traces and tags included
-    seen = []
-    data.describe(
-        config,
-        lambda e: (seen.append(data.target_text(e)), (1, 1))[1],
-        rewards.labeler(config.rewards),
-    )
+    seen.clear()
+    inspect_data.describe(config)
     assert any("Heart: " in text for text in seen) and any("Looking for " in text for text in seen)
     assert rows["val", "7", "7/7/7"] == ["5/5/5"] and rows["iu_xray", "train", "report"][:2] == [
         "6",
@@ -809,7 +813,7 @@ def test_boxes_land_on_the_right_pixels_of_the_sheet(tmp_path, size):
     pixels[h // 2 : h * 3 // 4, w // 4 : w // 2] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
     e = data.Example("a", "grounding", (str(tmp_path / "a.png"),), "q", "a", boxes=(box,))
-    sheet = np.asarray(data.contact_sheet([e]), dtype=int)
+    sheet = np.asarray(inspect_data.contact_sheet([e]), dtype=int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1] < 60)
     white = sheet[:360, :360].min(-1) > 250
     scale = min(352 / w, 352 / h)
@@ -855,7 +859,7 @@ def test_a_description_of_nothing_says_why(tmp_path, monkeypatch, capsys):
         sys,
         "argv",
         [
-            "data.py",
+            "inspect_data.py",
             str(ROOT / "config.yaml"),
             "data.source=jsonl",
             "data.path=/absent",
@@ -863,7 +867,7 @@ def test_a_description_of_nothing_says_why(tmp_path, monkeypatch, capsys):
         ],
     )
     with pytest.raises(InputError, match="no usable example"):
-        data.main()
+        inspect_data.main()
     assert (
         "no such folder; set it to the jsonl dataset" in capsys.readouterr().out
         and not (tmp_path / "data.png").exists()
