@@ -73,10 +73,10 @@ class Study:
     report: str | None = None  # None: the dataset has none; "": it lacks here
     findings: list[str] | None = None  # all that is to be seen; None: not known
     # (kind, name) -> boxes. Kinds: abnormality, anatomy, phrase.
-    boxes = field(default_factory=dict)
+    boxes: dict[tuple[str, str], list[Box]] = field(default_factory=dict)
     complete: bool = False  # all abnormalities have their boxes: detection can be asked
     thinking: str = ""
-    asked = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------- files
