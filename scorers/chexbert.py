@@ -4,12 +4,11 @@ It needs chexbert.pth as published, github.com/stanfordmlgroup/CheXbert, or a ne
 size in the same format. Shapes: n texts, T tokens.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from readers.study import LABELS
@@ -24,7 +23,7 @@ CACHED = 1 << 14  # texts whose labels are kept
 
 
 @lru_cache
-def chexbert(path: str, bert: str) -> Callable[[list[str]], np.ndarray]:
+def chexbert(path, bert):
     """The function texts -> (N, 14) int8 states, in the order of LABELS. Labels are kept by text.
 
     path: the checkpoint; bert: the folder or hub id of its tokenizer. Raises InputError.
@@ -33,7 +32,7 @@ def chexbert(path: str, bert: str) -> Callable[[list[str]], np.ndarray]:
     tokenizer = load_tokenizer(bert, path, network["bert"].config.vocab_size)
     known = {}
 
-    def label(texts: list[str]) -> np.ndarray:
+    def label(texts):
         # As in the published label.py, whitespace becomes single spaces.
         texts = [" ".join(text.split()) for text in texts]
         # Texts of about the same length together need little padding.
@@ -51,9 +50,7 @@ def chexbert(path: str, bert: str) -> Callable[[list[str]], np.ndarray]:
 
 
 @torch.no_grad()
-def read_labels(
-    texts: list[str], network: nn.ModuleDict, tokenizer: BertTokenizer
-) -> list[list[int]]:
+def read_labels(texts, network, tokenizer):
     """The 14 states of each text, in the order of LABELS."""
     ids, mask = tokenize(texts, network["bert"], tokenizer)
     first = network["bert"](ids, attention_mask=mask).last_hidden_state[:, 0]  # (n, hidden)
@@ -62,7 +59,7 @@ def read_labels(
     return states[:, columns].tolist()
 
 
-def tokenize(texts: list[str], bert: BertModel, tokenizer: BertTokenizer) -> tuple[Tensor, Tensor]:
+def tokenize(texts, bert, tokenizer):
     """Token ids and their mask, (n, T) each. What exceeds BERT's positions is cut before [SEP]."""
     # Tokenizers refuse lone surrogates.
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
@@ -76,7 +73,7 @@ def tokenize(texts: list[str], bert: BertModel, tokenizer: BertTokenizer) -> tup
 # ------------------------------------------------------------------------------- loading
 
 
-def load_network(path: str) -> nn.ModuleDict:
+def load_network(path):
     """The network in a checkpoint. Raises InputError for any other file."""
     try:
         network = build_network(load_state(path))
@@ -94,13 +91,13 @@ def load_network(path: str) -> nn.ModuleDict:
     return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_state(path: str) -> dict[str, Tensor]:
+def load_state(path):
     """The weights in a checkpoint, by name. It was saved from a DataParallel module."""
     state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def build_network(state: dict[str, Tensor]) -> nn.ModuleDict:
+def build_network(state):
     """BERT and the heads, of the sizes that the weights have. KeyError: a weight is missing."""
     words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
     positions = len(state["bert.embeddings.position_embeddings.weight"])
@@ -126,7 +123,7 @@ def build_network(state: dict[str, Tensor]) -> nn.ModuleDict:
     return network
 
 
-def load_tokenizer(bert: str, path: str, words: int) -> BertTokenizer:
+def load_tokenizer(bert, path, words):
     """CheXbert's tokenizer, which must have `words` words. Raises InputError."""
     try:
         tokenizer = BertTokenizer.from_pretrained(bert)

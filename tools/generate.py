@@ -10,7 +10,6 @@ printed, too. Not for clinical use.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import data
 from data import Example
@@ -21,7 +20,7 @@ from runtime.output import warn0
 from runtime.processes import run_main
 
 
-def run_config(checkpoint: str) -> Config:
+def run_config(checkpoint):
     """The configuration that a checkpoint was trained with, or the defaults where there is none."""
     folder = Path(resolve(checkpoint)).resolve()
     for place in (folder, folder.parent):
@@ -35,7 +34,7 @@ def run_config(checkpoint: str) -> Config:
     return Config()
 
 
-def image_of(name: str) -> Any:
+def image_of(name):
     """A path, or phantom N of seed 0 for "phantom:N"."""
     kind, _, number = name.partition(":")
     if kind == "phantom" and number.isdigit():
@@ -45,7 +44,7 @@ def image_of(name: str) -> Any:
     return name
 
 
-def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, str, list]:
+def generate(checkpoint, images, ask=""):
     """(reasoning, answer, boxes) of the greedy answer about one study. Raises InputError."""
     config = run_config(checkpoint)
     policy = load_policy(config, resolve(checkpoint))
@@ -63,7 +62,7 @@ def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, st
     return thinking, answer, data.parse_boxes(answer)
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

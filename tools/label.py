@@ -19,7 +19,7 @@ NAMES = {BLANK: "blank", POSITIVE: "positive", NEGATIVE: "negative", UNCERTAIN: 
 HEADERS = ("reports", "report", "report impression")
 
 
-def read_reports(path: str | Path) -> list[str]:
+def read_reports(path):
     """The reports in a CSV file, one a row. A header is optional. Raises InputError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -39,7 +39,7 @@ def read_reports(path: str | Path) -> list[str]:
     return [row[0] if row else "" for row in rows]
 
 
-def labels_csv(reports: list[str]) -> str:
+def labels_csv(reports):
     """One row per report: the text, then 1.0, 0.0, -1.0 or nothing for each of LABELS."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -49,7 +49,7 @@ def labels_csv(reports: list[str]) -> str:
     return file.getvalue()
 
 
-def evidence(reports: list[str]) -> list[str]:
+def evidence(reports):
     """A line for every mention: report, label, state, the phrase and its cue, the clause."""
     lines = []
     for number, report in enumerate(reports, 1):
@@ -62,7 +62,7 @@ def evidence(reports: list[str]) -> list[str]:
     return lines
 
 
-def label_file(path: str | Path, output: str | Path) -> list[str]:
+def label_file(path, output):
     """Write the labels of the reports in `path` to `output`, and return the reports."""
     reports = read_reports(path)
     try:
@@ -72,7 +72,7 @@ def label_file(path: str | Path, output: str | Path) -> list[str]:
     return reports
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

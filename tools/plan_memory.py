@@ -9,14 +9,12 @@ layers, and everything of one. SFT counts 256 tokens of questions and answers a 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
-from model import TILE_SIZE, Policy, load_policy
-from runtime.config import Config
+from model import TILE_SIZE, load_policy
 from runtime.output import world_size
 from runtime.processes import parse_args, run_main
 
@@ -35,14 +33,14 @@ class Batch:
     rows: int  # completions of a prompt
     row_tokens: int
 
-    def tokens(self, shared: bool) -> int:
+    def tokens(self, shared):
         """With a shared prefix, a prompt counts once and not once per row."""
         if shared:
             return self.prompts * (self.prompt_tokens + self.rows * self.row_tokens)
         return self.prompts * self.rows * (self.prompt_tokens + self.row_tokens)
 
 
-def prompt_size(config: Config, vision: Any) -> tuple[int, int]:
+def prompt_size(config, vision):
     """Patches and tokens of a prompt whose images are as large as model.max_pixels allows."""
     images = 1
     for source in data.sources(config, "train"):
@@ -55,7 +53,7 @@ def prompt_size(config: Config, vision: Any) -> tuple[int, int]:
     return patches, min(config.model.max_prompt_tokens, tokens)
 
 
-def largest_batch(config: Config, section: Any, vision: Any, gpus: int) -> Batch:
+def largest_batch(config, section, vision, gpus):
     """The largest micro-batch of a stage."""
     patches, prompt_tokens = prompt_size(config, vision)
     if section is config.grpo:
@@ -68,7 +66,7 @@ def largest_batch(config: Config, section: Any, vision: Any, gpus: int) -> Batch
     return Batch(prompts, prompt_tokens, patches, rows, row_tokens)
 
 
-def text_activations(policy: Policy, batch: Batch, kv_width: int, width: int) -> int:
+def text_activations(policy, batch, kv_width, width):
     """Bytes that the backward of the language model needs."""
     text = policy.model.config.get_text_config()
     layers, hidden = text.num_hidden_layers, text.hidden_size
@@ -82,7 +80,7 @@ def text_activations(policy: Policy, batch: Batch, kv_width: int, width: int) ->
     return tokens * per_token * layers
 
 
-def vision_activations(policy: Policy, batch: Batch, vision: Any) -> int:
+def vision_activations(policy, batch, vision):
     """Bytes that the backward of the vision tower needs."""
     if vision is None or policy.vision_frozen:
         return 0
@@ -96,13 +94,11 @@ def vision_activations(policy: Policy, batch: Batch, vision: Any) -> int:
     return batch.prompts * batch.patches * kept
 
 
-def head_size(text: Any) -> int:
+def head_size(text):
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def memory_plan(
-    policy: Policy, config: Config, section: Any, gpus: int | None = None
-) -> dict[str, float]:
+def memory_plan(policy, config, section, gpus=None):
     """Bytes that a process needs for config.sft or config.grpo, by part.
 
     The policy is ready to be trained (frozen parts, adapters) and needs no weights. gpus: how many
@@ -146,7 +142,7 @@ def memory_plan(
     return parts
 
 
-def plan(config: Config, gpus: int = 1) -> str:
+def plan(config, gpus=1):
     """A line for each stage: the sum in GB, and its parts, the largest first."""
     lines = [f"model.parallel={config.model.parallel} on {gpus} GPU{'s' if gpus > 1 else ''}"]
     for name, section in (("SFT", config.sft), ("GRPO", config.grpo)):
@@ -167,7 +163,7 @@ def plan(config: Config, gpus: int = 1) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main():
     config, args = parse_args(__doc__, gpus={"type": int, "default": 1})
     print(plan(config, args.gpus))
 

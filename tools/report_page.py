@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import LABELS, Example, open_images, parse_boxes
+from data import LABELS, open_images, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
 from rewards import POSITIVE, UNCERTAIN, find_mentions, labeler
-from runtime.config import Config, InputError
+from runtime.config import InputError
 
 CASES = 60  # half of them reports, half grounding
 GROUPS = 2  # of each task
@@ -127,7 +127,7 @@ for (const button of buttons) button.onclick = () => {
 # ------------------------------------------------------------------------------- tables
 
 
-def table_cell(value, low, high, sign="") -> str:
+def table_cell(value, low, high, sign=""):
     """A difference (with a sign) is bold if its interval leaves out 0."""
     shown, _, bounds = cell(value, low, high, sign).partition(" ")
     if sign and (low > 0 or high < 0):
@@ -135,7 +135,7 @@ def table_cell(value, low, high, sign="") -> str:
     return f"<td>{shown}<small>{bounds}</small></td>"
 
 
-def html_table(metrics: dict) -> str:
+def html_table(metrics):
     """A block of what eval.summarise returns: values, then differences to the first model."""
     first, *others = next(iter(metrics.values()))
     heads = ["", first, *others, *(f"{name} minus {first}" for name in others)]
@@ -149,7 +149,7 @@ def html_table(metrics: dict) -> str:
     return f"<div class=scroll><table>{html}</table></div>"
 
 
-def tables_html(results: dict) -> str:
+def tables_html(results):
     html = ""
     for block, metrics in results.items():
         if "labels" in block:
@@ -163,7 +163,7 @@ def tables_html(results: dict) -> str:
 # ------------------------------------------------------------------------------- training
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path):
     """A file of JSON lines; nothing if it does not exist, or is just being written."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -171,7 +171,7 @@ def read_lines(path: Path) -> list[dict]:
         return []
 
 
-def plot(title: str, lines: dict) -> str:
+def plot(title, lines):
     """Curves as SVG, of {name: [(step, value), ..]}: thin the values, thick their running means."""
     x, y = np.concatenate([*lines.values()]).T
     width = 1 + max(map(len, lines.values())) // 20
@@ -193,7 +193,7 @@ def plot(title: str, lines: dict) -> str:
     )
 
 
-def curves(run: Path) -> str:
+def curves(run):
     """The training curves of one stage, from its metrics.jsonl."""
     series = {}
     for row in read_lines(run / "metrics.jsonl"):
@@ -212,7 +212,7 @@ def curves(run: Path) -> str:
     return f"<h2>Training: {escape(run.name)}</h2><div class=plots>{plots}</div>"
 
 
-def groups_html(run: Path) -> str:
+def groups_html(run):
     """The last groups of each task in samples.jsonl: completions with rewards and advantages."""
     rows = read_lines(run / "samples.jsonl")
     html = ""
@@ -225,7 +225,7 @@ def groups_html(run: Path) -> str:
     return f"<h2>Groups of samples, the highest reward first</h2>{html}" if html else ""
 
 
-def sample_html(sample: dict) -> str:
+def sample_html(sample):
     parts = ""
     for name, value in sample["parts"].items():
         parts += f"<br><small>{escape(name.rpartition('/')[2])} {value:.3f}</small>"
@@ -239,7 +239,7 @@ def sample_html(sample: dict) -> str:
 # ------------------------------------------------------------------------------- cases
 
 
-def thumbnail(example: Example) -> str:
+def thumbnail(example):
     """The example's first image as a data URL."""
     try:
         image, *_ = open_images(dataclasses.replace(example, images=example.images[:1]))
@@ -253,7 +253,7 @@ def thumbnail(example: Example) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def box_svg(boxes, colour, dashes="none") -> str:
+def box_svg(boxes, colour, dashes="none"):
     svg = ""
     for x1, y1, x2, y2 in boxes:
         svg += (
@@ -263,7 +263,7 @@ def box_svg(boxes, colour, dashes="none") -> str:
     return svg
 
 
-def underlined(text: str) -> str:
+def underlined(text):
     """The text as HTML. The phrases that the built-in rules read labels from are underlined."""
     phrases = {phrase for _, _, phrase, *_ in find_mentions(text) if phrase.strip()}
     if not phrases:
@@ -277,7 +277,7 @@ def underlined(text: str) -> str:
     return "".join(parts)
 
 
-def column(title, text, prediction, chips, colour="inherit") -> str:
+def column(title, text, prediction, chips, colour="inherit"):
     """What a model answered: `text` and `chips` are HTML."""
     thinking = ""
     if prediction["thinking"]:
@@ -289,7 +289,7 @@ def column(title, text, prediction, chips, colour="inherit") -> str:
     )
 
 
-def report_case(example: Example, predictions: dict, read_labels):
+def report_case(example, predictions, read_labels):
     """The outcome for the last model, no SVG, and the texts with their labels as chips."""
     answers = [p["answer"] for p in predictions.values()]
     labels = np.isin(read_labels([example.answer, *answers]), (POSITIVE, UNCERTAIN)).tolist()
@@ -308,7 +308,7 @@ def report_case(example: Example, predictions: dict, read_labels):
     return "false alarm" if "fp" in kinds[1:] else "right", "", html
 
 
-def grounding_case(example: Example, predictions: dict):
+def grounding_case(example, predictions):
     """The outcome for the last model, the boxes as SVG, and the texts."""
     svg = box_svg(example.boxes, "#ffffff", "4")
     html = f"<div><h3>reference (dashed)</h3><p>{escape(example.answer)}</p></div>"
@@ -328,14 +328,14 @@ def grounding_case(example: Example, predictions: dict):
     return outcome, f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{svg}</svg>', html
 
 
-def buttons_html(kind, values) -> str:
+def buttons_html(kind, values):
     html = f'<button data-kind={kind} data-value="" aria-pressed=true>every {kind}</button>'
     for value in values:
         html += f'<button data-kind={kind} data-value="{value}" aria-pressed=false>{value}</button>'
     return f"<div>{html}</div>"
 
 
-def cases_html(cfg: Config, predictions: dict, examples: list[Example]) -> str:
+def cases_html(cfg, predictions, examples):
     """Some examples with the answers of all models, drawn by the seed."""
     read_labels = labeler(cfg.rewards)
     order = np.random.default_rng(cfg.seed).permutation(len(examples))
@@ -368,7 +368,7 @@ def cases_html(cfg: Config, predictions: dict, examples: list[Example]) -> str:
     )
 
 
-def page(cfg: Config, results: dict, predictions: dict, examples: list[Example]) -> str:
+def page(cfg, results, predictions, examples):
     """The whole page. The predictions {model: [..]} and the examples are in the same order."""
     out, models = escape(cfg.out), escape(", ".join(predictions))
     stages = [Path(cfg.out, stage) for stage in ("sft", "cold_start", "more", "grpo")]

@@ -54,18 +54,18 @@ class Run:
     commands: list[list[str]]
 
 
-def find_row(grid, name) -> dict:
+def find_row(grid, name):
     """A row with its defaults."""
     if name not in grid["rows"]:
         raise InputError(f"grid: no row {name!r}; the rows are {', '.join(grid['rows'])}")
     return {"stage": "grpo", "start": grid["start"], "set": [], **(grid["rows"][name] or {})}
 
 
-def folder_of(grid, name, seed) -> Path:
+def folder_of(grid, name, seed):
     return Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
 
 
-def grid_run(grid: dict, name: str, seed: int) -> Run:
+def grid_run(grid, name, seed):
     """The commands of a row. All but plain SFT are evaluated beside the row they start from."""
     row, folder = find_row(grid, name), folder_of(grid, name, seed)
     stage = row["stage"]
@@ -102,7 +102,7 @@ def needed_runs(grid):
 # ------------------------------------------------------------------------------- running it
 
 
-def reproduce(path: str) -> None:
+def reproduce(path):
     """Run the grid of a file."""
     grid = read_yaml(path)
     left = needed_runs(grid)
@@ -127,7 +127,7 @@ def run_next(left, path):
     return None
 
 
-def run_unless_locked(run: Run, where: str) -> bool:
+def run_unless_locked(run, where):
     """False if another process is at it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.folder / "lock", "w") as lock:
@@ -141,19 +141,19 @@ def run_unless_locked(run: Run, where: str) -> bool:
     return True
 
 
-def read_state(folder: Path) -> dict:
+def read_state(folder):
     """Is a run done, and how many CPU minutes has it taken so far?"""
     path = folder / "state.json"
     return json.loads(path.read_text()) if path.exists() else {"done": False, "cpu_minutes": 0.0}
 
 
-def child_minutes() -> float:
+def child_minutes():
     """CPU minutes of the commands that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (usage.ru_utime + usage.ru_stime) / 60
 
 
-def run_commands(run: Run, where: str) -> None:
+def run_commands(run, where):
     """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
     state, before = read_state(run.folder), child_minutes()
     config_path, *overrides = run.commands[0][1:]
@@ -184,7 +184,7 @@ def run_commands(run: Run, where: str) -> None:
 # ------------------------------------------------------------------------------- RESULTS.md
 
 
-def spread(results: list[dict], metric: str, gain=False) -> str:
+def spread(results, metric, gain=False):
     """Mean, lowest and highest over the seeds: of the value, or of the difference to the start."""
     values = []
     for blocks in results:
@@ -201,7 +201,7 @@ def spread(results: list[dict], metric: str, gain=False) -> str:
     return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]"
 
 
-def table_row(grid, name, seeds) -> list[str]:
+def table_row(grid, name, seeds):
     results = []
     for seed in seeds:
         folder = folder_of(grid, name, seed)
@@ -212,7 +212,7 @@ def table_row(grid, name, seeds) -> list[str]:
     return [name, str(len(results)), *values, *gains]
 
 
-def claim_table(grid, claim) -> str:
+def claim_table(grid, claim):
     head = ["", "seeds", *SHOWN, *(f"{metric} - start" for metric in GAINS)]
     rows = [table_row(grid, name, claim["seeds"]) for name in claim["rows"]]
 
@@ -225,11 +225,11 @@ def claim_table(grid, claim) -> str:
     return "\n".join(lines)
 
 
-def one_line(text: str) -> str:
+def one_line(text):
     return " ".join(text.split())
 
 
-def grid_text(grid: dict, path: str) -> str:
+def grid_text(grid, path):
     """RESULTS.md: a table for each claim."""
     states = [read_state(run.folder) for run in needed_runs(grid).values()]
     minutes = [state["cpu_minutes"] for state in states if state["done"]]
@@ -247,7 +247,7 @@ def grid_text(grid: dict, path: str) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
