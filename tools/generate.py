@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import data
-from data import Example
 from model import load_policy
 from runtime.checkpoint import resolve
 from runtime.config import Config, InputError, load_config
@@ -23,8 +22,7 @@ from runtime.processes import run_main
 def run_config(checkpoint):
     """The configuration that a checkpoint was trained with, or the defaults where there is none."""
     folder = Path(resolve(checkpoint)).resolve()
-    for place in (folder, folder.parent):
-        path = place / "config.yaml"
+    for path in (folder / "config.yaml", folder.parent / "config.yaml"):
         if path.is_file():
             try:
                 return load_config(path)
@@ -48,11 +46,11 @@ def generate(checkpoint, images, ask=""):
     """(reasoning, answer, boxes) of the greedy answer about one study. Raises InputError."""
     config = run_config(checkpoint)
     policy = load_policy(config, resolve(checkpoint))
-    example = Example(
+    example = data.Example(
         id="generate",
         # A question of the user's is answered in the format of boxes.
         task="grounding" if ask else "report",
-        images=tuple(image_of(name) for name in images),
+        images=tuple(map(image_of, images)),
         question=ask or data.QUESTIONS["report"][0],
         answer="",
         style=data.style_of(config),
@@ -66,9 +64,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--ask", default="", metavar="TEXT", help="a question of your own")
+    parser.add_argument("checkpoint")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--ask", default="")
     args = parser.parse_args()
     thinking, answer, boxes = generate(args.checkpoint, args.images, args.ask)
     if thinking:

@@ -1,6 +1,9 @@
 """CheXpert labels of a CSV file of reports, in the CSV format of the CheXpert labeler.
 
-python -m tools.label reports.csv -o labels.csv [--evidence]
+  python -m tools.label reports.csv -o labels.csv [--evidence]
+
+One report a row, after an optional header like `Reports`. --evidence prints the phrase and the cue
+behind each label.
 """
 
 import argparse
@@ -9,13 +12,14 @@ import io
 from pathlib import Path
 
 from data import LABELS
-from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN, extract_labels, find_mentions
+from rewards import extract_labels, find_mentions
 from runtime.config import InputError
 from runtime.output import write_atomically
 from runtime.processes import run_main
 
-VALUES = {BLANK: "", POSITIVE: "1.0", NEGATIVE: "0.0", UNCERTAIN: "-1.0"}
-NAMES = {BLANK: "blank", POSITIVE: "positive", NEGATIVE: "negative", UNCERTAIN: "uncertain"}
+# By state: BLANK, POSITIVE, NEGATIVE, UNCERTAIN.
+VALUES = ("", "1.0", "0.0", "-1.0")
+NAMES = ("blank", "positive", "negative", "uncertain")
 HEADERS = ("reports", "report", "report impression")
 
 
@@ -33,10 +37,9 @@ def read_reports(path):
     for number, row in enumerate(rows, 1):
         if len(row) > 1:
             raise InputError(
-                f"{path}: report {number} has {len(row)} cells; put quotes around a report with "
-                f"commas"
+                f"{path}: report {number} has {len(row)} cells; quote a report that has commas"
             )
-    return [row[0] if row else "" for row in rows]
+    return ["".join(row) for row in rows]
 
 
 def labels_csv(reports):
@@ -51,15 +54,11 @@ def labels_csv(reports):
 
 def evidence(reports):
     """A line for every mention: report, label, state, the phrase and its cue, the clause."""
-    lines = []
     for number, report in enumerate(reports, 1):
         for label, state, phrase, cue, clause in find_mentions(report):
             because = f" <- {cue}" if cue else ""
-            lines.append(
-                f"{number} | {LABELS[label]} | {NAMES[state]} | {phrase}{because} "
-                f"| {clause.strip()}"
-            )
-    return lines
+            found = f"{LABELS[label]} | {NAMES[state]} | {phrase}{because}"
+            yield f"{number} | {found} | {clause.strip()}"
 
 
 def label_file(path, output):
@@ -76,15 +75,14 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("reports", help="one report per row; a header `Reports` is optional")
-    parser.add_argument("-o", "--output", required=True, metavar="LABELS.csv")
-    parser.add_argument(
-        "--evidence", action="store_true", help="print the phrase and the cue behind each label"
-    )
+    parser.add_argument("reports")
+    parser.add_argument("-o", "--output", required=True)
+    parser.add_argument("--evidence", action="store_true")
     args = parser.parse_args()
     reports = label_file(args.reports, args.output)
-    for line in evidence(reports) if args.evidence else ():
-        print(line)
+    if args.evidence:
+        for line in evidence(reports):
+            print(line)
     print(f"{args.output}: labels of {len(reports)} reports")
 
 
