@@ -10,8 +10,8 @@ The grid file explains its format.
 import argparse
 import fcntl
 import json
+import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -70,10 +70,9 @@ def grid_run(grid, name, seed):
     row, folder = find_row(grid, name), folder_of(grid, name, seed)
     stage = row["stage"]
     settings = [grid["config"], f"seed={seed}", *grid["set"], *row["set"], f"out={folder}"]
-    evaluate = ["eval.py", *settings, "--checkpoint"]
+    train, evaluate = ["train_sft.py", *settings], ["eval.py", *settings, "--checkpoint"]
     result = str(folder / stage)
     if stage == "sft":
-        train = ["train_sft.py", *settings]
         return Run(stage, folder, None, [train, [*evaluate, result]])
 
     start = row["start"]
@@ -82,7 +81,7 @@ def grid_run(grid, name, seed):
         # It ends with an evaluation.
         train = ["train_grpo.py", *settings, f"grpo.init={before}/best"]
         return Run(stage, folder, start, [train])
-    train = ["train_sft.py", *settings, f"sft.stage={stage}", f"sft.init={before}/best"]
+    train += [f"sft.stage={stage}", f"sft.init={before}/best"]
     return Run(stage, folder, start, [train, [*evaluate, before, result]])
 
 
@@ -149,36 +148,36 @@ def read_state(folder):
 
 def child_minutes():
     """CPU minutes of the commands that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (usage.ru_utime + usage.ru_stime) / 60
+    times = os.times()
+    return (times.children_user + times.children_system) / 60
 
 
 def run_commands(run, where):
     """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
     state, before = read_state(run.folder), child_minutes()
-    config_path, *overrides = run.commands[0][1:]
+    _, config_path, *overrides = run.commands[0]
     config = load_config(config_path, overrides)
     steps = {"grpo": config.grpo.steps, "more": config.sft.more_steps}
     n_steps = steps.get(run.stage, config.sft.steps)
     metrics = run.folder / METRICS
     metrics.unlink(missing_ok=True)
     try:
-        for command in run.commands:
-            text = f"python {' '.join(command)}"
+        for script, *args in run.commands:
+            text = f"python {' '.join([script, *args])}"
             tqdm.write(text)
-            script = [sys.executable, ROOT / command[0], *command[1:]]
-            code = subprocess.run(script, stdout=subprocess.DEVNULL).returncode
+            command = [sys.executable, ROOT / script, *args]
+            code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
             # A signal stops a script without an error code.
-            stopped = last_step(run.folder / run.stage) < n_steps
-            unmeasured = command is run.commands[-1] and not metrics.exists()
-            if code or stopped or unmeasured:
-                raise InputError(
-                    f"{where}: `{text}` did not end; started again, the grid goes on from there"
-                )
-        state["done"] = True
+            if code or last_step(run.folder / run.stage) < n_steps:
+                break
+        state["done"] = not code and metrics.exists()
     finally:
         state["cpu_minutes"] += child_minutes() - before
         write_atomically(run.folder / "state.json", json.dumps(state))
+    if not state["done"]:
+        raise InputError(
+            f"{where}: `{text}` did not end; started again, the grid goes on from there"
+        )
 
 
 # ------------------------------------------------------------------------------- RESULTS.md
@@ -225,10 +224,6 @@ def claim_table(grid, claim):
     return "\n".join(lines)
 
 
-def one_line(text):
-    return " ".join(text.split())
-
-
 def grid_text(grid, path):
     """RESULTS.md: a table for each claim."""
     states = [read_state(run.folder) for run in needed_runs(grid).values()]
@@ -239,11 +234,11 @@ def grid_text(grid, path):
         f"Mean [lowest, highest] over the seeds that are done. {len(minutes)} of {len(states)} "
         f"runs, {sum(minutes) / 60:.1f} CPU-hours, the longest {max(minutes, default=0):.0f} "
         f"CPU-minutes.",
-        one_line(grid.get("setting", "")),
+        grid.get("setting", "").strip(),
     ]
     for claim in grid["claims"]:
-        parts += [f"## {claim['title']}", one_line(claim["paper"]), claim_table(grid, claim)]
-        parts.append(one_line(claim.get("reading", "")))
+        parts += [f"## {claim['title']}", claim["paper"].strip(), claim_table(grid, claim)]
+        parts.append(claim.get("reading", "").strip())
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -251,7 +246,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("grid", help="a file like configs/ablations/grid.yaml")
+    parser.add_argument("grid")
     reproduce(parser.parse_args().grid)
 
 
