@@ -527,7 +527,7 @@ class Policy:
     def __init__(self, skip=()):
         self.skip = skip
 
-    def sample(self, examples, group_size, max_new_tokens, temperature, stream):
+    def sample(self, examples, group_size, max_new_tokens, temperature):
         assert (group_size, temperature) == (1, 0)
         rollouts = []
         for e in examples:
