@@ -4,17 +4,15 @@ silver_dataset/splits/*.csv and silver_dataset/scene_graph/ID_SceneGraph.json. T
 their metadata CSV, are below data.images or in mimic_cxr beside the folder.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from readers.mimic_cxr import mimic_image
-from readers.study import Skip, Study, locate, normalize_box, read_csv, read_json
-from runtime.config import Source
+from readers.study import Study, locate, normalize_box, read_csv, read_json
 
 CORNERS = ("original_x1", "original_y1", "original_x2", "original_y2")
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     silver, images = Path(source.path, "silver_dataset"), source.image_root()
     name = "valid" if split == "val" else split
     table = locate(Path(source.path), f"silver_dataset/splits/{name}.csv")

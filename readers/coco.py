@@ -4,12 +4,9 @@ One file alone is divided by patients. Images without an annotation count as nor
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from readers.study import (
-    Skip,
     Study,
     corners,
     first_file,
@@ -19,10 +16,10 @@ from readers.study import (
     patient_of,
     read_json,
 )
-from runtime.config import InputError, Source
+from runtime.config import InputError
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     root = Path(source.path)
     files = {*root.glob("*.json"), *root.glob("annotations/*.json")}
     alone = len(files) == 1
@@ -46,12 +43,12 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
             yield study
 
 
-def read_studies(tree: Any, path: Path, root: Path, images: Path, split: str) -> list[Study]:
+def read_studies(tree, path, root, images, split):
     """A study for each image of a file."""
     part = path.stem.removeprefix("instances_")
     folders = ("", "images", part, f"images/{part}", split, f"images/{split}")
     names = {category["id"]: readable(category["name"]) for category in tree["categories"]}
-    studies: dict[Any, Study] = {}
+    studies = {}
     sizes = {}
     for row in tree["images"]:
         name = row["file_name"]
@@ -68,7 +65,7 @@ def read_studies(tree: Any, path: Path, root: Path, images: Path, split: str) ->
     return list(studies.values())
 
 
-def readable(name: Any) -> str:
+def readable(name):
     """ "PleuralEffusion", "pleural_effusion" -> "pleural effusion" """
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(name))
     return words.replace("_", " ").lower()

@@ -7,18 +7,14 @@ impression. OpenI does not say which view an image is: the first by name counts 
 wrong for one study in ten.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 from readers.r2gen import is_r2gen, read_r2gen
-from readers.study import Skip, Study, hash_split, locate, read_csv
-from runtime.config import Source
-
-Views = list[tuple[str, Path]]  # (projection, image)
+from readers.study import Study, hash_split, locate, read_csv
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     root = Path(source.path)
     if is_r2gen(root):
         yield from read_r2gen(root, split, source.views, skip, r2gen_patient)
@@ -38,13 +34,13 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
         yield Study(uid, f"iu/{uid}", images, where, report)
 
 
-def r2gen_patient(row: dict) -> str:
+def r2gen_patient(row):
     return "iu/" + str(row["id"]).split("_")[0].removeprefix("CXR")
 
 
-def read_kaggle(root: Path, skip: Skip) -> dict[str, tuple[str, Views, str]]:
+def read_kaggle(root, skip):
     """uid -> (report, views, where)"""
-    views: dict[str, Views] = {}
+    views = {}
     projections = root / "indiana_projections.csv"
     for row in read_csv(projections, ["uid", "filename", "projection"], skip):
         image = root / "images_normalized" / row["filename"]
@@ -58,7 +54,7 @@ def read_kaggle(root: Path, skip: Skip) -> dict[str, tuple[str, Views, str]]:
     return studies
 
 
-def read_openi(root: Path, skip: Skip) -> dict[str, tuple[str, Views, str]]:
+def read_openi(root, skip):
     """uid -> (report, views, where)"""
     studies = {}
     for path in sorted((root / "ecgen-radiology").glob("*.xml")):

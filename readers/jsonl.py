@@ -6,14 +6,12 @@ fractions of the image. Optional: "question", "thinking", "patient".
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-from readers.study import Asked, Skip, Study, read_lines
-from runtime.config import Source
+from readers.study import Asked, Study, read_lines
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     path = Path(source.path) / f"{split}.jsonl"
     for n, line in enumerate(read_lines(path), 1):
         where = f"{path}, line {n}"
@@ -29,7 +27,7 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
             )
 
 
-def parse_line(line: str, source: Source, where: str) -> Study:
+def parse_line(line, source, where):
     row = json.loads(line)
     if not isinstance(row["images"], list):
         raise ValueError("images: expected a list of paths")

@@ -6,13 +6,10 @@ that asks for a report or findings is a report, the others are for SFT alone.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from readers.study import (
     Asked,
-    Skip,
     Study,
     first_file,
     hash_split,
@@ -21,13 +18,13 @@ from readers.study import (
     patient_of,
     read_json,
 )
-from runtime.config import InputError, Source
+from runtime.config import InputError
 
 # A question with yes or no for an answer asks for no report.
 ASKS_FOR_REPORT = re.compile(r"(?i)(?!is|are|does|do|can|could)\b.*\b(report|findings)\b")
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     root, images = Path(source.path), source.image_root()
     files = list(root.glob("*.json"))
     alone = len(files) == 1
@@ -56,7 +53,7 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
             yield study
 
 
-def parse_conversation(row: dict[str, Any]) -> tuple[list[str], list[str]]:
+def parse_conversation(row):
     """The names of the images, and the texts of human and gpt in turn."""
     turns = [(str(turn["from"]), str(turn["value"])) for turn in row["conversations"]]
     speakers = [speaker for speaker, _ in turns]
@@ -67,7 +64,7 @@ def parse_conversation(row: dict[str, Any]) -> tuple[list[str], list[str]]:
     return names, [text for _, text in turns]
 
 
-def questions(name: str, turns: list[str]) -> list[Asked]:
+def questions(name, turns):
     """A question for each turn of human and gpt."""
     asked, history = [], ()
     for k, (question, answer) in enumerate(zip(turns[::2], turns[1::2])):

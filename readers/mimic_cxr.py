@@ -7,18 +7,16 @@ else the impression. Labels come from the chexpert CSV.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from readers.r2gen import is_r2gen, read_r2gen
-from readers.study import LABELS, Skip, Study, first_file, locate, read_csv
-from runtime.config import Source
+from readers.study import LABELS, Study, first_file, locate, read_csv
 
 HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ,/&()-]+):", re.MULTILINE)
 FRONTAL = ("PA", "AP")
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     root = Path(source.path)
     if is_r2gen(root):
         yield from read_r2gen(root, split, source.views, skip, r2gen_patient)
@@ -30,7 +28,7 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
     texts = read_sections(root, skip)
     labels = read_labels(root, skip) if "classification" in source.tasks else {}
 
-    studies: dict[tuple[str, str], list[str]] = {}
+    studies = {}
     official = "validate" if split == "val" else split
     for row in read_csv(table, ["dicom_id", "study_id", "subject_id", "split"], skip):
         if row["split"] == official:
@@ -55,26 +53,26 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
         yield Study(study, f"mimic/{subject}", images, where, report, labels.get(study))
 
 
-def r2gen_patient(row: dict) -> str:
+def r2gen_patient(row):
     return f"mimic/{row.get('subject_id', row['id'])}"
 
 
-def mimic_image(subject: str, study: str, dicom: str) -> Path:
+def mimic_image(subject, study, dicom):
     """The place of an image in MIMIC-CXR-JPG."""
     return Path("files", f"p{subject[:2]}", f"p{subject}", f"s{study}", f"{dicom}.jpg")
 
 
-def frontal_first(dicoms: list[str], views: dict[str, str]) -> list[str]:
+def frontal_first(dicoms, views):
     """PA before AP before all others."""
 
-    def order(dicom: str) -> tuple:
+    def order(dicom):
         view = views.get(dicom)
         return view not in FRONTAL, view != "PA", dicom
 
     return sorted(dicoms, key=order)
 
 
-def read_sections(root: Path, skip: Skip) -> dict[str, str] | None:
+def read_sections(root, skip):
     """study -> report of mimic_cxr_sectioned.csv; None without the file."""
     if not list(root.glob("mimic_cxr_sectioned.csv*")):
         return None
@@ -86,7 +84,7 @@ def read_sections(root: Path, skip: Skip) -> dict[str, str] | None:
     }
 
 
-def read_labels(root: Path, skip: Skip) -> dict[str, list[str] | None]:
+def read_labels(root, skip):
     """study -> positive observations; None where nothing is certain."""
     # By name: the order of the labels differs.
     rows = read_csv(locate(root, "mimic-cxr-2*-chexpert.csv"), ["study_id", *LABELS], skip)
@@ -98,7 +96,7 @@ def read_labels(root: Path, skip: Skip) -> dict[str, list[str] | None]:
     return labels
 
 
-def read_text(root: Path, subject: str, study: str, skip: Skip) -> str | None:
+def read_text(root, subject, study, skip):
     """The report of a .txt file; None if it cannot be read."""
     path = mimic_image(subject, study, "").parent.with_suffix(".txt")
     path = first_file(root, path, ["", "mimic-cxr-reports"])
@@ -109,7 +107,7 @@ def read_text(root: Path, subject: str, study: str, skip: Skip) -> str | None:
         return None
 
 
-def findings_section(text: str) -> str:
+def findings_section(text):
     """The findings of a MIMIC-CXR report, else its impression, else ""."""
     _, *parts = HEADING.split(text)
     sections = [(name.strip().lower(), body) for name, body in zip(parts[::2], parts[1::2])]

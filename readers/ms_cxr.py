@@ -5,22 +5,20 @@ that of MIMIC-CXR where it is there, else patients are divided by hash_split.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from readers.study import Skip, Study, corners, hash_split, locate, normalize_box, read_csv
-from runtime.config import Source
+from readers.study import Study, corners, hash_split, locate, normalize_box, read_csv
 
 SIZES = ("x", "y", "w", "h", "image_width", "image_height")
 COLUMNS = ("dicom_id", "category_name", "label_text", "path", *SIZES)
 VAL = {"validate": "val", "valid": "val"}
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     images = source.image_root()
     path = locate(Path(source.path), "MS_CXR_Local_Alignment_v1*.csv")
-    studies: dict[str, Study] = {}
-    given: dict[str, str | None] = {}
+    studies = {}
+    given = {}
     for row in read_csv(path, COLUMNS, skip):
         dicom = row["dicom_id"]
         where = f"{path}, image {dicom}"
@@ -46,7 +44,7 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
             yield study
 
 
-def other_splits(studies: dict[str, Study], images: Path, skip: Skip) -> dict[str, str]:
+def other_splits(studies, images, skip):
     """The split of MIMIC-CXR, else one by patients."""
     tables = sorted(images.glob("mimic-cxr-2*-split.csv*"))
     if not tables:

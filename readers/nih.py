@@ -6,27 +6,16 @@ patients are divided by hash_split.
 """
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 
-from readers.study import (
-    Box,
-    Skip,
-    Study,
-    corners,
-    first_file,
-    hash_split,
-    locate,
-    normalize_box,
-    read_csv,
-)
-from runtime.config import InputError, Source
+from readers.study import Study, corners, first_file, hash_split, locate, normalize_box, read_csv
+from runtime.config import InputError
 
 NAMES = {"Infiltrate": "Infiltration", "Pleural_Thickening": "Pleural thickening"}
 FRAME = 1024
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     root = Path(source.path)
     boxes = read_boxes(locate(root, "BBox_List_2017.csv"), skip)
     labels = {}
@@ -56,17 +45,17 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
         )
 
 
-def patient_of_image(image: str) -> str:
+def patient_of_image(image):
     return image.split("_")[0]
 
 
-def read_boxes(path: Path, skip: Skip) -> dict[str, dict[tuple[str, str], list[Box]]]:
+def read_boxes(path, skip):
     """image -> (kind, name) -> boxes. The header splits into other cells than the rows."""
     try:
         rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))[1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a valid CSV file ({error})") from None
-    boxes: dict[str, dict[tuple[str, str], list[Box]]] = {}
+    boxes = {}
     rows = [row for row in rows if len(row) > 1]
     for n, (image, name, *cells) in enumerate(rows, 2):
         try:

@@ -4,28 +4,14 @@ grounded_reports_*.json. The split is that of master_table.csv; without the file
 divided by hash_split, as only the table knows the patients.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from readers.study import (
-    Box,
-    Skip,
-    Study,
-    first_file,
-    hash_split,
-    locate,
-    normalize_box,
-    read_csv,
-    read_json,
-)
-from runtime.config import Source
+from readers.study import Study, first_file, hash_split, locate, normalize_box, read_csv, read_json
 
 FOLDERS = ("PadChest_GR", "images_grounding", "Padchest_GR_files", "images", "")
-Sentence = tuple[str, bool, list[Box]]  # its text, is it abnormal, its boxes
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     root = Path(source.path)
     path = locate(root, "grounded_reports*.json")
     splits, patients = read_table(root / "master_table.csv", skip)
@@ -45,7 +31,7 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
         if (splits.get(image) or by_patient.get(patient)) != split:
             continue
         report = " ".join(text.rstrip(". ") + "." for text, *_ in sentences if text.strip())
-        boxes: dict[tuple[str, str], list[Box]] = {}
+        boxes = {}
         for text, abnormal, found in sentences:
             if abnormal and found:
                 boxes.setdefault(("phrase", text.rstrip(". ")), []).extend(found)
@@ -54,12 +40,12 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
         yield Study(image, patient, [file], where, report, boxes=boxes, complete=complete)
 
 
-def parse_sentence(finding: dict[str, Any]) -> Sentence:
+def parse_sentence(finding):
     boxes = [normalize_box(box, 1, 1) for box in finding.get("boxes") or ()]
     return str(finding["sentence_en"]), bool(finding["abnormal"]), boxes
 
 
-def read_table(path: Path, skip: Skip) -> tuple[dict[str, str], dict[str, str | None]]:
+def read_table(path, skip):
     """Split and patient of each image. The table has a row per label."""
     splits, patients = {}, {}
     if path.is_file():

@@ -11,7 +11,6 @@ image is 1. sign is -1 on the patient's right and 1 on the left.
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
@@ -250,18 +249,18 @@ class Phantom:
     anatomy: SimpleNamespace = field(repr=False)
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self):
         """Width and height in pixels."""
         return self.anatomy.size
 
     @cached_property
-    def image(self) -> Image.Image:
+    def image(self):
         """PIL image, mode "L", drawn on first use."""
         return draw(self)
 
 
 @lru_cache(maxsize=1 << 15)
-def phantom(seed: int, index: int) -> Phantom:
+def phantom(seed, index):
     """Study `index` of the data set `seed`. SFT and GRPO use the same ones, already drawn."""
     rng = np.random.default_rng([seed, index, 0])
     anatomy = sample_anatomy(rng)
@@ -272,7 +271,7 @@ def phantom(seed: int, index: int) -> Phantom:
     return Phantom(seed, index, findings, *texts, boxes, anatomy)
 
 
-def read(seed: int, split: str, size: int, questions: dict) -> Iterator[Study]:
+def read(seed, split, size, questions):
     """Two sets of `size` phantoms, as in the papers. questions: data.QUESTIONS.
 
     The first are studies as they come, with a report. The second are chosen because something is to
@@ -300,24 +299,24 @@ def read(seed: int, split: str, size: int, questions: dict) -> Iterator[Study]:
         yield as_study(study, asked)
 
 
-def as_study(study: Phantom, asked: list[Asked]) -> Study:
+def as_study(study, asked):
     index = str(study.index)
     return Study(index, index, [study], f"phantom {index}", asked=asked)
 
 
-def ask_report(study: Phantom, questions: dict) -> Asked:
+def ask_report(study, questions):
     question = questions["report"][0]
     return Asked(str(study.index), "report", question, study.report, thinking=study.thinking)
 
 
-def ask_list(study: Phantom, questions: dict) -> Asked:
+def ask_list(study, questions):
     names = [QUESTION_NAMES[label] for label in PHANTOM_LABELS if label in study.boxes]
     answer = f"{', '.join(names) or 'none'}."
     question = questions["classification"][0]
     return Asked(f"{study.index}-list", "classification", question, answer)
 
 
-def ask_boxes(study: Phantom, label: str, rng, questions: dict) -> Asked:
+def ask_boxes(study, label, rng, questions):
     boxes = [tuple(round(v, 2) for v in box) for box in study.boxes.get(label, ())]
     return Asked(
         f"{study.index}-{label}",
@@ -330,7 +329,7 @@ def ask_boxes(study: Phantom, label: str, rng, questions: dict) -> Asked:
     )
 
 
-def looking_for(study: Phantom, label: str) -> str:
+def looking_for(study, label):
     """A one-line trace for a grounding question."""
     where = "It is not there"
     for f in study.findings:
@@ -347,7 +346,7 @@ def pick(rng, items):
 # ------------------------------------------------------------------------------- anatomy, polygons
 
 
-def sample_anatomy(rng) -> SimpleNamespace:
+def sample_anatomy(rng):
     """The size of the image, and the geometry in the thorax frame."""
     w, h, angle, scale, x, y, lung, height, dome, higher, curve, heart, middle, rib = rng.random(
         14
@@ -369,23 +368,23 @@ def sample_anatomy(rng) -> SimpleNamespace:
     )
 
 
-def to_image(points, an) -> np.ndarray:
+def to_image(points, an):
     """Thorax frame -> fractions of the image, (N, 2) -> (N, 2)."""
     cos, sin = an.scale * math.cos(an.angle), an.scale * math.sin(an.angle)
     return np.asarray(points) @ ((cos, sin), (-sin, cos)) + (an.x, an.y)
 
 
-def loop(u1, v1, u2, v2) -> np.ndarray:
+def loop(u1, v1, u2, v2):
     """Polygon along one curve and back along another."""
     return np.stack([np.concatenate([u1, u2[::-1]]), np.concatenate([v1, v2[::-1]])], 1)
 
 
-def ellipse(u, v, ru, rv, tilt=0.0) -> np.ndarray:
+def ellipse(u, v, ru, rv, tilt=0.0):
     turn = np.linspace(0, 2 * np.pi, 24)
     return np.stack([u + ru * np.cos(turn), v + rv * np.sin(turn) + tilt * np.cos(turn)], 1)
 
 
-def stroke(path, width) -> list[np.ndarray]:
+def stroke(path, width):
     """Polyline -> one quad per segment."""
     path = np.asarray(path)
     step = np.diff(path, axis=0)
@@ -405,7 +404,7 @@ def wall_at(height, an):
     return 0.05 + (an.lung - 0.05) * rounding
 
 
-def rim(sign, top, bottom, thick, an) -> np.ndarray:
+def rim(sign, top, bottom, thick, an):
     """Polygon between the chest wall and a parallel of it."""
     v = np.linspace(max(top, -an.height), bottom, 20)
     wall = wall_at(v, an)
@@ -414,7 +413,7 @@ def rim(sign, top, bottom, thick, an) -> np.ndarray:
     return loop(sign * wall, v, sign * inner, inner_v)
 
 
-def heart_shape(half, an) -> list[np.ndarray]:
+def heart_shape(half, an):
     center = 0.055 + 0.3 * (half - 0.16)
     shape = ellipse(center, an.dome[-1] - 0.06, half, 0.78 * half, 0.2 * half)
     return [np.minimum(shape, (1, an.dome[1] + 0.03))]
@@ -423,7 +422,7 @@ def heart_shape(half, an) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------- findings
 
 
-def sample_findings(rng, an) -> tuple[Finding, ...]:
+def sample_findings(rng, an):
     """What is there, where, and how it looks. A place that is taken or hidden is not used again."""
     point = rng.random()
     picture = next(chances for cumulative, chances in PICTURES if point < cumulative)
@@ -475,7 +474,7 @@ def sample_findings(rng, an) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def box_of(polygons, blur, an) -> Box:
+def box_of(polygons, blur, an):
     points = to_image(np.concatenate(polygons), an)
     # How far a soft border is visible.
     pad = 0.004 + 0.75 * blur
@@ -485,7 +484,7 @@ def box_of(polygons, blur, an) -> Box:
 class Sketch:
     """Where one finding goes. Its drawing function returns a list of polygons for each box."""
 
-    def __init__(self, rng, an, side, zone, severity, bases, found) -> None:
+    def __init__(self, rng, an, side, zone, severity, bases, found):
         self.rng, self.an, self.severity = rng, an, severity
         self.bases, self.found, self.what = bases, found, ""
         self.signs = {"left": (1,), "both": (-1, 1)}.get(side, (-1,))
@@ -645,7 +644,7 @@ LOOKS = dict.fromkeys(DRAWN, PLAIN) | {  # blur, density, opacity
 # ------------------------------------------------------------------------------- pixels
 
 
-def draw(phantom: Phantom, without: str | None = None) -> Image.Image:
+def draw(phantom, without=None):
     """Pixels as a PIL "L" image, optionally without one finding (same anatomy, same noise)."""
     an, (w, h) = phantom.anatomy, phantom.size
     rng = np.random.default_rng([phantom.seed, phantom.index, 2])
@@ -698,7 +697,7 @@ def draw(phantom: Phantom, without: str | None = None) -> Image.Image:
     return develop(density, rng)
 
 
-def coverage(polygons, an, blur=0) -> np.ndarray:
+def coverage(polygons, an, blur=0):
     """Coverage of the pixels, 0 to 1: drawn at twice the size for smooth borders."""
     w, h = an.size
     canvas = Image.new("L", (2 * w, 2 * h))
@@ -712,7 +711,7 @@ def coverage(polygons, an, blur=0) -> np.ndarray:
     return np.asarray(canvas, dtype=np.float32) / 255
 
 
-def belly_and_lungs(an) -> tuple[np.ndarray, np.ndarray]:
+def belly_and_lungs(an):
     d, rows = np.linspace(0, 0.5, 20), np.linspace(-an.height, 0.36, 30)
     below, chest = [], []
     for s in (-1, 1):
@@ -722,7 +721,7 @@ def belly_and_lungs(an) -> tuple[np.ndarray, np.ndarray]:
     return belly, coverage(chest, an) * (1 - belly)
 
 
-def vessels(rng) -> list[np.ndarray]:
+def vessels(rng):
     turn, reach, sign = (
         rng.uniform(-1.5, 1.5, 18),
         rng.uniform(0.12, 0.26, 18),
@@ -734,7 +733,7 @@ def vessels(rng) -> list[np.ndarray]:
     return stroke(ends.reshape(-1, 2), 0.009)
 
 
-def develop(density, rng) -> Image.Image:
+def develop(density, rng):
     """Exposure, contrast, blur and grain of a film."""
     low, high = (0.90, -0.02, 0.88, 2), (1.08, 0.02, 1.12, 4)
     gain, offset, gamma, grain = rng.uniform(low, high).astype(np.float32)
@@ -747,7 +746,7 @@ def develop(density, rng) -> Image.Image:
 # ------------------------------------------------------------------------------- texts
 
 
-def phrases_of(f: Finding) -> list[str]:
+def phrases_of(f):
     """The wordings of a finding, filled in."""
     plural = f.side == "both" or len(f.boxes) > 1
     wording = WORDINGS[f.label][1].format(
@@ -762,7 +761,7 @@ def phrases_of(f: Finding) -> list[str]:
     return wording.split("|")
 
 
-def write_texts(rng, findings) -> tuple[str, str, tuple[int, ...]]:
+def write_texts(rng, findings):
     """(report, thinking, states) of a reader who mentions most findings and denies some others."""
     # The usual words for a normal study.
     stock = not findings and rng.random() < 0.3
@@ -797,7 +796,7 @@ def write_texts(rng, findings) -> tuple[str, str, tuple[int, ...]]:
     return report, systematic_reading(findings), tuple(states)
 
 
-def affirm(f: Finding, choose) -> str:
+def affirm(f, choose):
     """A sentence that says or hedges a finding."""
     phrase = choose(phrases_of(f)) if f.certain else phrases_of(f)[0]
     if phrase.endswith("."):
@@ -808,14 +807,14 @@ def affirm(f: Finding, choose) -> str:
     return form.format(phrase=phrase, bare=bare, be="are" if plural else "is")
 
 
-def impression(findings) -> str:
+def impression(findings):
     mentioned = [f for f in findings if f.mentioned]
     mentioned.sort(key=lambda f: LABELS.index(f.label))
     names = [("" if f.certain else "possible ") + QUESTION_NAMES[f.label] for f in mentioned]
     return f"impression: {', '.join(names) or SUMMARY}."
 
 
-def systematic_reading(findings) -> str:
+def systematic_reading(findings):
     """A trace: region by region, what the report mentions."""
 
     def read_region(region, default, side=""):

@@ -1,19 +1,14 @@
 """The layout of R2Gen, for IU X-Ray and MIMIC-CXR: annotation.json and images/."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-from readers.study import Skip, Study, read_json
+from readers.study import Study, read_json
 from runtime.config import InputError
 
 
-def is_r2gen(root: Path) -> bool:
+def is_r2gen(root):
     return (root / "annotation.json").is_file()
 
 
-def read_r2gen(
-    root: Path, split: str, views: str, skip: Skip, patient: Callable[[dict], str]
-) -> Iterator[Study]:
+def read_r2gen(root, split, views, skip, patient):
     """The first image of a row is its frontal view. patient(row) -> the patient's id."""
     path = root / "annotation.json"
     tree = read_json(path)

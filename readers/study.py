@@ -11,10 +11,8 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -43,7 +41,7 @@ Box = tuple[float, ...]  # x1, y1, x2, y2 in fractions of the original image
 Skip = Callable[[str], None]
 
 
-def parse_boxes(text: str) -> list[Box]:
+def parse_boxes(text):
     """Every well-formed "[x1, y1, x2, y2]" of finite numbers in the text, in reading order."""
     boxes = [tuple(map(float, numbers)) for numbers in BOX.findall(text)]
     return [box for box in boxes if all(map(math.isfinite, box))]
@@ -84,7 +82,7 @@ class Study:
 # ------------------------------------------------------------------------------- files
 
 
-def locate(root: Path, *names: str) -> Path:
+def locate(root, *names):
     """The first of these paths below root that exists, as it is or with .gz.
 
     Of several that match a pattern, the one that sorts last.
@@ -97,13 +95,13 @@ def locate(root: Path, *names: str) -> Path:
     raise InputError(f"{root}: expected {' or '.join(names)} there")
 
 
-def first_file(root: Path, name: str | Path, folders: Iterable[str | Path]) -> Path:
+def first_file(root, name, folders):
     """root/FOLDER/name for the first folder that has it; the first of all when none does."""
     paths = [root / folder / name for folder in folders]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def read_json(path: Path) -> Any:
+def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -112,7 +110,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path):
     """The lines of a text file. JSON may hold other line separators as text."""
     try:
         return path.read_text(encoding="utf-8").rstrip().split("\n")
@@ -121,7 +119,7 @@ def read_lines(path: Path) -> list[str]:
         raise InputError(f"{path}: cannot read ({reason})") from None
 
 
-def read_csv(path: Path, columns: Sequence[str], skip: Skip) -> Iterator[dict[str, str]]:
+def read_csv(path, columns, skip):
     """The rows of a CSV file, or CSV.gz, as dicts.
 
     A missing column is an error, a row with too few or too many cells is skipped.
@@ -147,7 +145,7 @@ def read_csv(path: Path, columns: Sequence[str], skip: Skip) -> Iterator[dict[st
         raise InputError(f"{path}: not a valid CSV file ({error})") from None
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path):
     """Width and height from the file's header."""
     try:
         with Image.open(path) as image:
@@ -160,7 +158,7 @@ def image_size(path: Path) -> tuple[int, int]:
 # ------------------------------------------------------------------------------- splits, boxes
 
 
-def hash_split(ids: Iterable[str], val: float = 0.1, test: float = 0.2) -> dict[str, str]:
+def hash_split(ids, val=0.1, test=0.2):
     """id -> split by a hash of the id, for what is published without a split.
 
     val and test are shares, with at least one id each if they are not 0. Give patients where they
@@ -175,7 +173,7 @@ def hash_split(ids: Iterable[str], val: float = 0.1, test: float = 0.2) -> dict[
     return dict(zip(ranked, names))
 
 
-def normalize_box(box: Sequence[Any], width: Any, height: Any) -> Box:
+def normalize_box(box, width, height):
     """A box in pixels -> fractions of the image. Rounding may have put it a pixel outside."""
     fractions = []
     for value, size in zip(box, (width, height) * 2):
@@ -186,13 +184,13 @@ def normalize_box(box: Sequence[Any], width: Any, height: Any) -> Box:
     return tuple(fractions)
 
 
-def corners(x: Any, y: Any, width: Any, height: Any) -> Box:
+def corners(x, y, width, height):
     """(x, y, width, height) -> (x1, y1, x2, y2)"""
     x, y, width, height = map(float, (x, y, width, height))
     return x, y, x + width, y + height
 
 
-def patient_of(path: str, root: Path) -> str:
+def patient_of(path, root):
     """The patient of an image, by the names of MIMIC-CXR's folders or NIH's files.
 
     Else the image counts as a patient.

@@ -6,30 +6,18 @@ test_meta.csv if the images were resized. PhysioNet's validation images, and Kag
 chosen by hash_split.
 """
 
-from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from readers.study import (
-    Box,
-    Skip,
-    Study,
-    first_file,
-    hash_split,
-    image_size,
-    locate,
-    normalize_box,
-    read_csv,
-)
-from runtime.config import InputError, Source
+from readers.study import Study, first_file, hash_split, image_size, locate, normalize_box, read_csv
+from runtime.config import InputError
 
-Readings = dict[str, dict[str, list[Box]]]  # finding -> radiologist -> boxes in pixels
 CORNERS = ("x_min", "y_min", "x_max", "y_max")
 
 
-def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
+def read(source, split, skip):
     root = Path(source.path)
     folders = ("annotations/", "")
     official = any((root / f"{folder}annotations_train.csv").is_file() for folder in folders)
@@ -72,9 +60,9 @@ def read(source: Source, split: str, skip: Skip) -> Iterator[Study]:
         )
 
 
-def read_boxes(path: Path, skip: Skip) -> dict[str, Readings]:
+def read_boxes(path, skip):
     """image -> finding -> radiologist -> boxes"""
-    images: dict[str, Readings] = {}
+    images = {}
     for row in read_csv(path, ["image_id", "class_name", *CORNERS], skip):
         findings = images.setdefault(row["image_id"], {})
         name = row["class_name"]
@@ -90,7 +78,7 @@ def read_boxes(path: Path, skip: Skip) -> dict[str, Readings]:
     return images
 
 
-def read_sizes(path: Path, skip: Skip) -> dict[str, tuple[float, float]]:
+def read_sizes(path, skip):
     """image -> width and height of the original, where the file is there."""
     if not path.is_file():
         return {}
@@ -103,7 +91,7 @@ def read_sizes(path: Path, skip: Skip) -> dict[str, tuple[float, float]]:
     return sizes
 
 
-def image_file(root: Path, image: str, part: str) -> Path:
+def image_file(root, image, part):
     """The PNG or JPEG file of an image; where it is expected when there is none."""
     folders = (part, f"{part}_png", "images", "")
     for ending in ("png", "jpg"):
@@ -113,13 +101,13 @@ def image_file(root: Path, image: str, part: str) -> Path:
     return root / part / f"{image}.png"
 
 
-def fuse_boxes(readings: Iterable[list[Box]], threshold: float = 0.55) -> list[Box]:
+def fuse_boxes(readings, threshold=0.55):
     """Boxes of one finding by several radiologists as one list: weighted box fusion.
 
     Solovyev et al. 2021, with equal weights. Each box joins the fused box that it overlaps most, if
     their IoU is above the threshold; a fused box is the mean of its members.
     """
-    clusters: list[list[np.ndarray]] = []
+    clusters = []
     fused = np.zeros((0, 4))
     for box in map(np.array, chain.from_iterable(readings)):
         overlaps = ious(fused, box)
@@ -131,7 +119,7 @@ def fuse_boxes(readings: Iterable[list[Box]], threshold: float = 0.55) -> list[B
     return [tuple(box) for box in fused.tolist()]
 
 
-def ious(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+def ious(boxes, box):
     """(N,) intersection over union of boxes (N, 4) and one box (4,)."""
     low = np.maximum(boxes[:, :2], box[:2])
     high = np.minimum(boxes[:, 2:], box[2:])

@@ -303,7 +303,7 @@ def parse_number(name: str, value: Any, key: Key) -> float:
 
 def parse_source(name: str, value: Any) -> Source:
     """An entry of data.train, data.val or data.test."""
-    require(isinstance(value, dict), name, "sources, like [{source: iu_xray, weight: 2}]", value)
+    require(isinstance(value, dict), name, "a list of sources, like [{source: iu_xray}]", value)
     keys = known_keys(Source)
     for unknown in set(value) - set(keys):
         raise InputError(f"{name}: expected {', '.join(keys)}, got {unknown!r}")

@@ -7,11 +7,12 @@ import signal
 import numpy as np
 import pytest
 import yaml
+from helpers import ROOT
 from PIL import Image
 
 import data
 import rewards
-from conftest import ROOT
+from runtime.config import InputError, known_keys, load_config
 
 N = 10_000
 
@@ -73,7 +74,7 @@ def test_boxes():
             "[",
         ],
     ):
-        boxes = rewards.parse_boxes(text)
+        boxes = data.parse_boxes(text)
         found += len(boxes)
         assert all(len(box) == 4 and np.isfinite(box).all() for box in boxes)
         assert np.isfinite(rewards.soft_f1(boxes[:30], [(0.1, 0.1, 0.5, 0.5)]))
@@ -82,14 +83,14 @@ def test_boxes():
 
 def test_outputs():
     valid = 0
-    tags = list(rewards.TAGS)
+    tags = list(data.TAGS)
     for text in texts(
         2,
         [*tags, "<think>a</think><report>b</report>", "<think>", "word ", "\n", "<", ">", "</"],
         longest=6,
     ):
         for style in ("plain", "tags", "suffix"):
-            ok, thinking, answer = rewards.parse_output(text, "report", style)
+            ok, thinking, answer = data.parse_output(text, "report", style)
             assert isinstance(thinking, str) and isinstance(answer, str) and (answer or not ok)
             valid += ok
     assert valid > 100
@@ -104,7 +105,7 @@ def test_labels():
 def test_configurations(tmp_path):
     """Random YAML trees, damaged copies of the default file, and YAML that Python itself chokes on."""
     rng, path, accepted = np.random.default_rng(4), tmp_path / "c.yaml", 0
-    good, keys = (ROOT / "config.yaml").read_text(), list(data.known_keys())
+    good, keys = (ROOT / "config.yaml").read_text(), list(known_keys())
     values = [
         None,
         True,
@@ -159,9 +160,9 @@ def test_configurations(tmp_path):
                 raw[place] = rng.integers(32, 127)
             path.write_bytes(raw)
         try:
-            data.load_config(path)
+            load_config(path)
             accepted += 1
-        except data.InputError as error:
+        except InputError as error:
             assert "\n" not in str(error)
     assert N / 50 < accepted < N / 2
     for text in (
@@ -172,8 +173,8 @@ def test_configurations(tmp_path):
         "seed=!!timestamp foo",
         "seed=!!int ''",
     ):
-        with pytest.raises(data.InputError):
-            data.load_config(ROOT / "config.yaml", [text])
+        with pytest.raises(InputError):
+            load_config(ROOT / "config.yaml", [text])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged files
@@ -193,7 +194,7 @@ def test_images(tmp_path, kind, mode):
         path.write_bytes(raw[: rng.integers(1, len(raw))] if i % 3 == 0 else raw)
         try:
             assert data.load_image(path).mode == "RGB"
-        except data.InputError as error:
+        except InputError as error:
             refused += "\n" not in str(error)
     assert refused > 50
 
@@ -205,7 +206,7 @@ def test_bombs(tmp_path):
     raw = bytearray(file.getvalue())
     raw[18:26] = (100_000).to_bytes(4, "little") * 2
     (tmp_path / "bomb.bmp").write_bytes(raw)
-    with pytest.raises(data.InputError, match="bomb"):
+    with pytest.raises(InputError, match="bomb"):
         data.load_image(tmp_path / "bomb.bmp")
 
 
@@ -228,10 +229,8 @@ def test_bombs(tmp_path):
 def test_annotations(tmp_path, content):
     (tmp_path / "images").mkdir()
     (tmp_path / "annotation.json").write_bytes(content)
-    config = data.load_config(
-        ROOT / "config.yaml", ["data.source=iu_xray", f"data.path={tmp_path}"]
-    )
-    with pytest.raises(data.InputError) as error:
+    config = load_config(ROOT / "config.yaml", ["data.source=iu_xray", f"data.path={tmp_path}"])
+    with pytest.raises(InputError) as error:
         data.load_split(config, "train")
     assert str(tmp_path) in str(error.value)
 
@@ -250,9 +249,9 @@ def test_annotations(tmp_path, content):
 )
 def test_lines(tmp_path, line):
     (tmp_path / "x.jsonl").write_bytes(line + b"\n")
-    config = data.load_config(
+    config = load_config(
         ROOT / "config.yaml", ["data.source=jsonl", f"data.path={tmp_path / 'x.jsonl'}"]
     )
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(InputError) as error:
         data.load_split(config, "train")
     assert "x.jsonl" in str(error.value)

@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from data import LABELS, draw, grounding_questions, phantom
+from data import QUESTIONS
+from readers.phantom import LABELS, ask_boxes, draw, phantom
 from rewards import extract_labels
 
 FINDINGS = LABELS[1:]
@@ -213,7 +214,9 @@ def test_thinking_names_what_the_report_names(studies):
 
 def test_grounding_questions_name_the_label():
     rng = np.random.default_rng(0)
+    study = phantom(0, 0)
     for label in FINDINGS:
-        questions = {grounding_questions(label, rng) for _ in range(60)}
-        assert len(questions) >= 4 and all("{" not in question for question in questions)
-    assert "pleural effusion" in grounding_questions("Pleural Effusion", rng)
+        questions = {ask_boxes(study, label, rng, QUESTIONS).question for _ in range(60)}
+        assert len(questions) >= 4
+        assert all("{" not in question for question in questions)
+    assert "pleural effusion" in ask_boxes(study, "Pleural Effusion", rng, QUESTIONS).question

@@ -1,13 +1,14 @@
-"""Every file in configs/ as it is, with a tiny model and fixture data: two steps of each stage, and the evaluation."""
+"""Every recipe in configs/, with a tiny model and fixture data: two steps of each stage."""
 
+import layouts
 import pytest
+from helpers import ROOT
 
 import data
 import eval as evaluation
-import layouts
 import train_grpo
 import train_sft
-from conftest import ROOT
+from runtime.config import load_config
 
 TINY = [
     "model.path=tiny",
@@ -23,18 +24,23 @@ TINY = [
     "grpo.mini_batch=0",
     "grpo.group_size=2",
     "grpo.max_new_tokens=6",
-    "eval.bootstrap=10",
 ]
+EVALUATE = evaluation.evaluate_checkpoints
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-class Never(list):
+class Never:
     """No request to stop."""
+
+    def requested(self):
+        return False
+
+    release = finish = requested
 
 
 def load(recipe, fixtures, tmp_path, *more):
     path = fixtures / "iu_xray" if recipe.stem == "iu_xray" else fixtures
-    return data.load_config(recipe, [f"data.path={path}", f"out={tmp_path}", *TINY, *more])
+    return load_config(recipe, [f"data.path={path}", f"out={tmp_path}", *TINY, *more])
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +48,44 @@ def fixtures(tmp_path_factory):
     return layouts.everything(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe(recipe, fixtures, tmp_path, capsys):
-    assert load(recipe, fixtures, tmp_path).grpo.init in (
-        "auto",
-        "runs/radvlm/sft/best",
-    )  # which radvlm_sft.yaml makes
-    config = load(recipe, fixtures, tmp_path, "grpo.init=auto")
-    checkpoints = train_grpo.train(config, Never())
-    assert [name for name in checkpoints if name != "grpo"] == [
-        "cold_start" if config.data.thinking else "sft"
-    ]
-    text, results = evaluation.evaluate_checkpoints(config, checkpoints)
-    tasks = {data.TASK_OF[task] for source in data.sources(config, "test") for task in source.tasks}
-    assert ("reports" in results) == ("report" in tasks) and ("grounding" in results) == (
-        "grounding" in tasks
+@pytest.fixture
+def run_grpo(monkeypatch):
+    """Run train_grpo.main() with a configuration: the checkpoints that it compares."""
+    compared = []
+    monkeypatch.setattr(
+        train_grpo.evaluation, "evaluate_checkpoints", lambda _, c: compared.append(c)
     )
 
+    def run(config):
+        monkeypatch.setattr(train_grpo, "start_training", lambda _: (config, Never()))
+        compared.clear()
+        train_grpo.main()
+        (checkpoints,) = compared
+        return checkpoints
 
-def test_radvlm_cold_start_and_thinking(fixtures, tmp_path):
+    return run
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe(recipe, fixtures, tmp_path, run_grpo):
+    # Which radvlm_sft.yaml makes.
+    assert load(recipe, fixtures, tmp_path).grpo.init in ("auto", "runs/radvlm/sft/best")
+    config = load(recipe, fixtures, tmp_path, "grpo.init=auto")
+    checkpoints = run_grpo(config)
+    before = [name for name in checkpoints if name != "grpo"]
+    assert before == ["cold_start" if config.data.thinking else "sft"]
+    _, results = EVALUATE(config, checkpoints)
+    tasks = {data.TASK_OF[task] for source in data.sources(config, "test") for task in source.tasks}
+    assert ("reports" in results) == ("report" in tasks)
+    assert ("grounding" in results) == ("grounding" in tasks)
+
+
+def test_radvlm_cold_start_and_thinking(fixtures, tmp_path, run_grpo):
     """What the comments of the RadVLM recipes say about thinking."""
     recipe = ROOT / "configs" / "radvlm_sft.yaml"
     config = load(recipe, fixtures, tmp_path, "sft.stage=cold_start", "data.thinking=true")
-    best = train_sft.trained(config, "cold_start", Never())
+    best = train_sft.train_up_to(config, "cold_start", Never())
     recipe = ROOT / "configs" / "radvlm_grpo_report.yaml"
     config = load(recipe, fixtures, tmp_path / "report", f"grpo.init={best}", "data.thinking=true")
-    assert set(train_grpo.train(config, Never())) == {"cold_start", "grpo"}
+    assert set(run_grpo(config)) == {"cold_start", "grpo"}
     assert next(iter(data.load_split(config, "test"))).style == "suffix"
