@@ -666,7 +666,7 @@ def test_a_mixture_is_saved_and_read_back(tmp_path):
         ("llava", 1, ["train_0-0", "train_0-1", "train_0-2"]),
         ("jsonl", 2, ["0", "1"]),
         # Two with a report alone, then one that was chosen: findings, report, boxes.
-        ("phantom", 3, ["0", "1", "5000001-list", "5000001", "5000001-Fracture"]),
+        ("phantom", 3, ["0", "1", "5000007-list", "5000007", "5000007-Pneumothorax"]),
     ],
 )
 def test_limits_count_studies(tmp_path, source, limit, ids):
@@ -699,7 +699,7 @@ def test_what_an_entry_leaves_out_the_section_gives(tmp_path):
     "override, message",
     [
         ("data.train=[{source: mimic}]", r"data.train\[\].source: expected one of"),
-        ("data.train=[iu_xray]", "sources, like"),
+        ("data.train=[iu_xray]", "a list of sources"),
         ("data.train=[{weigth: 1}]", "weigth"),
         ("data.val=[{weight: 0}]", r"data.val\[\].weight: expected more than 0"),
         ("data.train=[{tasks: [reports]}]", r"data.train\[\].tasks"),
