@@ -50,8 +50,13 @@ def sizes(parts):
     return [len(part) for part in parts.values()]
 
 
+def patients_of(examples):
+    return {e.patient for e in examples}
+
+
 def patients(parts):
-    return [{e.patient for e in part} for part in parts.values()]
+    """The set of patients of each split."""
+    return list(map(patients_of, parts.values()))
 
 
 def near(boxes, wanted):
