@@ -55,6 +55,7 @@ from rewards import (
     MAX_MATCHED,
     POSITIVE,
     UNCERTAIN,
+    count_ngrams,
     gleu,
     iou,
     labeler,
@@ -75,11 +76,7 @@ Predictions = list[dict]  # see prediction_record
 
 RESAMPLES = 1000  # of the bootstrap
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
-COLUMNS = {
-    "14": list(range(14)),
-    "13": list(range(1, 14)),
-    "5": [LABELS.index(label) for label in TOP5],
-}
+COLUMNS = {"14": range(14), "13": range(1, 14), "5": [LABELS.index(label) for label in TOP5]}
 # The metrics of the table, and those whose differences it shows. metrics.json has all.
 IN_TABLE = """
     ce_f1_macro14 ce_f1_macro13 ce_f1_macro5 ce_f1_micro14 ce_f1_micro13 ce_f1_micro5
@@ -120,15 +117,13 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
     Returns the predictions of all processes in the order of the examples, without those that the
     policy skips.
     """
-    place = {id(example): i for i, example in enumerate(examples)}
     local = []
     batches = batched(examples[rank() :: world_size()], cfg.eval.batch_size)
     for batch in progress(batches, f"predict {name}"):
-        for r in policy.sample(batch, 1, cfg.grpo.max_new_tokens, 0.0, (cfg.seed, 99)):
-            record = prediction_record(r.example, r.texts[0], r.finished[0], r.lengths[0])
-            local.append((place[id(r.example)], record))
-    records = dict(gather_lists(local))
-    return [records[i] for i in sorted(records)]
+        for r in policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0):
+            local.append(prediction_record(r.example, r.texts[0], r.finished[0], r.lengths[0]))
+    place = {example.id: i for i, example in enumerate(examples)}
+    return sorted(gather_lists(local), key=lambda p: place[p["id"]])
 
 
 def read_predictions(path: str, examples: list[Example]) -> Predictions:
@@ -148,7 +143,7 @@ def read_predictions(path: str, examples: list[Example]) -> Predictions:
 # Row 0 is all ones: the metric itself. The other rows give its interval, see bootstrap_weights.
 
 
-def average(values, weights: Array) -> Array:
+def average(values, weights):
     """Weighted means (S,) of values (N,), without the NaN among them."""
     values = np.asarray(values, dtype=float)
     real = ~np.isnan(values)
@@ -173,7 +168,7 @@ def precision_recall_f1(tp, fp, fn):
     }
 
 
-def label_scores(counts: Array, weights: Array):
+def label_scores(counts, weights):
     """{"f1_macro14": (S,), ..} and F1 per label (S, 14), of tp, fp, fn of each report: (N, 3, 14).
 
     A label without a reference positive is no part of the macro mean, as a 0 would blame the model
@@ -196,9 +191,8 @@ def bleu_scores(candidates: list[str], references: list[str], weights: Array) ->
     for candidate, reference in zip(candidates, references):
         a, b = tokenize(candidate), tokenize(reference)
         row = [len(a), len(b)]
-        for n in range(1, 5):
-            grams = ngrams(a, n)
-            row += [(grams & ngrams(b, n)).total(), grams.total()]
+        for matching, in_candidate, _ in count_ngrams(a, b):
+            row += [matching, in_candidate]
         counts.append(row)
 
     # Counts are summed over the corpus before any ratio is taken.
@@ -239,7 +233,7 @@ def cider_scores(candidates: list[str], references: list[str]) -> Array:
     return 10 / 4 * scores * np.exp(-(gaps**2) / (2 * 6**2))
 
 
-def overlap_metrics(answers: list[str], references: list[str], weights: Array) -> dict:
+def overlap_metrics(answers, references, weights):
     bleu = enumerate(bleu_scores(answers, references, weights), 1)
     return {
         **{f"bleu{n}": values for n, values in bleu},
@@ -249,7 +243,7 @@ def overlap_metrics(answers: list[str], references: list[str], weights: Array) -
     }
 
 
-def diversity_metrics(texts: list[str], normal: Array, training: set[str], weights: Array):
+def diversity_metrics(texts, normal, training, weights):
     """How alike reports are. normal (N,): No Finding. training: plain words of training reports."""
     # A resample repeats texts, so there is no interval.
     distinct = np.full(len(weights), np.nan)
@@ -265,7 +259,7 @@ def diversity_metrics(texts: list[str], normal: Array, training: set[str], weigh
     return metrics
 
 
-def output_metrics(predictions: Predictions, weights: Array) -> dict:
+def output_metrics(predictions, weights):
     metrics = {
         "format_valid": average([p["valid"] for p in predictions], weights),
         "truncated": average([not p["finished"] for p in predictions], weights),
@@ -304,14 +298,14 @@ def report_metrics(predictions: Predictions, weights: Array, read_labels, traini
     return metrics | output_metrics(predictions, weights), dict(zip(LABELS, f1.T))
 
 
-def soft_f1_of(prediction: dict) -> float:
+def soft_f1_of(prediction):
     """Only words can say "nothing there": an empty answer, or one with broken boxes, scores 0."""
     answer = prediction["answer"]
     match_empty = says_nothing_there(answer)
     return soft_f1(parse_boxes(answer), prediction["boxes"], match_empty=match_empty)
 
 
-def class_of(prediction: dict) -> str:
+def class_of(prediction):
     """What was asked for. Free phrases are one class, and so are detections of everything."""
     kind = prediction["kind"]
     return kind if kind in ("phrase", "detection") else prediction["label"]
@@ -350,7 +344,7 @@ def average_precision(predictions: Predictions, weights: Array) -> Array:
     return (envelope * found).sum(1) / n_reference
 
 
-def mean_matched_iou(predictions: Predictions, weights: Array) -> Array:
+def mean_matched_iou(predictions, weights):
     owners, overlaps = [], []
     for i, p in enumerate(predictions):
         for _, _, overlap in match_boxes(parse_boxes(p["answer"])[:MAX_MATCHED], p["boxes"]):
@@ -409,7 +403,7 @@ def bootstrap_weights(predictions: Predictions, resamples: int, seed: int) -> Ar
     return np.vstack([np.ones(size), draws])[:, patient]
 
 
-def select(predictions: Predictions, weights: Array, key: str, value: str):
+def select(predictions, weights, key, value):
     """The predictions whose `key` is `value`, and their weights."""
     rows = [i for i, p in enumerate(predictions) if p[key] == value]
     return [predictions[i] for i in rows], weights[:, rows]
@@ -434,7 +428,7 @@ def measure(predictions: Predictions, weights: Array, read_labels, training=()):
     return blocks
 
 
-def with_interval(values: Array) -> list[float]:
+def with_interval(values):
     """[value, low, high] of a metric and its resamples (1 + n,): 95 %, NaN without any."""
     resamples = values[1:]
     resamples = resamples[~np.isnan(resamples)]
@@ -444,7 +438,7 @@ def with_interval(values: Array) -> list[float]:
     return [float(values[0]), *low_high]
 
 
-def ids_of(predictions: Predictions) -> list[str]:
+def ids_of(predictions):
     return [p["id"] for p in predictions]
 
 
@@ -470,15 +464,13 @@ def summarise(predictions: dict[str, Predictions], cfg: Config, training=()) -> 
     for block, metrics in next(iter(measured.values())).items():
         results[block] = {}
         for metric, baseline in metrics.items():
-            results[block][metric] = {}
+            entries = {}
             for name, blocks in measured.items():
                 values = blocks[block].get(metric, unknown)
-                value, *low_high = with_interval(values)
-                results[block][metric][name] = {
-                    "value": value,
-                    "interval": low_high,
-                    "difference": with_interval(values - baseline),
-                }
+                value, *interval = with_interval(values)
+                difference = with_interval(values - baseline)
+                entries[name] = {"value": value, "interval": interval, "difference": difference}
+            results[block][metric] = entries
     return results
 
 
@@ -496,7 +488,7 @@ def cell(value: float, low: float, high: float, sign: str = "") -> str:
     return f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def main_metrics(metrics: dict) -> dict:
+def main_metrics(metrics):
     """Those of a block that the table shows, in its order."""
     return {name: metrics[name] for name in IN_TABLE.split() if name in metrics}
 
@@ -544,7 +536,7 @@ def training_reports(cfg: Config) -> list[str]:
         return []
 
 
-def write_page(path: Path, *content) -> None:
+def write_page(path, *content):
     """report.html, if the tool that makes it is there."""
     try:
         from tools.report_page import page  # noqa: PLC0415
@@ -565,8 +557,9 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     examples = chosen_examples(cfg)
     has_reports = any(e.task == "report" for e in examples)
     training = training_reports(cfg) if has_reports else []
-    files = files or {}
-    from_files = {name: read_predictions(path, examples) for name, path in files.items()}
+    from_files = {}
+    for name, path in (files or {}).items():
+        from_files[name] = read_predictions(path, examples)
 
     folder = Path(cfg.out, "eval")
     predictions = {}
@@ -619,16 +612,14 @@ def main() -> None:
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     config = load_config(args.config, args.overrides + overrides)
     folders = [word for word in args.checkpoint if word not in overrides]
-    files = {}
-    for path in args.predictions:
-        if path not in overrides:
-            files[path.removesuffix(".jsonl")] = path
-    for name in files:
-        if name in folders:
-            raise InputError(
-                f"--checkpoint {name} and --predictions {files[name]} would be one column: rename "
-                f"the file"
-            )
+    files = {
+        path.removesuffix(".jsonl"): path for path in args.predictions if path not in overrides
+    }
+    for name in files.keys() & set(folders):
+        raise InputError(
+            f"--checkpoint {name} and --predictions {files[name]} would be one column: rename the "
+            f"file"
+        )
     names = column_names([*folders, *files])
     if not names:
         raise InputError("expected a folder after --checkpoint, or a file after --predictions")

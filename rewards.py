@@ -23,11 +23,9 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from data import LABELS, Example, parse_boxes, parse_output
+from data import LABELS, Box, Example, parse_boxes, parse_output
 from runtime.config import InputError, RewardsConfig
 from runtime.output import moved
-
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 
 # The states of an observation, CheXbert's classes.
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
@@ -74,7 +72,7 @@ def label_f1(generated: np.ndarray, reference: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------- boxes
 
 
-def area(x1: float, y1: float, x2: float, y2: float) -> float:
+def area(x1, y1, x2, y2):
     """Of a box; 0 if it is empty or inverted."""
     return max(x2 - x1, 0.0) * max(y2 - y1, 0.0)
 
@@ -154,7 +152,7 @@ def soft_f1(
     return 2 * total / (len(reference) + total + len(predicted) - len(pairs))
 
 
-def has_words(text: str) -> bool:
+def has_words(text):
     return re.search(r"\w", text) is not None
 
 
@@ -254,7 +252,7 @@ def labeler(cfg: RewardsConfig) -> Callable[[list[str]], np.ndarray]:
     return chexbert(cfg.chexbert, cfg.bert)
 
 
-def label_reward(score: Callable, batch: Batch, cfg: RewardsConfig) -> np.ndarray:
+def label_reward(score, batch, cfg):
     """score(labels of the answers, labels of the references), 0 for an answer without a word."""
     label = labeler(cfg)
     generated, reference = label(batch.answers), label([e.answer for e in batch.examples])
@@ -263,15 +261,15 @@ def label_reward(score: Callable, batch: Batch, cfg: RewardsConfig) -> np.ndarra
     return np.where(says_something, score(generated, reference), 0)
 
 
-def mccs_reward(batch: Batch, cfg: RewardsConfig) -> np.ndarray:
+def mccs_reward(batch, cfg):
     return label_reward(partial(mccs, margin=cfg.mccs_margin), batch, cfg)
 
 
-def text_reward(score: Callable, batch: Batch, cfg: RewardsConfig) -> list[float]:
+def text_reward(score, batch, cfg):
     return [score(answer, e.answer) for answer, e in zip(batch.answers, batch.examples)]
 
 
-def soft_f1_reward(batch: Batch, cfg: RewardsConfig) -> list[float]:
+def soft_f1_reward(batch, cfg):
     scores = []
     for answer, example in zip(batch.answers, batch.examples):
         match_empty = cfg.match_empty and says_nothing_there(answer)
@@ -280,7 +278,7 @@ def soft_f1_reward(batch: Batch, cfg: RewardsConfig) -> list[float]:
     return scores
 
 
-def format_reward(batch: Batch, cfg: RewardsConfig) -> list[bool]:
+def format_reward(batch, cfg):
     return batch.valid
 
 
@@ -289,7 +287,7 @@ def overlong(length: int, start: int, end: int) -> float:
     return -min(max(length - start, 0) / max(end - start, 1), 1.0)
 
 
-def overlong_reward(batch: Batch, cfg: RewardsConfig) -> list[float]:
+def overlong_reward(batch, cfg):
     return [overlong(len(ids), cfg.overlong_start, cfg.overlong_end) for ids in batch.token_ids]
 
 
@@ -350,23 +348,21 @@ def score_completions(
     Without token_ids, words are counted. Raises InputError if a reward is not finite.
     """
     token_ids = token_ids or [tokenize(text) for text in completions]
-    rows = []
-    for text, ids, example in zip(completions, token_ids, examples, strict=True):
-        valid, _, answer = parse_output(text, example.task, style)
-        rows.append((text, ids, valid, answer, example))
-
     total = np.zeros(len(examples))
     components = {}
     for task in APPLIES:
         places = [i for i, example in enumerate(examples) if example.task == task]
         if not places:
             continue
+        rows = []
+        for i in places:
+            valid, _, answer = parse_output(completions[i], task, style)
+            rows.append((completions[i], token_ids[i], valid, answer, examples[i]))
         # A list for each field of Batch.
-        batch = Batch(*map(list, zip(*[rows[i] for i in places])))
+        batch = Batch(*map(list, zip(*rows)))
         for name, weight in getattr(rewards_cfg, task).items():
             values = score_batch(name, batch, rewards_cfg)
-            components.setdefault(name, np.full(len(examples), np.nan))
-            components[name][places] = values
+            components.setdefault(name, np.full(len(examples), np.nan))[places] = values
             total[places] += weight * np.nan_to_num(values)
     return total, components
 
@@ -418,7 +414,7 @@ def call_external(name: str, batch: Batch) -> np.ndarray:
         ) from None
 
 
-def finite_values(given: list[float | None], completions: list[str]) -> np.ndarray:
+def finite_values(given, completions):
     """What a reward returned, with NaN for None. Raises ValueError for any other NaN."""
     values = np.array(given, float)  # None becomes NaN
     if values.shape != (len(completions),):
@@ -431,8 +427,6 @@ def finite_values(given: list[float | None], completions: list[str]) -> np.ndarr
 
 # ------------------------------------------------------------------------------- label extractor
 
-Cues = dict[str, re.Match]  # kind ("negation", "hedge"): the cue
-
 
 def extract_labels(texts: list[str]) -> np.ndarray:
     """(N, 14) int8 states of N reports, in the order of LABELS, by rules.
@@ -444,7 +438,7 @@ def extract_labels(texts: list[str]) -> np.ndarray:
 
 
 @lru_cache(CACHED)
-def report_states(text: str) -> tuple[int, ...]:
+def report_states(text):
     """The 14 states of a report.
 
     No Finding: nothing is positive or uncertain, devices aside, and nothing of OTHER is mentioned.
@@ -474,7 +468,7 @@ def find_mentions(text: str) -> list[tuple]:
 
 
 @lru_cache(CACHED)
-def clause_mentions(clause: str) -> list[tuple]:
+def clause_mentions(clause):
     """[(label index, state, phrase, cue)] of a clause.
 
     A finding outside the 13 observations counts against No Finding: (0, NEGATIVE, phrase, "").
@@ -491,12 +485,12 @@ def clause_mentions(clause: str) -> list[tuple]:
     return mentions + anatomy_mentions(clause, cues)
 
 
-def phrase_matches(pattern: re.Pattern, clause: str) -> list[re.Match]:
+def phrase_matches(pattern, clause):
     """The matches that are no decoys: those lack the group `phrase`."""
     return [match for match in pattern.finditer(clause) if match["phrase"]]
 
 
-def find_cues(clause: str) -> tuple[Cues, Cues]:
+def find_cues(clause):
     """The first cue of each kind that acts on what follows, the last that acts on what precedes."""
     before, after = {}, {}
     for cue in CUES_BEFORE.finditer(clause):
@@ -506,7 +500,7 @@ def find_cues(clause: str) -> tuple[Cues, Cues]:
     return before, after
 
 
-def assertion_of(mention: re.Match, before: Cues, after: Cues) -> tuple[int, str]:
+def assertion_of(mention, before, after):
     """(state, cue) of a mention, by the first cue in this order that acts on it.
 
     "no focal opacity to suggest pneumonia"    pneumonia: (NEGATIVE, "no"), which comes first
@@ -524,12 +518,12 @@ def assertion_of(mention: re.Match, before: Cues, after: Cues) -> tuple[int, str
     return POSITIVE, ""
 
 
-def distance(a: re.Match, b: re.Match) -> int:
+def distance(a, b):
     """Characters between two matches; below 0 if they overlap."""
     return max(a.start() - b.end(), b.start() - a.end())
 
 
-def anatomy_mentions(clause: str, cues: tuple[Cues, Cues]) -> list[tuple]:
+def anatomy_mentions(clause, cues):
     """Mentions of heart and mediastinum, whose state is the nearest word on size."""
     sizes = list(SIZE.finditer(clause))
     # "Stable" only counts where nothing else is said.
@@ -693,7 +687,7 @@ CLAUSE_END = re.compile(
 )
 
 
-def compile_table(table: dict[str, tuple[str, ...]]) -> list[tuple[int, re.Pattern]]:
+def compile_table(table):
     """[(label index, pattern)] of a table of phrases. What only looks like one is tried first."""
     patterns = []
     for label, (phrase, *decoys) in table.items():

@@ -4,12 +4,11 @@ It needs chexbert.pth as published, github.com/stanfordmlgroup/CheXbert, or a ne
 size in the same format. Shapes: n texts, T tokens.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from readers.study import LABELS
@@ -18,13 +17,12 @@ from runtime.config import InputError
 # The heads stand in an order of their own. Their classes are blank, positive, negative and
 # uncertain. No Finding has the first two.
 CHEXBERT_HEADS = (*LABELS[1:3], "Lung Opacity", "Lung Lesion", *LABELS[5:], "No Finding")
-HEAD_SIZES = [4] * 13 + [2]
 BATCH = 64  # texts per forward pass
 CACHED = 1 << 14  # texts whose labels are kept
 
 
 @lru_cache
-def chexbert(path: str, bert: str) -> Callable[[list[str]], np.ndarray]:
+def chexbert(path, bert):
     """The function texts -> (N, 14) int8 states, in the order of LABELS. Labels are kept by text.
 
     path: the checkpoint; bert: the folder or hub id of its tokenizer. Raises InputError.
@@ -33,12 +31,12 @@ def chexbert(path: str, bert: str) -> Callable[[list[str]], np.ndarray]:
     tokenizer = load_tokenizer(bert, path, network["bert"].config.vocab_size)
     known = {}
 
-    def label(texts: list[str]) -> np.ndarray:
+    def label(texts):
         # As in the published label.py, whitespace becomes single spaces.
         texts = [" ".join(text.split()) for text in texts]
         # Texts of about the same length together need little padding.
-        new = dict.fromkeys(text for text in texts if text not in known)
-        new = sorted(new, key=len)
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        new.sort(key=len)
         for i in range(0, len(new), BATCH):
             batch = new[i : i + BATCH]
             known.update(zip(batch, read_labels(batch, network, tokenizer)))
@@ -51,35 +49,30 @@ def chexbert(path: str, bert: str) -> Callable[[list[str]], np.ndarray]:
 
 
 @torch.no_grad()
-def read_labels(
-    texts: list[str], network: nn.ModuleDict, tokenizer: BertTokenizer
-) -> list[list[int]]:
+def read_labels(texts, network, tokenizer):
     """The 14 states of each text, in the order of LABELS."""
-    ids, mask = tokenize(texts, network["bert"], tokenizer)
-    first = network["bert"](ids, attention_mask=mask).last_hidden_state[:, 0]  # (n, hidden)
-    states = torch.stack([head(first).argmax(1) for head in network["linear_heads"]], 1)  # (n, 14)
-    columns = [CHEXBERT_HEADS.index(label) for label in LABELS]
-    return states[:, columns].tolist()
-
-
-def tokenize(texts: list[str], bert: BertModel, tokenizer: BertTokenizer) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask, (n, T) each. What exceeds BERT's positions is cut before [SEP]."""
+    bert, heads = network["bert"], network["linear_heads"]
     # Tokenizers refuse lone surrogates.
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    # What exceeds BERT's positions is cut before [SEP].
     longest = bert.config.max_position_embeddings
     inputs = tokenizer(
         texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
     ).to(bert.device)
-    return inputs["input_ids"], inputs["attention_mask"]
+    first = bert(**inputs).last_hidden_state[:, 0]  # (n, hidden)
+    states = torch.stack([head(first).argmax(1) for head in heads], 1)  # (n, 14)
+    return states[:, [CHEXBERT_HEADS.index(label) for label in LABELS]].tolist()
 
 
 # ------------------------------------------------------------------------------- loading
 
 
-def load_network(path: str) -> nn.ModuleDict:
+def load_network(path):
     """The network in a checkpoint. Raises InputError for any other file."""
     try:
-        network = build_network(load_state(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+        # It was saved from a DataParallel module.
+        network = build_network({name.removeprefix("module."): w for name, w in state.items()})
     except Exception as error:
         reasons = {
             "FileNotFoundError": "no such file",
@@ -94,28 +87,21 @@ def load_network(path: str) -> nn.ModuleDict:
     return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_state(path: str) -> dict[str, Tensor]:
-    """The weights in a checkpoint, by name. It was saved from a DataParallel module."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def build_network(state: dict[str, Tensor]) -> nn.ModuleDict:
+def build_network(state):
     """BERT and the heads, of the sizes that the weights have. KeyError: a weight is missing."""
     words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
     positions = len(state["bert.embeddings.position_embeddings.weight"])
     inner = len(state["bert.encoder.layer.0.intermediate.dense.bias"])
-    numbers = [int(name.split(".")[3]) for name in state if name.startswith("bert.encoder.layer.")]
-    layers = 1 + max(numbers)
+    layers = {name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")}
     config = BertConfig(
         vocab_size=words,
         hidden_size=hidden,
         num_attention_heads=max(hidden // 64, 1),
-        num_hidden_layers=layers,
+        num_hidden_layers=len(layers),
         intermediate_size=inner,
         max_position_embeddings=positions,
     )
-    heads = nn.ModuleList(nn.Linear(hidden, classes) for classes in HEAD_SIZES)
+    heads = nn.ModuleList(nn.Linear(hidden, classes) for classes in [4] * 13 + [2])
     network = nn.ModuleDict(
         {"bert": BertModel(config, add_pooling_layer=False), "linear_heads": heads}
     )
@@ -126,7 +112,7 @@ def build_network(state: dict[str, Tensor]) -> nn.ModuleDict:
     return network
 
 
-def load_tokenizer(bert: str, path: str, words: int) -> BertTokenizer:
+def load_tokenizer(bert, path, words):
     """CheXbert's tokenizer, which must have `words` words. Raises InputError."""
     try:
         tokenizer = BertTokenizer.from_pretrained(bert)

@@ -14,7 +14,6 @@ import data
 import rewards
 from data import LABELS
 from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN
-from runtime.config import RewardsConfig
 from tools import audit
 
 REFERENCES = [
@@ -47,11 +46,11 @@ def read_table(text):
 
 
 def run_audit(*overrides):
-    """The two tables, and {what: policies} of the last lines."""
+    """The table, and {what: policies} of the last lines."""
     text = audit.audit(load(*SMALL, *overrides))
-    _, first, _, second, exploits = text.split("\n\n")
+    _, table, exploits = text.split("\n\n")
     lines = dict(line.split(": ", 1) for line in exploits.splitlines())
-    return read_table(first), read_table(second), lines
+    return read_table(table), lines
 
 
 # ------------------------------------------------------------------------------- what they say
@@ -172,7 +171,7 @@ def test_table_is_what_score_completions_says(style, tmp_path):
     abnormal = np.isin(labels([e.answer for e in examples]), (POSITIVE, UNCERTAIN)).any(1)
     assert 0 < abnormal.sum() < 30
 
-    rows, others, _ = run_audit(*more)
+    rows, _ = run_audit(*more)
     always_normal = [replace(e, answer=audit.NORMAL_REPORT) for e in examples]
     for policy, answers in (("reference", examples), ("always normal", always_normal)):
         targets = [data.target_text(e) for e in answers]
@@ -188,17 +187,6 @@ def test_table_is_what_score_completions_says(style, tmp_path):
     may_be_empty = ("empty", "positives dropped", "negations dropped")
     assert all(row["format"] == "1.000" for name, row in rows.items() if name not in may_be_empty)
 
-    normal = [audit.NORMAL_REPORT] * 30
-    for column, report, margin in (
-        ("mccs", "mccs", 0.2),
-        ("mccs, margin .7", "mccs", 0.7),
-        ("gleu", "gleu", 0.5),
-    ):
-        cfg = RewardsConfig(report={report: 1}, mccs_margin=margin)
-        total, _ = rewards.score_completions(normal, examples, cfg, "plain")
-        expected = f"{total.mean():.3f} / {total[abnormal].mean():.3f}"
-        assert others["always normal"][column] == expected
-
 
 REPORT_REWARDS = ["{mccs: 1}", "{label_f1: 1}", "{gleu: 1}", "{OWN:length: 1}"]
 
@@ -207,7 +195,7 @@ REPORT_REWARDS = ["{mccs: 1}", "{label_f1: 1}", "{gleu: 1}", "{OWN:length: 1}"]
 def test_the_exploit_named_is_the_best_of_the_table(report, tmp_path):
     (tmp_path / "own.py").write_text(LENGTH)
     report = report.replace("OWN", f"{tmp_path}/own.py")
-    rows, _, lines = run_audit(f"rewards.report={report}", "data.test_size=60")
+    rows, lines = run_audit(f"rewards.report={report}", "data.test_size=60")
     right = ("reference", "sentences shuffled", "paraphrase")
     wrong = {name: float(row["reward"]) for name, row in rows.items() if name not in right}
     best = {name for name in wrong if wrong[name] == max(wrong.values())}
@@ -221,19 +209,18 @@ def test_the_exploit_named_is_the_best_of_the_table(report, tmp_path):
         assert lines["cheapest exploit"].startswith("first sentence 50 times (")
 
 
-def test_dropped_positives_are_named_with_what_pays_them_least():
-    _, others, lines = run_audit(
-        "rewards.report={mccs: 1}", "data.test_size=60", "rewards.mccs_margin=0.3"
-    )
-    earned, column, least = re.match(
-        r"positives dropped \(([\d.]+) of what the reference earns; under (.*) ([\d.]+)\)",
-        lines["findings omitted, on abnormal studies"],
-    ).groups()
-    cells = others["positives dropped"].items()
-    abnormal = {column: cell.split(" / ")[1] for column, cell in cells}
-    assert earned == abnormal["mccs"]
-    assert abnormal[column] == least == min(abnormal.values()) == "0.000"
-    assert abnormal["mccs, margin 0"] > abnormal["mccs"] > abnormal["mccs, margin .7"]
+def test_dropped_positives_earn_less_with_a_higher_margin():
+    earned = []
+    for margin in (0, 0.3, 0.7):
+        _, lines = run_audit(
+            "rewards.report={mccs: 1}", "data.test_size=60", f"rewards.mccs_margin={margin}"
+        )
+        found = re.fullmatch(
+            r"positives dropped \(([\d.]+) of what the reference earns\)",
+            lines["findings omitted, on abnormal studies"],
+        )
+        earned.append(float(found[1]))
+    assert earned[0] > earned[1] > earned[2] > 0
 
 
 def test_no_exploit_is_named_where_the_reference_earns_nothing(tmp_path):
@@ -244,14 +231,13 @@ def test_no_exploit_is_named_where_the_reference_earns_nothing(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(lines))
     source = ["data.source=jsonl", f"data.path={tmp_path}"]
 
-    rows, others, lines = run_audit(*source, "rewards.report={mccs: 1}")
+    rows, lines = run_audit(*source, "rewards.report={mccs: 1}")
     assert rows["reference"]["abnormal"] == "-"
-    assert others["empty"]["mccs"] == "0.000 / -"
     assert lines["findings omitted, on abnormal studies"].startswith("- (")
     best = "most frequent report, another study's report, positives dropped,"
     assert lines["cheapest exploit"].startswith(best)
 
-    rows, others, lines = run_audit(*source, "rewards.report={label_f1: 1}")
+    rows, lines = run_audit(*source, "rewards.report={label_f1: 1}")
     assert rows["reference"]["share"] == "-"
     assert lines["cheapest exploit"].startswith("- (")
 
@@ -271,7 +257,7 @@ def test_command_line():
     assert code == 0
     assert not err
     for policy in audit.policy_reports(REFERENCES, 0):
-        assert len(re.findall(rf"^{policy} +\|", out, re.M)) == 2, policy
+        assert len(re.findall(rf"^{policy} +\|", out, re.M)) == 1, policy
 
 
 def test_errors_are_one_line(tmp_path):

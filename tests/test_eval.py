@@ -527,7 +527,7 @@ class Policy:
     def __init__(self, skip=()):
         self.skip = skip
 
-    def sample(self, examples, group_size, max_new_tokens, temperature, stream):
+    def sample(self, examples, group_size, max_new_tokens, temperature):
         assert (group_size, temperature) == (1, 0)
         rollouts = []
         for e in examples:
@@ -874,3 +874,13 @@ def test_the_page_stands_alone_and_shows_generated_text_as_text(
     assert re.findall(r"Reference: (\w+-\d)", loud.text) == last
     assert len(page) < 10e6
     assert "http" not in page
+
+
+def test_pictures_have_a_text(cfg, tmp_path, monkeypatch, few_resamples):
+    """A screen reader says what a plot or an image is."""
+    monkeypatch.setattr(report_page, "CASES", 6)
+    write_run(tmp_path / "grpo")
+    page = page_of(cfg, "calm")
+    labelled = re.findall(r'<svg [^>]*role="img" aria-label="[^"]+"', page)
+    assert len(labelled) == page.count("<svg") > 3
+    assert len(re.findall(r'<img [^>]*alt="[^"]+"', page)) == page.count("<img") == 6

@@ -141,9 +141,9 @@ def runs(monkeypatch):
     """The texts, as token ids, of every forward pass of a BERT from here on: a list per pass."""
     runs, forward = [], BertModel.forward
 
-    def spy(self, ids, attention_mask):
-        runs.append([row[mask > 0].tolist() for row, mask in zip(ids, attention_mask)])
-        return forward(self, ids, attention_mask=attention_mask)
+    def spy(self, input_ids, attention_mask, **more):
+        runs.append([row[mask > 0].tolist() for row, mask in zip(input_ids, attention_mask)])
+        return forward(self, input_ids, attention_mask=attention_mask, **more)
 
     monkeypatch.setattr(BertModel, "forward", spy)
     return runs

@@ -1,4 +1,4 @@
-"""What the configured report reward pays to policies that cheat, next to other rewards.
+"""What the configured report reward pays to policies that cheat.
 
   python -m tools.audit config.yaml [key=value ...]
 
@@ -11,7 +11,6 @@ Rewards that count tokens count words.
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 import data
 import rewards
 from rewards import NEGATIVE, POSITIVE, SENTENCE_END, UNCERTAIN, extract_labels
-from runtime.config import Config, InputError
+from runtime.config import InputError
 from runtime.output import format_table
 from runtime.processes import parse_args, run_main
 
@@ -37,20 +36,20 @@ NORMAL_REPORT = (
 )
 # No further verb: the words around it can change places.
 WHAT = r"((?:(?! (?:is|are|which|that|there)\b).)+)"
-# (pattern, replacement): the first that fits a lower-case sentence rewords it.
-PARAPHRASES = (
-    (rf"^there (is|are) (no )?(?:evidence of )?{WHAT}\.$", r"\2\3 \1 seen."),
-    (rf"^(no )?(?:evidence of )?{WHAT} (is|are) (?:seen|present|identified)\.$", r"there \3 \1\2."),
-    (r"^no evidence of ", "no "),
-    (r"^no ", "no evidence of "),
-    (r"^possible ", "there may be "),
-    (r"^there may be ", "possible "),
-    (r"size is normal\.$", "is normal in size."),
-    (r"normal in size\.$", "of normal size."),
-    (r"lungs are clear(?! of)", "lungs appear clear"),
-    (r"\bwithin normal limits|\bunremarkable", "normal"),
-)
-HEDGES = (("^", "possibly "),)
+# pattern: replacement. The first that fits a lower-case sentence rewords it.
+PARAPHRASES = {
+    rf"^there (is|are) (no )?(?:evidence of )?{WHAT}\.$": r"\2\3 \1 seen.",
+    rf"^(no )?(?:evidence of )?{WHAT} (is|are) (?:seen|present|identified)\.$": r"there \3 \1\2.",
+    r"^no evidence of ": "no ",
+    r"^no ": "no evidence of ",
+    r"^possible ": "there may be ",
+    r"^there may be ": "possible ",
+    r"size is normal\.$": "is normal in size.",
+    r"normal in size\.$": "of normal size.",
+    r"lungs are clear(?! of)": "lungs appear clear",
+    r"\bwithin normal limits|\bunremarkable": "normal",
+}
+HEDGES = {"^": "possibly "}
 
 # All other policies are wrong.
 RIGHT = ("reference", "sentences shuffled", "paraphrase")
@@ -67,7 +66,7 @@ BLIND = (
 OMITS = ("empty", "always normal", "every finding negated", "positives dropped")
 
 
-def policy_reports(references: list[str], seed: int) -> dict[str, list[str]]:
+def policy_reports(references, seed):
     """policy: what it writes about the studies with these references."""
     n = len(references)
     rng = np.random.default_rng(seed)
@@ -92,17 +91,17 @@ def policy_reports(references: list[str], seed: int) -> dict[str, list[str]]:
     return reports
 
 
-def sentences(text: str) -> list[str]:
+def sentences(text):
     """The sentences of a report, cut where the label extractor cuts, each with a full stop."""
     return [part.strip() + "." for part in SENTENCE_END.split(text) if part.strip()]
 
 
-def reword(text: str, table: tuple) -> str:
-    """A report, each sentence changed by the first (pattern, replacement) that fits it."""
+def reword(text, table):
+    """A report, each sentence changed by the first pattern that fits it."""
     reworded = []
     for sentence in sentences(text):
         sentence = sentence.lower()
-        for pattern, replacement in table:
+        for pattern, replacement in table.items():
             sentence, fits = re.subn(pattern, replacement, sentence)
             if fits:
                 break
@@ -110,20 +109,20 @@ def reword(text: str, table: tuple) -> str:
     return " ".join(reworded)
 
 
-def exchange(texts: list[str], seed: int) -> list[str]:
+def exchange(texts, seed):
     """Every study gets another one's report: all move on by one along a random circle."""
     order = np.random.default_rng(seed).permutation(len(texts))
     return [texts[i] for i in np.roll(order, 1)[np.argsort(order)]]
 
 
-def without(text: str, *states: int) -> str:
+def without(text, *states):
     """A report without the sentences in which an observation has one of the states."""
     parts = sentences(text)
     dropped = np.isin(extract_labels(parts)[:, 1:], states).any(1)
     return " ".join(part for part, drop in zip(parts, dropped) if not drop)
 
 
-def contradict(text: str) -> str:
+def contradict(text):
     """A report that denies at its end what it has found."""
     (present,) = rewards.present(extract_labels([text]))
     found = np.array(list(FINDINGS.values()))[present]
@@ -132,41 +131,26 @@ def contradict(text: str) -> str:
 
 # ------------------------------------------------------------------------------- what they earn
 
-# What each column of the second table changes in `rewards`.
-CONFIGURED = "configured"
-COLUMNS = {
-    CONFIGURED: {},
-    "mccs": {"report": {"mccs": 1}},
-    "mccs, margin 0": {"report": {"mccs": 1}, "mccs_margin": 0},
-    "mccs, margin .7": {"report": {"mccs": 1}, "mccs_margin": 0.7},
-    "label_f1": {"report": {"label_f1": 1}},
-    "mccs .3, label_f1 .7": {"report": {"mccs": 0.3, "label_f1": 0.7}},
-    "gleu": {"report": {"gleu": 1}},
-}
 
-
-def mean(values: np.ndarray) -> float:
+def mean(values):
     """Over what is not NaN; NaN of nothing."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else math.nan
 
 
-def shares_of(scores: dict[str, dict], studies: np.ndarray | slice) -> dict[str, dict]:
-    """column: policy: what it earns on these studies, over what the reference earns, or NaN."""
-    shares = {}
-    for column, paid in scores.items():
-        earned = {policy: mean(total[studies]) for policy, (total, _) in paid.items()}
-        whole = earned["reference"] if earned["reference"] > 0 else math.nan
-        shares[column] = {policy: value / whole for policy, value in earned.items()}
-    return shares
+def shares_of(scores, studies):
+    """{policy: what it earns on these studies, over what the reference earns}, or NaN."""
+    earned = {policy: mean(total[studies]) for policy, (total, _) in scores.items()}
+    whole = earned["reference"] if earned["reference"] > 0 else math.nan
+    return {policy: value / whole for policy, value in earned.items()}
 
 
-def cell(value: float) -> str:
+def cell(value):
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def reward_table(scores: dict[str, tuple], shares: dict[str, float], abnormal: np.ndarray) -> str:
-    """What the configured reward and its components pay, on average."""
+def reward_table(scores, shares, abnormal):
+    """What the reward and its components pay, on average."""
     rows = []
     for policy, (total, components) in scores.items():
         means = map(mean, [total[abnormal], total[~abnormal], *components.values()])
@@ -174,40 +158,17 @@ def reward_table(scores: dict[str, tuple], shares: dict[str, float], abnormal: n
     return format_table([["policy", "reward", "share", "abnormal", "normal", *components], *rows])
 
 
-def share_table(everywhere: dict[str, dict], on_abnormal: dict[str, dict]) -> str:
-    """What the other rewards pay, as shares of what they pay the reference."""
-    _, *columns = COLUMNS
-    rows = [["share, all / abnormal", *columns]]
-    for policy in everywhere[CONFIGURED]:
-        row = [policy]
-        for column in columns:
-            row.append(f"{cell(everywhere[column][policy])} / {cell(on_abnormal[column][policy])}")
-        rows.append(row)
-    return format_table(rows)
-
-
-def name_exploit(policies: Sequence[str], shares: dict[str, dict]) -> str:
-    """Which of the policies earns most, and which reward pays it least."""
-    earned = shares[CONFIGURED]
-    most = max(earned[policy] for policy in policies)
-    best = [policy for policy in policies if earned[policy] >= most - 1e-9]
-    # All are NaN.
-    if not best:
+def name_exploit(policies, shares):
+    """Which of the policies earns most."""
+    most = max(shares[policy] for policy in policies)
+    if math.isnan(most):
         return "- (the reference earns nothing there)"
-    paid = {}
-    for column in COLUMNS:
-        highest = max(shares[column][policy] for policy in best)
-        if not math.isnan(highest):
-            paid[column] = highest
-    least = min(paid, key=paid.get)
-    narrower = f"under {least} {cell(paid[least])}"
-    if least == CONFIGURED:
-        narrower = "no other reward above pays less"
-    return f"{', '.join(best)} ({cell(most)} of what the reference earns; {narrower})"
+    best = [policy for policy in policies if shares[policy] >= most - 1e-9]
+    return f"{', '.join(best)} ({cell(most)} of what the reference earns)"
 
 
-def audit(config: Config) -> str:
-    """Two tables and three lines, as text. No image is opened."""
+def audit(config):
+    """A table and three lines, as text. No image is opened."""
     rewards.check_rewards(config.rewards)
     split = config.eval.split
     examples = [e for e in data.load_split(config, split) if e.task == "report"]
@@ -217,41 +178,28 @@ def audit(config: Config) -> str:
     references = [e.answer for e in examples]
     abnormal = rewards.present(rewards.labeler(config.rewards)(references)).any(1)
 
-    # Reports in the configured output format; empty ones stay empty.
-    completions = {}
-    for policy, reports in policy_reports(references, config.seed).items():
-        pairs = zip(examples, reports)
-        completions[policy] = [
-            data.target_text(replace(e, answer=r)) if r else "" for e, r in pairs
-        ]
-
-    # column: policy: (total, components)
     scores = {}
-    for column, changes in COLUMNS.items():
-        cfg = replace(config.rewards, **changes)
-        scores[column] = {}
-        for policy, texts in completions.items():
-            paid = rewards.score_completions(texts, examples, cfg, data.style_of(config))
-            scores[column][policy] = paid
-    everywhere = shares_of(scores, slice(None))
-    on_abnormal = shares_of(scores, abnormal)
+    style = data.style_of(config)
+    for policy, reports in policy_reports(references, config.seed).items():
+        texts = []
+        for example, report in zip(examples, reports):
+            # In the configured output format. An empty report stays empty.
+            texts.append(data.target_text(replace(example, answer=report)) if report else "")
+        scores[policy] = rewards.score_completions(texts, examples, config.rewards, style)
 
-    wrong = [policy for policy in completions if policy not in RIGHT]
+    shares = shares_of(scores, slice(None))
+    wrong = [policy for policy in scores if policy not in RIGHT]
     return f"""split {split}: {len(examples)} reports, {abnormal.sum()} abnormal
 rewards.report={config.rewards.report}
 
-{reward_table(scores[CONFIGURED], everywhere[CONFIGURED], abnormal)}
+{reward_table(scores, shares, abnormal)}
 
-the same policies under other rewards
-
-{share_table(everywhere, on_abnormal)}
-
-cheapest exploit: {name_exploit(wrong, everywhere)}
-without the image: {name_exploit(BLIND, everywhere)}
-findings omitted, on abnormal studies: {name_exploit(OMITS, on_abnormal)}"""
+cheapest exploit: {name_exploit(wrong, shares)}
+without the image: {name_exploit(BLIND, shares)}
+findings omitted, on abnormal studies: {name_exploit(OMITS, shares_of(scores, abnormal))}"""
 
 
-def main() -> None:
+def main():
     config, _ = parse_args(__doc__)
     print(audit(config))
 

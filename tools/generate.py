@@ -10,10 +10,8 @@ printed, too. Not for clinical use.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import data
-from data import Example
 from model import load_policy
 from runtime.checkpoint import resolve
 from runtime.config import Config, InputError, load_config
@@ -21,11 +19,10 @@ from runtime.output import warn0
 from runtime.processes import run_main
 
 
-def run_config(checkpoint: str) -> Config:
+def run_config(checkpoint):
     """The configuration that a checkpoint was trained with, or the defaults where there is none."""
     folder = Path(resolve(checkpoint)).resolve()
-    for place in (folder, folder.parent):
-        path = place / "config.yaml"
+    for path in (folder / "config.yaml", folder.parent / "config.yaml"):
         if path.is_file():
             try:
                 return load_config(path)
@@ -35,7 +32,7 @@ def run_config(checkpoint: str) -> Config:
     return Config()
 
 
-def image_of(name: str) -> Any:
+def image_of(name):
     """A path, or phantom N of seed 0 for "phantom:N"."""
     kind, _, number = name.partition(":")
     if kind == "phantom" and number.isdigit():
@@ -45,15 +42,15 @@ def image_of(name: str) -> Any:
     return name
 
 
-def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, str, list]:
+def generate(checkpoint, images, ask=""):
     """(reasoning, answer, boxes) of the greedy answer about one study. Raises InputError."""
     config = run_config(checkpoint)
     policy = load_policy(config, resolve(checkpoint))
-    example = Example(
+    example = data.Example(
         id="generate",
         # A question of the user's is answered in the format of boxes.
         task="grounding" if ask else "report",
-        images=tuple(image_of(name) for name in images),
+        images=tuple(map(image_of, images)),
         question=ask or data.QUESTIONS["report"][0],
         answer="",
         style=data.style_of(config),
@@ -63,13 +60,13 @@ def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, st
     return thinking, answer, data.parse_boxes(answer)
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--ask", default="", metavar="TEXT", help="a question of your own")
+    parser.add_argument("checkpoint")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--ask", default="")
     args = parser.parse_args()
     thinking, answer, boxes = generate(args.checkpoint, args.images, args.ask)
     if thinking:

@@ -5,8 +5,9 @@
 Writes OUT/data.png: examples with their boxes.
 """
 
-import dataclasses
+import itertools
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,10 @@ LABELLED = 2000  # reports whose labels are read
 ENCODED = 32  # examples that are turned into tokens
 
 
+def kind_of(example):
+    return example.kind or example.task
+
+
 def spread(values):
     """min / median / max"""
     if not len(values):
@@ -49,21 +54,21 @@ def contact_sheet(examples):
     rows = -(-len(examples) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + FOOT)), "white")
     font = ImageFont.load_default(11)
+    inner = (SIDE - 8, SIDE - 8)
     for n, e in enumerate(examples):
         x, y = n % COLUMNS * SIDE, n // COLUMNS * (SIDE + FOOT)
         try:
-            (image,) = data.open_images(dataclasses.replace(e, images=e.images[:1]))
+            image = ImageOps.contain(data.open_images(e)[0], inner)
         except InputError:
             # The description says so.
-            image = Image.new("RGB", (SIDE, SIDE))
-        image = ImageOps.contain(image, (SIDE - 8, SIDE - 8))
+            image = Image.new("RGB", inner)
         pen = ImageDraw.Draw(image)
         for box in e.boxes:
             corners = [v * size for v, size in zip(box, image.size * 2)]
             pen.rectangle(corners, outline="red", width=2)
-        sheet.paste(image, (x + (SIDE - image.width) // 2, y + (SIDE - image.height) // 2))
+        sheet.paste(ImageOps.pad(image, inner, color="white"), (x + 4, y + 4))
         question, answer = textwrap.wrap(e.question, 60)[:2], textwrap.wrap(e.answer, 60)[:4]
-        text = "\n".join([f"{e.id}  ({e.kind or e.task})", *question, *answer])
+        text = "\n".join([f"{e.id}  ({kind_of(e)})", *question, *answer])
         ImageDraw.Draw(sheet).multiline_text((x + 6, y + SIDE), text, "black", font, spacing=2)
     return sheet
 
@@ -73,13 +78,13 @@ class Description:
 
     def __init__(self, config):
         # Everything is read; what would stop a run is counted.
-        self.stops = config.data.on_error == "stop"
-        section = dataclasses.replace(config.data, on_error="skip")
-        self.config = dataclasses.replace(config, data=section)
+        self.config = replace(config, data=replace(config.data, on_error="skip"))
+        self.fate = "left out"
+        if config.data.on_error == "stop":
+            self.fate = "would stop a run (data.on_error=skip leaves such examples out)"
         self.rng = np.random.default_rng(config.seed)
         self.notices, self.shown = [], []
-        self.counts = [HEAD]
-        self.labels = {}
+        self.counts, self.labels = [HEAD], {}
         self.lengths = [["tokens, min / median / max", "of", "prompt", "answer"]]
         self.policy = load_policy(config, weights=False)
 
@@ -100,46 +105,34 @@ class Description:
         if split == "train":
             parts, leaks = self.tried(data.without_leaks, self.config, parts) or (parts, [])
             self.notices += [f"{split}: {leak}" for leak in leaks]
-        for source, _, problems in parts:
-            self.add_problems(split, source, problems)
-        everything = [e for _, part, _ in parts for e in part]
-        traced = self.tried(data.with_traces, self.config, split, everything, self.notices)
-        style = data.style_of(self.config)
-        written = [dataclasses.replace(e, style=style) for e in traced or everything]
-        for source, part, _ in parts:
-            for kind in sorted({e.kind or e.task for e in part}):
-                self.add_kind(split, source, kind, [e for e in part if (e.kind or e.task) == kind])
+        everything = []
+        for source, part, problems in parts:
+            everything += part
+            if problems:
+                fate = f"{self.fate}: {len(problems)}, such as"
+                self.notices.append(f"{split}, {source.source}: {fate}")
+                self.notices += [f"  {problem}" for problem in problems[:3]]
+            for kind in sorted({kind_of(e) for e in part}):
+                own = [e for e in part if kind_of(e) == kind]
+                self.add_kind([source.source, split, kind], own)
         self.add_labels(split, [e.answer for e in everything if e.task == "report"])
-        self.add_lengths(split, self.draw(written, ENCODED))
+        self.add_lengths(split, everything)
 
-    def add_problems(self, split, source, problems):
-        if not problems:
-            return
-        fate = "left out"
-        if self.stops:
-            fate = "would stop a run (data.on_error=skip leaves such examples out)"
-        self.notices.append(f"{split}, {source.source}: {fate}: {len(problems)}, such as")
-        self.notices += [f"  {problem}" for problem in problems[:3]]
-
-    def add_kind(self, split, source, kind, examples):
+    def add_kind(self, names, examples):
         """A row of counts, and some examples for the contact sheet."""
-        few = [examples[i] for i in sorted(self.rng.permutation(len(examples))[:MEASURED])]
+        few = self.draw(examples, MEASURED)
         sizes = []
-        for image in (image for e in few for image in e.images):
+        for image in itertools.chain.from_iterable(e.images for e in few):
             size = self.tried(image_size, image) if data.is_path(image) else image.size
             if size:
                 sizes.append(size)
-        sizes = np.array(sizes).reshape(-1, 2)
-        counts = [
-            len(examples),
-            len({e.images for e in examples}),
-            len({e.patient for e in examples}),
-        ]
-        words = spread([len(e.answer.split()) for e in examples])
-        row = [source.source, split, kind, *map(str, counts), words]
-        self.counts.append([*row, spread(sizes[:, 0]), spread(sizes[:, 1])])
+        widths, heights = np.array(sizes).reshape(-1, 2).T
+        studies, patients = {e.images for e in examples}, {e.patient for e in examples}
+        words = [len(e.answer.split()) for e in examples]
+        counts = map(str, map(len, (examples, studies, patients)))
+        self.counts.append([*names, *counts, *map(spread, (words, widths, heights))])
         with_boxes_first = sorted(few, key=lambda e: not e.boxes)
-        self.shown += with_boxes_first[:4] if split == "train" else few[:1]
+        self.shown += with_boxes_first[:4] if "train" in names else few[:1]
 
     def add_labels(self, split, reports):
         if reports:
@@ -149,11 +142,16 @@ class Description:
             self.labels[f"{split}, {len(reports)} reports"] = seen.mean(0)
 
     def add_lengths(self, split, examples):
-        pairs = [self.tried(self.encode, e) for e in examples]
-        pairs = [pair for pair in pairs if pair]
+        """A row of lengths as they are trained, with traces and the output format."""
+        traced = self.tried(data.with_traces, self.config, split, examples, self.notices)
+        style = data.style_of(self.config)
+        pairs = []
+        for e in self.draw(traced or examples, ENCODED):
+            pair = self.tried(self.encode, replace(e, style=style))
+            if pair:
+                pairs.append(pair)
         if pairs:
-            prompts, answers = zip(*pairs)
-            self.lengths.append([split, str(len(pairs)), spread(prompts), spread(answers)])
+            self.lengths.append([split, str(len(pairs)), *map(spread, zip(*pairs))])
 
     def encode(self, example):
         """The number of prompt and of answer tokens."""
@@ -163,14 +161,11 @@ class Description:
         tables = [format_table(self.counts)]
         if self.labels:
             rows = [["positive or uncertain", *self.labels]]
-            for i, name in enumerate(LABELS):
-                rows.append([name, *(f"{share[i]:.1%}" for share in self.labels.values())])
+            for name, *shares in zip(LABELS, *self.labels.values()):
+                rows.append([name, *(f"{share:.1%}" for share in shares)])
             tables.append(format_table(rows))
-        config = self.config
-        limits = (
-            f"limits: model.max_prompt_tokens={config.model.max_prompt_tokens}, "
-            f"grpo.max_new_tokens={config.grpo.max_new_tokens}"
-        )
+        prompt, answer = self.config.model.max_prompt_tokens, self.config.grpo.max_new_tokens
+        limits = f"limits: model.max_prompt_tokens={prompt}, grpo.max_new_tokens={answer}"
         tables.append(f"{format_table(self.lengths)}\n{limits}")
         tables.append("\n".join(dict.fromkeys(self.notices)) or "nothing was skipped")
         return "\n\n".join(tables)

@@ -1,6 +1,9 @@
 """CheXpert labels of a CSV file of reports, in the CSV format of the CheXpert labeler.
 
-python -m tools.label reports.csv -o labels.csv [--evidence]
+  python -m tools.label reports.csv -o labels.csv [--evidence]
+
+One report a row, after an optional header like `Reports`. --evidence prints the phrase and the cue
+behind each label.
 """
 
 import argparse
@@ -9,17 +12,18 @@ import io
 from pathlib import Path
 
 from data import LABELS
-from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN, extract_labels, find_mentions
+from rewards import extract_labels, find_mentions
 from runtime.config import InputError
 from runtime.output import write_atomically
 from runtime.processes import run_main
 
-VALUES = {BLANK: "", POSITIVE: "1.0", NEGATIVE: "0.0", UNCERTAIN: "-1.0"}
-NAMES = {BLANK: "blank", POSITIVE: "positive", NEGATIVE: "negative", UNCERTAIN: "uncertain"}
+# By state: BLANK, POSITIVE, NEGATIVE, UNCERTAIN.
+VALUES = ("", "1.0", "0.0", "-1.0")
+NAMES = ("blank", "positive", "negative", "uncertain")
 HEADERS = ("reports", "report", "report impression")
 
 
-def read_reports(path: str | Path) -> list[str]:
+def read_reports(path):
     """The reports in a CSV file, one a row. A header is optional. Raises InputError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -33,13 +37,12 @@ def read_reports(path: str | Path) -> list[str]:
     for number, row in enumerate(rows, 1):
         if len(row) > 1:
             raise InputError(
-                f"{path}: report {number} has {len(row)} cells; put quotes around a report with "
-                f"commas"
+                f"{path}: report {number} has {len(row)} cells; quote a report that has commas"
             )
-    return [row[0] if row else "" for row in rows]
+    return ["".join(row) for row in rows]
 
 
-def labels_csv(reports: list[str]) -> str:
+def labels_csv(reports):
     """One row per report: the text, then 1.0, 0.0, -1.0 or nothing for each of LABELS."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -49,20 +52,16 @@ def labels_csv(reports: list[str]) -> str:
     return file.getvalue()
 
 
-def evidence(reports: list[str]) -> list[str]:
+def evidence(reports):
     """A line for every mention: report, label, state, the phrase and its cue, the clause."""
-    lines = []
     for number, report in enumerate(reports, 1):
         for label, state, phrase, cue, clause in find_mentions(report):
             because = f" <- {cue}" if cue else ""
-            lines.append(
-                f"{number} | {LABELS[label]} | {NAMES[state]} | {phrase}{because} "
-                f"| {clause.strip()}"
-            )
-    return lines
+            found = f"{LABELS[label]} | {NAMES[state]} | {phrase}{because}"
+            yield f"{number} | {found} | {clause.strip()}"
 
 
-def label_file(path: str | Path, output: str | Path) -> list[str]:
+def label_file(path, output):
     """Write the labels of the reports in `path` to `output`, and return the reports."""
     reports = read_reports(path)
     try:
@@ -72,19 +71,18 @@ def label_file(path: str | Path, output: str | Path) -> list[str]:
     return reports
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("reports", help="one report per row; a header `Reports` is optional")
-    parser.add_argument("-o", "--output", required=True, metavar="LABELS.csv")
-    parser.add_argument(
-        "--evidence", action="store_true", help="print the phrase and the cue behind each label"
-    )
+    parser.add_argument("reports")
+    parser.add_argument("-o", "--output", required=True)
+    parser.add_argument("--evidence", action="store_true")
     args = parser.parse_args()
     reports = label_file(args.reports, args.output)
-    for line in evidence(reports) if args.evidence else ():
-        print(line)
+    if args.evidence:
+        for line in evidence(reports):
+            print(line)
     print(f"{args.output}: labels of {len(reports)} reports")
 
 

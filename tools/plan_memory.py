@@ -8,15 +8,11 @@ layer keeps for a token, times layers and tokens; with gradient checkpointing th
 layers, and everything of one. SFT counts 256 tokens of questions and answers a study.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
-from model import TILE_SIZE, Policy, load_policy
-from runtime.config import Config
+from model import TILE_SIZE, load_policy
 from runtime.output import world_size
 from runtime.processes import parse_args, run_main
 
@@ -25,24 +21,15 @@ PROMPT_TEXT = 64  # tokens of a question and the chat template
 ANSWER = 256  # tokens of a study's questions and answers in SFT
 
 
-@dataclass
-class Batch:
-    """What one forward and backward pass holds."""
-
-    prompts: int
-    prompt_tokens: int
-    patches: int  # of a prompt's images
-    rows: int  # completions of a prompt
-    row_tokens: int
-
-    def tokens(self, shared: bool) -> int:
-        """With a shared prefix, a prompt counts once and not once per row."""
-        if shared:
-            return self.prompts * (self.prompt_tokens + self.rows * self.row_tokens)
-        return self.prompts * self.rows * (self.prompt_tokens + self.row_tokens)
+def count(parameters):
+    return sum(p.numel() for p in parameters)
 
 
-def prompt_size(config: Config, vision: Any) -> tuple[int, int]:
+def head_size(text):
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def prompt_size(config, vision):
     """Patches and tokens of a prompt whose images are as large as model.max_pixels allows."""
     images = 1
     for source in data.sources(config, "train"):
@@ -55,98 +42,87 @@ def prompt_size(config: Config, vision: Any) -> tuple[int, int]:
     return patches, min(config.model.max_prompt_tokens, tokens)
 
 
-def largest_batch(config: Config, section: Any, vision: Any, gpus: int) -> Batch:
-    """The largest micro-batch of a stage."""
-    patches, prompt_tokens = prompt_size(config, vision)
-    if section is config.grpo:
-        local = -(-section.prompts // gpus)
-        rows, row_tokens = section.group_size, section.max_new_tokens
-    else:
-        local = -(-section.batch_size // gpus)
-        rows, row_tokens = 1, ANSWER
-    prompts = min(section.micro_batch, local)
-    return Batch(prompts, prompt_tokens, patches, rows, row_tokens)
+def kept(config, width, layers, per_layer):
+    """Bytes per token for the backward. With checkpointing: inputs of all layers, all of one."""
+    if config.model.gradient_checkpointing:
+        return FLOAT * width * layers + per_layer
+    return per_layer * layers
 
 
-def text_activations(policy: Policy, batch: Batch, kv_width: int, width: int) -> int:
-    """Bytes that the backward of the language model needs."""
-    text = policy.model.config.get_text_config()
-    layers, hidden = text.num_hidden_layers, text.hidden_size
-    query_width = text.num_attention_heads * head_size(text)
-    # Norms and rotations in float32, the operands of projections, attention and MLP in `width`.
-    products = query_width + kv_width + text.intermediate_size
-    per_token = 24 * hidden + 12 * (query_width + kv_width) + 4 * width * products
-    tokens = batch.tokens(policy.shared)
-    if policy.config.model.gradient_checkpointing:
-        return tokens * (FLOAT * hidden * layers + per_token)
-    return tokens * per_token * layers
+def kept_of_token(config, text, kv_width, operand):
+    """In the language model."""
+    hidden = text.hidden_size
+    attention = text.num_attention_heads * head_size(text) + kv_width
+    # Norms and rotations in float32, then the operands of projections, attention and MLP.
+    operands = operand * (attention + text.intermediate_size)
+    per_layer = 24 * hidden + 12 * attention + 4 * operands
+    return kept(config, hidden, text.num_hidden_layers, per_layer)
 
 
-def vision_activations(policy: Policy, batch: Batch, vision: Any) -> int:
-    """Bytes that the backward of the vision tower needs."""
-    if vision is None or policy.vision_frozen:
-        return 0
+def kept_of_patch(config, vision):
+    """In the vision tower."""
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
     width = vision.hidden_size
     mlp = getattr(vision, "intermediate_size", None) or 4 * width
-    per_patch = FLOAT * (12 * width + 4 * mlp)
-    kept = per_patch * depth
-    if policy.config.model.gradient_checkpointing:
-        kept = FLOAT * width * depth + per_patch
-    return batch.prompts * batch.patches * kept
+    return kept(config, width, depth, FLOAT * (12 * width + 4 * mlp))
 
 
-def head_size(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+def step_size(config, section, gpus):
+    """Prompts of a process, completions of a prompt, tokens of a completion."""
+    if section is config.grpo:
+        return -(-section.prompts // gpus), section.group_size, section.max_new_tokens
+    return -(-section.batch_size // gpus), 1, ANSWER
 
 
-def memory_plan(
-    policy: Policy, config: Config, section: Any, gpus: int | None = None
-) -> dict[str, float]:
-    """Bytes that a process needs for config.sft or config.grpo, by part.
+def memory_plan(policy, config, section, gpus=None):
+    """{part: bytes} that a process needs for config.sft or config.grpo.
 
     The policy is ready to be trained (frozen parts, adapters) and needs no weights. gpus: how many
     processes there are; None: those that run now.
     """
     gpus = gpus or world_size()
+    model = policy.model
     shares = gpus if config.model.parallel == "shard" else 1
-    width = 2 if config.model.precision == "bfloat16" else FLOAT  # bytes of an operand
-    text = policy.model.config.get_text_config()
-    vision = getattr(policy.model.config, "vision_config", None)
+    operand = 2 if config.model.precision == "bfloat16" else FLOAT  # bytes
+    text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kv_width = heads * head_size(text)
-    batch = largest_batch(config, section, vision, gpus)
-    total = sum(p.numel() for p in policy.model.parameters())
-    trained = sum(p.numel() for p in policy.parameters())
-    grpo = section is config.grpo
+    total, trained = count(model.parameters()), count(policy.parameters())
+    local, rows, row_tokens = step_size(config, section, gpus)
+    patches, prompt_tokens = prompt_size(config, vision)
 
-    activations = text_activations(policy, batch, kv_width, width)
+    # With a shared prefix, a prompt counts once and not once per completion.
+    copies = 1 if policy.shared else rows
+    prompts = min(section.micro_batch, local)
+    tokens = prompts * (copies * prompt_tokens + rows * row_tokens)
+    activations = tokens * kept_of_token(config, text, kv_width, operand)
+    if vision and not policy.vision_frozen:
+        activations += prompts * patches * kept_of_patch(config, vision)
     parts = {
         "weights": FLOAT * total / shares,
         "gradients": FLOAT * trained / shares,
         "optimizer": 2 * FLOAT * trained / shares,
-        "activations": activations + vision_activations(policy, batch, vision),
+        "activations": activations,
         "logits": FLOAT * TILE_SIZE,
     }
-    if width == 2 and shares == 1:
-        # Autocast's copies.
-        parts["half-precision weights"] = 2 * total
     if shares > 1:
-        blocks = [m for m in policy.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+        blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        sizes = [count(block.parameters()) for block in blocks]
         # To sample, all blocks at once; else one and the next.
-        gathered = sum(sizes) if grpo else 2 * max(sizes)
-        parts["gathered weights"] = FLOAT * (total - sum(sizes)) + width * gathered
-    if grpo:
-        sampled = min(section.sample_batch, -(-section.prompts // gpus))
-        tokens = sampled * (batch.prompt_tokens + batch.rows * batch.row_tokens)
-        parts["keys and values"] = tokens * 2 * kv_width * text.num_hidden_layers * width
+        gathered = sum(sizes) if section is config.grpo else 2 * max(sizes)
+        parts["gathered weights"] = FLOAT * (total - sum(sizes)) + operand * gathered
+    elif operand < FLOAT:
+        # Autocast's copies.
+        parts["half-precision weights"] = operand * total
+    if section is config.grpo:
+        sampled = min(section.sample_batch, local) * (prompt_tokens + rows * row_tokens)
+        parts["keys and values"] = sampled * 2 * kv_width * text.num_hidden_layers * operand
         if section.kl_coef and not section.lora_rank:
-            parts["reference"] = FLOAT * total / shares
+            parts["reference"] = parts["weights"]
     return parts
 
 
-def plan(config: Config, gpus: int = 1) -> str:
+def plan(config, gpus=1):
     """A line for each stage: the sum in GB, and its parts, the largest first."""
     lines = [f"model.parallel={config.model.parallel} on {gpus} GPU{'s' if gpus > 1 else ''}"]
     for name, section in (("SFT", config.sft), ("GRPO", config.grpo)):
@@ -154,20 +130,18 @@ def plan(config: Config, gpus: int = 1) -> str:
         if section.lora_rank:
             policy.add_lora(section.lora_rank, section.freeze)
         policy.freeze(section.freeze)
-        total = sum(p.numel() for p in policy.model.parameters()) / 1e6
-        trained = sum(p.numel() for p in policy.parameters()) / 1e6
-
+        total, trained = count(policy.model.parameters()), count(policy.parameters())
         sizes = memory_plan(policy, config, section, gpus)
         order = sorted(sizes, key=sizes.get, reverse=True)
         parts = ", ".join(f"{part} {sizes[part] / 1e9:.1f}" for part in order)
         lines.append(
-            f"{name}: {trained:.1f} of {total:.1f} M parameters trained; about "
+            f"{name}: {trained / 1e6:.1f} of {total / 1e6:.1f} M parameters trained; about "
             f"{sum(sizes.values()) / 1e9:.1f} GB per process: {parts}"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
+def main():
     config, args = parse_args(__doc__, gpus={"type": int, "default": 1})
     print(plan(config, args.gpus))
 

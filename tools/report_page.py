@@ -5,7 +5,6 @@ other file. Whatever a model wrote is shown as text.
 """
 
 import base64
-import dataclasses
 import io
 import json
 import math
@@ -16,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import LABELS, Example, open_images, parse_boxes
+from data import LABELS, open_images, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
 from rewards import POSITIVE, UNCERTAIN, find_mentions, labeler
-from runtime.config import Config, InputError
+from runtime.config import InputError
 
 CASES = 60  # half of them reports, half grounding
 GROUPS = 2  # of each task
@@ -127,7 +126,7 @@ for (const button of buttons) button.onclick = () => {
 # ------------------------------------------------------------------------------- tables
 
 
-def table_cell(value, low, high, sign="") -> str:
+def table_cell(value, low, high, sign=""):
     """A difference (with a sign) is bold if its interval leaves out 0."""
     shown, _, bounds = cell(value, low, high, sign).partition(" ")
     if sign and (low > 0 or high < 0):
@@ -135,7 +134,7 @@ def table_cell(value, low, high, sign="") -> str:
     return f"<td>{shown}<small>{bounds}</small></td>"
 
 
-def html_table(metrics: dict) -> str:
+def html_table(metrics):
     """A block of what eval.summarise returns: values, then differences to the first model."""
     first, *others = next(iter(metrics.values()))
     heads = ["", first, *others, *(f"{name} minus {first}" for name in others)]
@@ -149,7 +148,7 @@ def html_table(metrics: dict) -> str:
     return f"<div class=scroll><table>{html}</table></div>"
 
 
-def tables_html(results: dict) -> str:
+def tables_html(results):
     html = ""
     for block, metrics in results.items():
         if "labels" in block:
@@ -163,7 +162,7 @@ def tables_html(results: dict) -> str:
 # ------------------------------------------------------------------------------- training
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path):
     """A file of JSON lines; nothing if it does not exist, or is just being written."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -171,14 +170,14 @@ def read_lines(path: Path) -> list[dict]:
         return []
 
 
-def plot(title: str, lines: dict) -> str:
+def plot(title, lines):
     """Curves as SVG, of {name: [(step, value), ..]}: thin the values, thick their running means."""
     x, y = np.concatenate([*lines.values()]).T
-    width = 1 + max(map(len, lines.values())) // 20
     svg = key = ""
     for (name, line), colour in zip(lines.items(), COLOURS):
         steps, values = np.transpose(line)
         left = 8 + 284 * (steps - x.min()) / (np.ptp(x) or 1)
+        width = 1 + len(values) // 20
         means = [values[max(0, i - width) : i + width + 1].mean() for i in range(len(values))]
         for heights, style in ((values, "opacity=.3"), (means, "stroke-width=1.8")):
             top = 112 - 100 * (heights - y.min()) / (np.ptp(y) or 1)
@@ -187,13 +186,12 @@ def plot(title: str, lines: dict) -> str:
         if len(lines) > 1:
             key += f' <small style="color:{colour}">{escape(name)}</small>'
     span = f"{y.min():.3g} to {y.max():.3g}, steps {x.min():.0f} to {x.max():.0f}"
-    return (
-        f'<div><h3>{escape(title)}</h3><svg viewBox="0 0 300 120">{svg}</svg>'
-        f"<small>{span}</small>{key}</div>"
-    )
+    return f"""<div><h3>{title}</h3>
+<svg viewBox="0 0 300 120" role="img" aria-label="{title}: {span}">{svg}</svg>
+<small>{span}</small>{key}</div>"""
 
 
-def curves(run: Path) -> str:
+def curves(run):
     """The training curves of one stage, from its metrics.jsonl."""
     series = {}
     for row in read_lines(run / "metrics.jsonl"):
@@ -203,67 +201,63 @@ def curves(run: Path) -> str:
 
     plots = ""
     for title, pattern in PLOTS.items():
-        matches = [match for name in series if (match := re.fullmatch(pattern, name))]
-        lines = {match[match.lastindex or 0]: series[match[0]] for match in matches}
+        lines = {}
+        for name, line in series.items():
+            match = re.fullmatch(pattern, name)
+            if match:
+                lines[match[match.lastindex or 0]] = line
         if lines:
             plots += plot(title, lines)
-    if not plots:
-        return ""
-    return f"<h2>Training: {escape(run.name)}</h2><div class=plots>{plots}</div>"
+    return f"<h2>Training: {run.name}</h2><div class=plots>{plots}</div>" if plots else ""
 
 
-def groups_html(run: Path) -> str:
+def groups_html(run):
     """The last groups of each task in samples.jsonl: completions with rewards and advantages."""
     rows = read_lines(run / "samples.jsonl")
     html = ""
     for task in TASKS:
         for group in [row for row in rows if row["task"] == task][-GROUPS:]:
-            html += f"<h3>step {group['step']}: {escape(group['question'])}</h3>"
-            html += f"<p>Reference: {escape(group['reference'])}</p>"
+            html += f"""<h3>step {group["step"]}: {escape(group["question"])}</h3>
+<p>Reference: {escape(group["reference"])}</p>"""
             for sample in sorted(group["samples"], key=lambda s: -s["reward"]):
                 html += sample_html(sample)
     return f"<h2>Groups of samples, the highest reward first</h2>{html}" if html else ""
 
 
-def sample_html(sample: dict) -> str:
+def sample_html(sample):
     parts = ""
     for name, value in sample["parts"].items():
         parts += f"<br><small>{escape(name.rpartition('/')[2])} {value:.3f}</small>"
-    return (
-        f"<div class=sample><div><b>{sample['reward']:.3f}</b> "
-        f"<small>advantage {sample['advantage']:+.3f}</small>{parts}</div>"
-        f"<div>{escape(sample['text'])}</div></div>"
-    )
+    return f"""<div class=sample><div><b>{sample["reward"]:.3f}</b>
+<small>advantage {sample["advantage"]:+.3f}</small>{parts}</div>
+<div>{escape(sample["text"])}</div></div>"""
 
 
 # ------------------------------------------------------------------------------- cases
 
 
-def thumbnail(example: Example) -> str:
+def thumbnail(example):
     """The example's first image as a data URL."""
     try:
-        image, *_ = open_images(dataclasses.replace(example, images=example.images[:1]))
+        image = open_images(example)[0].convert("L")
     except InputError:
         # Predictions of another program can be shown without the images.
         image = Image.new("L", SIDE)
-    image = image.convert("L")
     image.thumbnail(SIDE)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=72)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def box_svg(boxes, colour, dashes="none") -> str:
+def box_svg(boxes, colour, dashes="none"):
     svg = ""
     for x1, y1, x2, y2 in boxes:
-        svg += (
-            f'<rect x="{x1}" y="{y1}" width="{max(x2 - x1, 0)}" height="{max(y2 - y1, 0)}" '
-            f'stroke="{colour}" stroke-dasharray="{dashes}"/>'
-        )
+        svg += f"""<rect x="{x1}" y="{y1}" width="{max(x2 - x1, 0)}" height="{max(y2 - y1, 0)}"
+stroke="{colour}" stroke-dasharray="{dashes}"/>"""
     return svg
 
 
-def underlined(text: str) -> str:
+def underlined(text):
     """The text as HTML. The phrases that the built-in rules read labels from are underlined."""
     phrases = {phrase for _, _, phrase, *_ in find_mentions(text) if phrase.strip()}
     if not phrases:
@@ -277,25 +271,23 @@ def underlined(text: str) -> str:
     return "".join(parts)
 
 
-def column(title, text, prediction, chips, colour="inherit") -> str:
+def column(title, text, prediction, chips, colour="inherit"):
     """What a model answered: `text` and `chips` are HTML."""
     thinking = ""
     if prediction["thinking"]:
         thought = escape(prediction["thinking"])
         thinking = f"<details><summary>thinking</summary><p>{thought}</p></details>"
-    return (
-        f'<div><h3 style="color:{colour}">{escape(title)}</h3><p>{text or "(empty)"}</p>'
-        f"{chips}{thinking}</div>"
-    )
+    return f"""<div><h3 style="color:{colour}">{escape(title)}</h3><p>{text or "(empty)"}</p>
+{chips}{thinking}</div>"""
 
 
-def report_case(example: Example, predictions: dict, read_labels):
+def report_case(example, predictions, read_labels):
     """The outcome for the last model, no SVG, and the texts with their labels as chips."""
     answers = [p["answer"] for p in predictions.values()]
     labels = np.isin(read_labels([example.answer, *answers]), (POSITIVE, UNCERTAIN)).tolist()
     html = f"<div><h3>reference</h3><p>{underlined(example.answer)}</p></div>"
     for (name, p), own in zip(predictions.items(), labels[1:]):
-        kinds = [CHIPS.get(pair) for pair in zip(own, labels[0])]
+        kinds = list(map(CHIPS.get, zip(own, labels[0])))
         chips = ""
         for label, kind in zip(LABELS, kinds):
             if kind:
@@ -308,7 +300,7 @@ def report_case(example: Example, predictions: dict, read_labels):
     return "false alarm" if "fp" in kinds[1:] else "right", "", html
 
 
-def grounding_case(example: Example, predictions: dict):
+def grounding_case(example, predictions):
     """The outcome for the last model, the boxes as SVG, and the texts."""
     svg = box_svg(example.boxes, "#ffffff", "4")
     html = f"<div><h3>reference (dashed)</h3><p>{escape(example.answer)}</p></div>"
@@ -325,17 +317,18 @@ def grounding_case(example: Example, predictions: dict):
         outcome = "false alarm"
     elif not boxes:
         outcome = "missed"
-    return outcome, f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{svg}</svg>', html
+    view = 'viewBox="0 0 1 1" preserveAspectRatio="none" role="img" aria-label="boxes"'
+    return outcome, f"<svg {view}>{svg}</svg>", html
 
 
-def buttons_html(kind, values) -> str:
+def buttons_html(kind, values):
     html = f'<button data-kind={kind} data-value="" aria-pressed=true>every {kind}</button>'
     for value in values:
         html += f'<button data-kind={kind} data-value="{value}" aria-pressed=false>{value}</button>'
     return f"<div>{html}</div>"
 
 
-def cases_html(cfg: Config, predictions: dict, examples: list[Example]) -> str:
+def cases_html(cfg, predictions, examples):
     """Some examples with the answers of all models, drawn by the seed."""
     read_labels = labeler(cfg.rewards)
     order = np.random.default_rng(cfg.seed).permutation(len(examples))
@@ -354,31 +347,27 @@ def cases_html(cfg: Config, predictions: dict, examples: list[Example]) -> str:
         else:
             outcome, svg, texts = grounding_case(example, own)
         outcomes.add(outcome)
-        cases += (
-            f'<div class=case data-task="{example.task}" data-outcome="{outcome}"><div>'
-            f'<div class=film><img src="{thumbnail(example)}" alt="" loading=lazy>{svg}</div>'
-            f"<small>{escape(example.id)}</small></div><div><p>{escape(example.question)}</p>"
-            f"<div class=texts>{texts}</div></div></div>"
-        )
-    return (
-        f"<h2>Cases</h2>{buttons_html('task', TASKS)}{buttons_html('outcome', sorted(outcomes))}"
-        "<p>Underlined: phrases that the built-in rules read. <span class='chip tp'>found</span>"
-        "<span class='chip fp'>not in the reference</span><span class='chip fn'>missed</span></p>"
-        f"<p id=shown>{len(chosen)} shown</p>{cases}"
-    )
+        name = escape(example.id)
+        cases += f"""<div class=case data-task="{example.task}" data-outcome="{outcome}"><div>
+<div class=film><img src="{thumbnail(example)}" alt="Image of {name}" loading=lazy>{svg}</div>
+<small>{name}</small></div><div><p>{escape(example.question)}</p>
+<div class=texts>{texts}</div></div></div>"""
+    return f"""<h2>Cases</h2>
+{buttons_html("task", TASKS)}{buttons_html("outcome", sorted(outcomes))}
+<p>Underlined: phrases that the built-in rules read. <span class="chip tp">found</span><span
+class="chip fp">not in the reference</span><span class="chip fn">missed</span></p>
+<p id=shown>{len(chosen)} shown</p>{cases}"""
 
 
-def page(cfg: Config, results: dict, predictions: dict, examples: list[Example]) -> str:
+def page(cfg, results, predictions, examples):
     """The whole page. The predictions {model: [..]} and the examples are in the same order."""
-    out, models = escape(cfg.out), escape(", ".join(predictions))
+    out = escape(cfg.out)
     stages = [Path(cfg.out, stage) for stage in ("sft", "cold_start", "more", "grpo")]
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{out}</title><style>{STYLE}</style><h1>{out}</h1>"
-        f"<p>{models} on {escape(cfg.eval.split)}; 95 % bootstrap intervals over patients. "
-        "The top of eval.py says what each metric means.</p>"
-        f"{tables_html(results)}{''.join(map(curves, stages))}"
-        f"{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}"
-        f"<script>{SCRIPT}</script></html>"
-    )
+    return f"""<!doctype html><html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>{out}</title><style>{STYLE}</style><h1>{out}</h1>
+<p>{escape(", ".join(predictions))} on {cfg.eval.split}; 95 % bootstrap intervals over patients.
+The top of eval.py says what each metric means.</p>
+{tables_html(results)}{"".join(map(curves, stages))}
+{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}
+<script>{SCRIPT}</script></html>"""

@@ -10,8 +10,8 @@ The grid file explains its format.
 import argparse
 import fcntl
 import json
+import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -54,26 +54,25 @@ class Run:
     commands: list[list[str]]
 
 
-def find_row(grid, name) -> dict:
+def find_row(grid, name):
     """A row with its defaults."""
     if name not in grid["rows"]:
         raise InputError(f"grid: no row {name!r}; the rows are {', '.join(grid['rows'])}")
     return {"stage": "grpo", "start": grid["start"], "set": [], **(grid["rows"][name] or {})}
 
 
-def folder_of(grid, name, seed) -> Path:
+def folder_of(grid, name, seed):
     return Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
 
 
-def grid_run(grid: dict, name: str, seed: int) -> Run:
+def grid_run(grid, name, seed):
     """The commands of a row. All but plain SFT are evaluated beside the row they start from."""
     row, folder = find_row(grid, name), folder_of(grid, name, seed)
     stage = row["stage"]
     settings = [grid["config"], f"seed={seed}", *grid["set"], *row["set"], f"out={folder}"]
-    evaluate = ["eval.py", *settings, "--checkpoint"]
+    train, evaluate = ["train_sft.py", *settings], ["eval.py", *settings, "--checkpoint"]
     result = str(folder / stage)
     if stage == "sft":
-        train = ["train_sft.py", *settings]
         return Run(stage, folder, None, [train, [*evaluate, result]])
 
     start = row["start"]
@@ -82,7 +81,7 @@ def grid_run(grid: dict, name: str, seed: int) -> Run:
         # It ends with an evaluation.
         train = ["train_grpo.py", *settings, f"grpo.init={before}/best"]
         return Run(stage, folder, start, [train])
-    train = ["train_sft.py", *settings, f"sft.stage={stage}", f"sft.init={before}/best"]
+    train += [f"sft.stage={stage}", f"sft.init={before}/best"]
     return Run(stage, folder, start, [train, [*evaluate, before, result]])
 
 
@@ -102,7 +101,7 @@ def needed_runs(grid):
 # ------------------------------------------------------------------------------- running it
 
 
-def reproduce(path: str) -> None:
+def reproduce(path):
     """Run the grid of a file."""
     grid = read_yaml(path)
     left = needed_runs(grid)
@@ -127,7 +126,7 @@ def run_next(left, path):
     return None
 
 
-def run_unless_locked(run: Run, where: str) -> bool:
+def run_unless_locked(run, where):
     """False if another process is at it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.folder / "lock", "w") as lock:
@@ -141,50 +140,50 @@ def run_unless_locked(run: Run, where: str) -> bool:
     return True
 
 
-def read_state(folder: Path) -> dict:
+def read_state(folder):
     """Is a run done, and how many CPU minutes has it taken so far?"""
     path = folder / "state.json"
     return json.loads(path.read_text()) if path.exists() else {"done": False, "cpu_minutes": 0.0}
 
 
-def child_minutes() -> float:
+def child_minutes():
     """CPU minutes of the commands that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (usage.ru_utime + usage.ru_stime) / 60
+    times = os.times()
+    return (times.children_user + times.children_system) / 60
 
 
-def run_commands(run: Run, where: str) -> None:
+def run_commands(run, where):
     """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
     state, before = read_state(run.folder), child_minutes()
-    config_path, *overrides = run.commands[0][1:]
+    _, config_path, *overrides = run.commands[0]
     config = load_config(config_path, overrides)
     steps = {"grpo": config.grpo.steps, "more": config.sft.more_steps}
     n_steps = steps.get(run.stage, config.sft.steps)
     metrics = run.folder / METRICS
     metrics.unlink(missing_ok=True)
     try:
-        for command in run.commands:
-            text = f"python {' '.join(command)}"
+        for script, *args in run.commands:
+            text = f"python {' '.join([script, *args])}"
             tqdm.write(text)
-            script = [sys.executable, ROOT / command[0], *command[1:]]
-            code = subprocess.run(script, stdout=subprocess.DEVNULL).returncode
+            command = [sys.executable, ROOT / script, *args]
+            code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
             # A signal stops a script without an error code.
-            stopped = last_step(run.folder / run.stage) < n_steps
-            unmeasured = command is run.commands[-1] and not metrics.exists()
-            if code or stopped or unmeasured:
-                raise InputError(
-                    f"{where}: `{text}` did not end; started again, the grid goes on from there"
-                )
-        state["done"] = True
+            if code or last_step(run.folder / run.stage) < n_steps:
+                break
+        state["done"] = not code and metrics.exists()
     finally:
         state["cpu_minutes"] += child_minutes() - before
         write_atomically(run.folder / "state.json", json.dumps(state))
+    if not state["done"]:
+        raise InputError(
+            f"{where}: `{text}` did not end; started again, the grid goes on from there"
+        )
 
 
 # ------------------------------------------------------------------------------- RESULTS.md
 
 
-def spread(results: list[dict], metric: str, gain=False) -> str:
+def spread(results, metric, gain=False):
     """Mean, lowest and highest over the seeds: of the value, or of the difference to the start."""
     values = []
     for blocks in results:
@@ -201,7 +200,7 @@ def spread(results: list[dict], metric: str, gain=False) -> str:
     return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]"
 
 
-def table_row(grid, name, seeds) -> list[str]:
+def table_row(grid, name, seeds):
     results = []
     for seed in seeds:
         folder = folder_of(grid, name, seed)
@@ -212,7 +211,7 @@ def table_row(grid, name, seeds) -> list[str]:
     return [name, str(len(results)), *values, *gains]
 
 
-def claim_table(grid, claim) -> str:
+def claim_table(grid, claim):
     head = ["", "seeds", *SHOWN, *(f"{metric} - start" for metric in GAINS)]
     rows = [table_row(grid, name, claim["seeds"]) for name in claim["rows"]]
 
@@ -225,11 +224,7 @@ def claim_table(grid, claim) -> str:
     return "\n".join(lines)
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def grid_text(grid: dict, path: str) -> str:
+def grid_text(grid, path):
     """RESULTS.md: a table for each claim."""
     states = [read_state(run.folder) for run in needed_runs(grid).values()]
     minutes = [state["cpu_minutes"] for state in states if state["done"]]
@@ -239,19 +234,19 @@ def grid_text(grid: dict, path: str) -> str:
         f"Mean [lowest, highest] over the seeds that are done. {len(minutes)} of {len(states)} "
         f"runs, {sum(minutes) / 60:.1f} CPU-hours, the longest {max(minutes, default=0):.0f} "
         f"CPU-minutes.",
-        one_line(grid.get("setting", "")),
+        grid.get("setting", "").strip(),
     ]
     for claim in grid["claims"]:
-        parts += [f"## {claim['title']}", one_line(claim["paper"]), claim_table(grid, claim)]
-        parts.append(one_line(claim.get("reading", "")))
+        parts += [f"## {claim['title']}", claim["paper"].strip(), claim_table(grid, claim)]
+        parts.append(claim.get("reading", "").strip())
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("grid", help="a file like configs/ablations/grid.yaml")
+    parser.add_argument("grid")
     reproduce(parser.parse_args().grid)
 
 
