@@ -1,4 +1,7 @@
-"""The datasets in the layouts in which they are distributed, tiny and with made-up contents. Each writes into `root`."""
+"""The datasets in the layouts in which they are distributed: tiny, with made-up contents.
+
+Each function writes one dataset into the folder `root` and returns it.
+"""
 
 import csv
 import gzip
@@ -17,92 +20,89 @@ def write(path, text):
     return path
 
 
+def write_json(path, tree):
+    return write(path, json.dumps(tree))
+
+
 def table(path, header, rows):
-    lines = [header.split(","), *rows]
+    """A CSV file. header: the names of the columns, with commas."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="") as file:
-        csv.writer(file).writerows(lines)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
     return path
 
 
 def picture(path, mode="L", size=(40, 32)):
+    """An image file of noise. size: width, height."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(len(str(path)))
+    shape = size[::-1]
     if mode == "I;16":
-        Image.fromarray(rng.integers(0, 4096, size[::-1]).astype(np.uint16)).save(path)
+        image = Image.fromarray(rng.integers(0, 4096, shape).astype(np.uint16))
     else:
-        Image.fromarray(rng.integers(0, 256, (*size[::-1], 4), dtype=np.uint8), "RGBA").convert(
-            mode
-        ).save(path)
+        pixels = rng.integers(0, 256, (*shape, 4), dtype=np.uint8)
+        image = Image.fromarray(pixels, "RGBA").convert(mode)
+    image.save(path)
     return path
 
 
+# ------------------------------------------------------------------------------- IU X-Ray
+
+
 def r2gen(root):
-    studies = [
-        {
-            "id": f"CXR{n}",
-            "report": f"The heart is normal . Study {n} .",
-            "image_path": [f"CXR{n}/0.png", f"CXR{n}/1.png"],
-        }
-        for n in range(4)
-    ]
-    for s in studies:
-        for p in s["image_path"]:
-            picture(root / "images" / p, "RGB")
-    write(
-        root / "annotation.json",
-        json.dumps({"train": studies[:2], "val": studies[2:3], "test": studies[3:]}),
-    )
+    studies = []
+    for n in range(4):
+        names = [f"CXR{n}/0.png", f"CXR{n}/1.png"]
+        report = f"The heart is normal . Study {n} ."
+        studies.append({"id": f"CXR{n}", "report": report, "image_path": names})
+        for name in names:
+            picture(root / "images" / name, "RGB")
+    splits = {"train": studies[:2], "val": studies[2:3], "test": studies[3:]}
+    write_json(root / "annotation.json", splits)
     return root
 
 
 def kaggle(root, n=10):
-    table(
-        root / "indiana_reports.csv",
-        "uid,MeSH,Problems,image,indication,comparison,findings,impression",
-        [
-            [
-                uid,
-                "normal",
-                "normal",
-                "PA, lateral",
-                "Pain",
-                "None.",
-                "" if uid == 3 else f"Clear,\nstudy {uid}.",
-                'No "acute" disease.',
-            ]
-            for uid in range(n)
-        ],
-    )
-    rows = [
-        [uid, f"{uid}_{view}.dcm.png", view] for uid in range(n) for view in ("Lateral", "Frontal")
-    ]
-    table(root / "indiana_projections.csv", "uid,filename,projection", rows)
-    for _, name, _ in rows:
+    reports, views = [], []
+    for uid in range(n):
+        findings = "" if uid == 3 else f"Clear,\nstudy {uid}."
+        words = ["normal", "normal", "PA, lateral", "Pain", "None."]
+        reports.append([uid, *words, findings, 'No "acute" disease.'])
+        for view in ("Lateral", "Frontal"):
+            views.append([uid, f"{uid}_{view}.dcm.png", view])
+    header = "uid,MeSH,Problems,image,indication,comparison,findings,impression"
+    table(root / "indiana_reports.csv", header, reports)
+    table(root / "indiana_projections.csv", "uid,filename,projection", views)
+    for _, name, _ in views:
         picture(root / "images_normalized" / name)
     return root
+
+
+OPENI = """<?xml version="1.0" encoding="utf-8"?>
+<eCitation><uId id="CXR{uid}"/><MedlineCitation><Article><Abstract>
+<AbstractText Label="COMPARISON">None.</AbstractText>\
+<AbstractText Label="FINDINGS">{findings}</AbstractText>
+<AbstractText Label="IMPRESSION">No acute disease.</AbstractText>\
+</Abstract></Article></MedlineCitation>{images}</eCitation>"""
 
 
 def openi(root, n=10):
     for uid in range(1, n + 1):
         findings = "" if uid == 4 else f"Clear lungs &amp; normal heart, study {uid}."
-        images = "".join(
-            f'<parentImage id="CXR{uid}_IM-000{k}-400{k}"><caption>PA</caption></parentImage>'
-            for k in (2, 1)
-        )
-        write(
-            root / "ecgen-radiology" / f"{uid}.xml",
-            f"""<?xml version="1.0" encoding="utf-8"?>
-<eCitation><uId id="CXR{uid}"/><MedlineCitation><Article><Abstract>
-<AbstractText Label="COMPARISON">None.</AbstractText><AbstractText Label="FINDINGS">{findings}</AbstractText>
-<AbstractText Label="IMPRESSION">No acute disease.</AbstractText></Abstract></Article></MedlineCitation>{images}</eCitation>""",
-        )
-        for k in (1, 2):
-            picture(root / "NLMCXR_png" / f"CXR{uid}_IM-000{k}-400{k}.png")
+        images = ""
+        for k in (2, 1):
+            name = f"CXR{uid}_IM-000{k}-400{k}"
+            images += f'<parentImage id="{name}"><caption>PA</caption></parentImage>'
+            picture(root / "NLMCXR_png" / f"{name}.png")
+        text = OPENI.format(uid=uid, findings=findings, images=images)
+        write(root / "ecgen-radiology" / f"{uid}.xml", text)
     return root
 
 
-# (subject, study, [(dicom, view)], split) of the MIMIC-CXR fixture; images are 60 wide and 80 high
+# ------------------------------------------------------------------------------- MIMIC-CXR
+
+# (subject, study, [(dicom, view)], split). The images are 60 wide and 80 high.
 MIMIC = [
     ("10000032", "50414267", [("d1", "PA"), ("d2", "LATERAL")], "train"),
     ("10000032", "50414268", [("d3", "LL")], "train"),
@@ -110,6 +110,23 @@ MIMIC = [
     ("10000898", "50771383", [("d7", "AP")], "validate"),
     ("10000935", "50578979", [("d8", "PA")], "test"),
     ("10000980", "50985099", [("d9", "AP")], "test"),
+]
+# In the order of the published file.
+MIMIC_LABELS = [
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Enlarged Cardiomediastinum",
+    "Fracture",
+    "Lung Lesion",
+    "Lung Opacity",
+    "No Finding",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Pneumonia",
+    "Pneumothorax",
+    "Support Devices",
 ]
 MIMIC_REPORT = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
@@ -121,140 +138,96 @@ MIMIC_REPORT = """                                 FINAL REPORT
 
  No acute process in study {study}.
 """
+# The names of its splits in MIMIC-CXR.
+OFFICIAL = {"train": "train", "val": "validate", "test": "test"}
 
 
 def mimic_folder(subject, study):
     return f"files/p{subject[:2]}/p{subject}/s{study}"
 
 
+def mimic_images():
+    """(subject, study, dicom, view, split) of every image."""
+    images = []
+    for subject, study, dicoms, split in MIMIC:
+        images += [(subject, study, dicom, view, split) for dicom, view in dicoms]
+    return images
+
+
+def mimic_paths():
+    """dicom -> the path of its image."""
+    return {d: f"{mimic_folder(p, s)}/{d}.jpg" for p, s, d, _, _ in mimic_images()}
+
+
 def mimic_cxr(root, reports="txt", end=".gz"):
-    """MIMIC-CXR-JPG from PhysioNet, with the reports as text files or as the sectioned CSV."""
-    images = [
-        (subject, study, dicom, view, split)
-        for subject, study, dicoms, split in MIMIC
-        for dicom, view in dicoms
-    ]
-    table(
-        root / f"mimic-cxr-2.0.0-split.csv{end}",
-        "dicom_id,study_id,subject_id,split",
-        [(d, s, p, part) for p, s, d, _, part in images],
-    )
-    table(
-        root / f"mimic-cxr-2.0.0-metadata.csv{end}",
-        "dicom_id,subject_id,study_id,ViewPosition,Rows,Columns,StudyDate",
-        [(d, p, s, v, 80, 60, 21800506) for p, s, d, v, _ in images],
-    )
-    labels = [
-        "Atelectasis",
-        "Cardiomegaly",
-        "Consolidation",
-        "Edema",
-        "Enlarged Cardiomediastinum",
-        "Fracture",
-        "Lung Lesion",
-        "Lung Opacity",
-        "No Finding",
-        "Pleural Effusion",
-        "Pleural Other",
-        "Pneumonia",
-        "Pneumothorax",
-        "Support Devices",
-    ]  # as published
-    table(
-        root / f"mimic-cxr-2.0.0-chexpert.csv{end}",
-        "subject_id,study_id," + ",".join(labels),
-        [[p, s, "", "1.0", "0.0", "-1.0", *[""] * 5, "1.0", *[""] * 4] for p, s, *_ in MIMIC],
-    )
-    for subject, study, dicom, _, _ in images:
+    """MIMIC-CXR-JPG from PhysioNet. reports: "txt" files, or the sectioned "csv"."""
+    splits, metadata, labels = [], [], []
+    for subject, study, dicom, view, split in mimic_images():
+        splits.append([dicom, study, subject, split])
+        metadata.append([dicom, subject, study, view, 80, 60, 21800506])
         picture(root / mimic_folder(subject, study) / f"{dicom}.jpg", size=(60, 80))
-    sections = []
     for subject, study, *_ in MIMIC:
-        findings = "" if study == "50771383" else f"The lungs are clear. Study {study}."
-        sections.append([f"s{study}", f"No acute process in study {study}.", findings, "", ""])
-        if reports == "txt":
-            text = MIMIC_REPORT.format(
-                findings=f"FINDINGS:\n \n The lungs are\n clear. Study {study}.\n"
-                if findings
-                else "",
-                study=study,
-            )
-            write(root / f"{mimic_folder(subject, study)}.txt", text)
-    if reports == "csv":
-        table(
-            root / "mimic_cxr_sectioned.csv",
-            "study,impression,findings,last_paragraph,comparison",
-            sections,
-        )
+        # Cardiomegaly and Pleural Effusion; no Consolidation, and Edema is uncertain.
+        labels.append([subject, study, "", "1.0", "0.0", "-1.0", *[""] * 5, "1.0", *[""] * 4])
+    header = "dicom_id,study_id,subject_id,split"
+    table(root / f"mimic-cxr-2.0.0-split.csv{end}", header, splits)
+    header = "dicom_id,subject_id,study_id,ViewPosition,Rows,Columns,StudyDate"
+    table(root / f"mimic-cxr-2.0.0-metadata.csv{end}", header, metadata)
+    header = ",".join(["subject_id", "study_id", *MIMIC_LABELS])
+    table(root / f"mimic-cxr-2.0.0-chexpert.csv{end}", header, labels)
+    if reports == "txt":
+        write_mimic_texts(root)
+    else:
+        write_mimic_sections(root)
     return root
+
+
+def write_mimic_texts(root):
+    for subject, study, *_ in MIMIC:
+        findings = f"FINDINGS:\n \n The lungs are\n clear. Study {study}.\n"
+        if study == "50771383":
+            findings = ""
+        text = MIMIC_REPORT.format(findings=findings, study=study)
+        write(root / f"{mimic_folder(subject, study)}.txt", text)
+
+
+def write_mimic_sections(root):
+    rows = []
+    for _, study, *_ in MIMIC:
+        findings = "" if study == "50771383" else f"The lungs are clear. Study {study}."
+        rows.append([f"s{study}", f"No acute process in study {study}.", findings, "", ""])
+    header = "study,impression,findings,last_paragraph,comparison"
+    table(root / "mimic_cxr_sectioned.csv", header, rows)
 
 
 def mimic_r2gen(root):
-    rows = {
-        split: [
-            {
-                "id": d,
-                "study_id": int(s),
-                "subject_id": int(p),
-                "report": f"Clear. Study {s}.",
-                "image_path": [f"p{p[:2]}/p{p}/s{s}/{d}.jpg"],
+    tree = {"train": [], "val": [], "test": []}
+    for split, official in OFFICIAL.items():
+        for subject, study, dicom, _, given in mimic_images():
+            if given != official:
+                continue
+            path = f"p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
+            row = {
+                "id": dicom,
+                "study_id": int(study),
+                "subject_id": int(subject),
+                "report": f"Clear. Study {study}.",
+                "image_path": [path],
                 "split": split,
             }
-            for p, s, dicoms, given in MIMIC
-            if given == {"val": "validate"}.get(split, split)
-            for d, _ in dicoms
-        ]
-        for split in ("train", "val", "test")
-    }
-    for row in (r for part in rows.values() for r in part):
-        picture(root / "images" / row["image_path"][0], size=(60, 80))
-    write(root / "annotation.json", json.dumps(rows))
-    return root
-
-
-def vindr_physionet(root):
-    """Three readers of 10 training images, 200 x 100 pixels; one normal; the consensus on two test images."""
-    rows = []
-    for n in range(10):
-        picture(root / "train" / f"v{n}.png", size=(200, 100))
-        for r, reader in enumerate(("R1", "R2", "R3")):
-            rows += (
-                [[f"v{n}", reader, "Nodule/Mass", 20 + 2 * r, 10, 60 + 2 * r, 50]]
-                if n
-                else [[f"v{n}", reader, "No finding", "", "", "", ""]]
-            )
-        rows += [[f"v{n}", "R1", "Cardiomegaly", 80, 40, 180, 90]] if n else []
-    table(
-        root / "annotations" / "annotations_train.csv",
-        "image_id,rad_id,class_name,x_min,y_min,x_max,y_max",
-        rows,
-    )
-    for n in range(2):
-        picture(root / "test" / f"t{n}.png", size=(200, 100))
-    table(
-        root / "annotations" / "annotations_test.csv",
-        "image_id,class_name,x_min,y_min,x_max,y_max",
-        [["t0", "Pleural effusion", 0, 50, 50, 100], ["t1", "No finding", "", "", "", ""]],
-    )
-    return root
-
-
-def vindr_kaggle(root):
-    """Images reduced to 50 x 25, whose boxes are pixels of 200 x 100 originals."""
-    rows = [[f"v{n}", "Cardiomegaly", 3, "R8", 80, 40, 180, 90] for n in range(10)]
-    table(root / "train.csv", "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max", rows)
-    table(root / "train_meta.csv", "image_id,dim0,dim1", [[f"v{n}", 100, 200] for n in range(10)])
-    for n in range(10):
-        picture(root / "train" / f"v{n}.png", size=(50, 25))
+            tree[split].append(row)
+            picture(root / "images" / path, size=(60, 80))
+    write_json(root / "annotation.json", tree)
     return root
 
 
 def ms_cxr(root, version="1.0.0"):
-    """Two phrases on d5 (one with two boxes), one on d8; the images are those of mimic_cxr, beside it."""
-    header = (
-        "dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height"
-        + ",split" * (version != "1.0.0")
-    )
-    path = {d: f"{mimic_folder(p, s)}/{d}.jpg" for p, s, dicoms, _ in MIMIC for d, _ in dicoms}
+    """Two phrases on d5, one with two boxes; one on d7 and on d8. Version 1.0.0 has no split.
+
+    The images are those of mimic_cxr, beside it.
+    """
+    header = "dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height,split"
+    path = mimic_paths()
     rows = [
         ["d5", "Pneumonia", "left basilar opacity", path["d5"], 30, 40, 15, 20, 60, 80, "train"],
         ["d5", "Pneumonia", "left basilar opacity", path["d5"], 6, 8, 12, 16, 60, 80, "train"],
@@ -262,137 +235,140 @@ def ms_cxr(root, version="1.0.0"):
         ["d7", "Edema", "mild edema", path["d7"], 3, 4, 30, 40, 60, 80, "val"],
         ["d8", "Pneumothorax", "small right pneumothorax", path["d8"], 0, 0, 30, 8, 60, 80, "test"],
     ]
-    table(
-        root / f"MS_CXR_Local_Alignment_v{version}.csv",
-        header,
-        [row[: header.count(",") + 1] for row in rows],
-    )
-    return root
-
-
-def padchest_gr(root, with_table=True):
-    def finding(text, abnormal, boxes=()):
-        more = (
-            {"boxes": [list(b) for b in boxes], "extra_boxes": [], "labels": ["x"], "locations": []}
-            if abnormal
-            else {}
-        )
-        return {
-            "sentence_en": text,
-            "sentence_es": "...",
-            "abnormal": abnormal,
-            "progression": None,
-            **more,
-        }
-
-    rows = [
-        {
-            "StudyID": f"s{n}",
-            "ImageID": f"{n}_x.png",
-            "findings": [
-                finding(
-                    "Right pleural effusion.", True, [(0.1, 0.5, 0.4, 0.9), (0.2, 0.1, 0.3, 0.2)]
-                ),
-                finding("Normal heart size", False),
-            ],
-        }
-        for n in range(8)
-    ]
-    rows[0]["findings"] = [finding("No relevant findings.", False)]
-    write(root / "grounded_reports_20240819.json", json.dumps(rows))
-    if with_table:
-        splits = ["train"] * 4 + ["validation"] * 2 + ["test"] * 2
-        table(
-            root / "master_table.csv",
-            "StudyID,ImageID,PatientID,split",
-            [
-                [f"s{n}", f"{n}_x.png", f"p{n}", split]
-                for n, split in enumerate(splits)
-                for _ in "ab"
-            ],
-        )
-    for n in range(8):
-        picture(root / "PadChest_GR" / f"{n}_x.png", "I;16", (50, 60))
+    if version == "1.0.0":
+        header = header.removesuffix(",split")
+        rows = [row[:-1] for row in rows]
+    table(root / f"MS_CXR_Local_Alignment_v{version}.csv", header, rows)
     return root
 
 
 def chest_imagenome(root):
-    """Two regions on every frontal image of mimic_cxr, beside it; d6 has no scene graph."""
-    for split, given in (("train", "train"), ("valid", "validate"), ("test", "test")):
-        rows = [
-            (n, p, s, d, v)
-            for n, (p, s, d, v) in enumerate(
-                (p, s, d, v)
-                for p, s, dicoms, part in MIMIC
-                for d, v in dicoms
-                if part == given and v in ("PA", "AP")
-            )
-        ]
-        table(
-            root / "silver_dataset" / "splits" / f"{split}.csv",
-            ",subject_id,study_id,dicom_id,ViewPosition",
-            rows,
-        )
-        for _, p, s, d, v in rows:
-            objects = [
-                {
-                    "object_id": f"{d}_{name}",
-                    "bbox_name": name,
-                    "x1": 1,
-                    "y1": 2,
-                    "x2": 3,
-                    "y2": 4,
-                    "original_x1": box[0],
-                    "original_y1": box[1],
-                    "original_x2": box[2],
-                    "original_y2": box[3],
-                }
-                for name, box in (
-                    ("right lung", (6, 8, 30, 60)),
-                    ("cardiac silhouette", (15, 40, 45, 80)),
-                )
-            ]
-            if d != "d6":
-                write(
-                    root / "silver_dataset" / "scene_graph" / f"{d}_SceneGraph.json",
-                    json.dumps(
-                        {
-                            "image_id": f"{d}.dcm",
-                            "viewpoint": v,
-                            "patient_id": int(p),
-                            "study_id": int(s),
-                            "objects": objects,
-                            "attributes": [],
-                        }
-                    ),
-                )
+    """Two regions on every frontal image of mimic_cxr, beside it. d6 has no scene graph."""
+    silver = root / "silver_dataset"
+    for split, official in (("train", "train"), ("valid", "validate"), ("test", "test")):
+        rows = []
+        for subject, study, dicom, view, given in mimic_images():
+            if given == official and view in ("PA", "AP"):
+                rows.append([len(rows), subject, study, dicom, view])
+                if dicom != "d6":
+                    path = silver / "scene_graph" / f"{dicom}_SceneGraph.json"
+                    write_json(path, scene_graph(subject, study, dicom, view))
+        header = ",subject_id,study_id,dicom_id,ViewPosition"
+        table(silver / "splits" / f"{split}.csv", header, rows)
     return root
 
 
+def scene_graph(subject, study, dicom, view):
+    objects = []
+    for name, box in (("right lung", (6, 8, 30, 60)), ("cardiac silhouette", (15, 40, 45, 80))):
+        # Corners in a smaller image, then in the original.
+        region = {"object_id": f"{dicom}_{name}", "bbox_name": name}
+        region |= {"x1": 1, "y1": 2, "x2": 3, "y2": 4}
+        for corner, value in zip(("x1", "y1", "x2", "y2"), box):
+            region[f"original_{corner}"] = value
+        objects.append(region)
+    return {
+        "image_id": f"{dicom}.dcm",
+        "viewpoint": view,
+        "patient_id": int(subject),
+        "study_id": int(study),
+        "objects": objects,
+        "attributes": [],
+    }
+
+
+# ------------------------------------------------------------------------------- boxes
+
+
+def vindr_physionet(root):
+    """Ten training images, 200 x 100 pixels, by three radiologists; the first is normal.
+
+    Two test images with the consensus.
+    """
+    rows = []
+    for n in range(10):
+        image = f"v{n}"
+        picture(root / "train" / f"{image}.png", size=(200, 100))
+        for r, radiologist in enumerate(("R1", "R2", "R3")):
+            row = [image, radiologist, "Nodule/Mass", 20 + 2 * r, 10, 60 + 2 * r, 50]
+            if n == 0:
+                row = [image, radiologist, "No finding", "", "", "", ""]
+            rows.append(row)
+        if n > 0:
+            rows.append([image, "R1", "Cardiomegaly", 80, 40, 180, 90])
+    header = "image_id,rad_id,class_name,x_min,y_min,x_max,y_max"
+    table(root / "annotations" / "annotations_train.csv", header, rows)
+
+    for n in range(2):
+        picture(root / "test" / f"t{n}.png", size=(200, 100))
+    rows = [["t0", "Pleural effusion", 0, 50, 50, 100], ["t1", "No finding", "", "", "", ""]]
+    header = "image_id,class_name,x_min,y_min,x_max,y_max"
+    table(root / "annotations" / "annotations_test.csv", header, rows)
+    return root
+
+
+def vindr_kaggle(root):
+    """Images reduced to 50 x 25, whose boxes are pixels of 200 x 100 originals."""
+    boxes, sizes = [], []
+    for n in range(10):
+        boxes.append([f"v{n}", "Cardiomegaly", 3, "R8", 80, 40, 180, 90])
+        sizes.append([f"v{n}", 100, 200])
+        picture(root / "train" / f"v{n}.png", size=(50, 25))
+    header = "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max"
+    table(root / "train.csv", header, boxes)
+    table(root / "train_meta.csv", "image_id,dim0,dim1", sizes)
+    return root
+
+
+def padchest_gr(root, with_table=True):
+    """Eight 16-bit images, the first without a finding."""
+    normal = padchest_sentence("No relevant findings.", False)
+    boxes = [[0.1, 0.5, 0.4, 0.9], [0.2, 0.1, 0.3, 0.2]]
+    effusion = padchest_sentence("Right pleural effusion.", True) | {
+        "boxes": boxes,
+        "extra_boxes": [],
+        "labels": ["x"],
+        "locations": [],
+    }
+    heart = padchest_sentence("Normal heart size", False)
+    rows, lines = [], []
+    for n, split in enumerate(["train"] * 4 + ["validation"] * 2 + ["test"] * 2):
+        findings = [effusion, heart] if n else [normal]
+        rows.append({"StudyID": f"s{n}", "ImageID": f"{n}_x.png", "findings": findings})
+        # The table has a row per label.
+        lines += [[f"s{n}", f"{n}_x.png", f"p{n}", split]] * 2
+        picture(root / "PadChest_GR" / f"{n}_x.png", "I;16", (50, 60))
+    write_json(root / "grounded_reports_20240819.json", rows)
+    if with_table:
+        table(root / "master_table.csv", "StudyID,ImageID,PatientID,split", lines)
+    return root
+
+
+def padchest_sentence(text, abnormal):
+    return {"sentence_en": text, "sentence_es": "...", "abnormal": abnormal, "progression": None}
+
+
+# Its header splits into other cells than its rows.
+NIH_BOXES = """Image Index,Finding Label,Bbox [x,y,w,h],,,
+00000009_000.png,Infiltrate,256,512,128,256,,,
+00000009_001.png,Effusion,512.5,0,256,1024
+"""
+
+
 def nih(root, lists=True):
-    """Two images of each of 10 patients; boxes on both of patient 9, which the lists put into the test split."""
-    names = [f"{patient:08d}_{k:03d}.png" for patient in range(10) for k in range(2)]
-    table(
-        root / "Data_Entry_2017.csv",
-        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age",
-        [
-            [
-                name,
-                "Infiltration|Effusion" if name.startswith("00000009") else "No Finding",
-                0,
-                int(name[:8]),
-                40,
-            ]
-            for name in names
-        ],
-    )
-    write(
-        root / "BBox_List_2017.csv",
-        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
-        "00000009_000.png,Infiltrate,256,512,128,256,,,\n00000009_001.png,Effusion,512.5,0,256,1024\n",
-    )
-    for n, name in enumerate(names):
-        picture(root / ("images_001" if n < 10 else "images_002") / "images" / name, size=(64, 64))
+    """Two images of each of 10 patients. Patient 9, whom the lists hold out, has boxes on both."""
+    rows, names = [], []
+    for patient in range(10):
+        labels = "Infiltration|Effusion" if patient == 9 else "No Finding"
+        for k in range(2):
+            name = f"{patient:08d}_{k:03d}.png"
+            folder = "images_001" if patient < 5 else "images_002"
+            picture(root / folder / "images" / name, size=(64, 64))
+            rows.append([name, labels, 0, patient, 40])
+            names.append(name)
+    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age"
+    table(root / "Data_Entry_2017.csv", header, rows)
+    write(root / "BBox_List_2017.csv", NIH_BOXES)
     if lists:
         write(root / "train_val_list.txt", "\n".join(names[:-2]))
         write(root / "test_list.txt", "\n".join(names[-2:]))
@@ -400,72 +376,71 @@ def nih(root, lists=True):
 
 
 def coco(root, split=True):
-    def tree(first, count):
-        images = [
-            {"id": n, "file_name": f"c{n}.png", "width": 200, "height": 100}
-            for n in range(first, first + count)
-        ]
-        boxes = [
-            {"id": 2 * n, "image_id": n, "category_id": 7, "bbox": [20, 10, 100, 50], "iscrowd": 0}
-            for n in range(first, first + count - 1)
-        ]
-        return {
-            "categories": [{"id": 7, "name": "ActiveTuberculosis"}],
-            "images": images,
-            "annotations": boxes + boxes[:0],
-        }
-
+    """Nine images, in a file for each split or in one file. The last of each file is normal."""
     if split:
         for k, name in enumerate(("train", "val", "test")):
-            write(root / "annotations" / f"instances_{name}2017.json", json.dumps(tree(3 * k, 3)))
+            write_json(root / "annotations" / f"instances_{name}2017.json", coco_tree(3 * k, 3))
     else:
-        write(root / "all_boxes.json", json.dumps(tree(0, 9)))
+        write_json(root / "all_boxes.json", coco_tree(0, 9))
     for n in range(9):
         picture(root / "images" / f"c{n}.png", size=(100, 50))
     return root
 
 
+def coco_tree(first, count):
+    images, boxes = [], []
+    for n in range(first, first + count):
+        images.append({"id": n, "file_name": f"c{n}.png", "width": 200, "height": 100})
+        box = [20, 10, 100, 50]
+        boxes.append({"id": 2 * n, "image_id": n, "category_id": 7, "bbox": box, "iscrowd": 0})
+    categories = [{"id": 7, "name": "ActiveTuberculosis"}]
+    return {"categories": categories, "images": images, "annotations": boxes[:-1]}
+
+
+# ------------------------------------------------------------------------------- conversations
+
+LLAVA = [
+    ("human", "<image>\nWhere is the effusion in this Chest X-ray?"),
+    (
+        "gpt",
+        "The effusion is located at the coordinates [0.12, 0.55, 0.41, 0.93] and "
+        "[0.50, 0.60, 1.00, 0.75] on the image.",
+    ),
+    ("human", "Write a radiology report."),
+    ("gpt", "There is a pleural effusion."),
+    ("human", "Is it large?"),
+    ("gpt", "No, it is small."),
+]
+
+
+def conversation(*turns):
+    """Turns of (speaker, text) as LLaVA writes them."""
+    return [{"from": speaker, "value": text} for speaker, text in turns]
+
+
 def llava(root):
     for split in ("train", "val", "test"):
-        rows = [
-            {
-                "id": f"{split}_{n}",
-                "image": f"{split}/{n}.png",
-                "conversations": [
-                    {
-                        "from": "human",
-                        "value": "<image>\nWhere is the effusion in this Chest X-ray?",
-                    },
-                    {
-                        "from": "gpt",
-                        "value": "The effusion is located at the coordinates [0.12, 0.55, 0.41, 0.93] and [0.50, 0.60, 1.00, 0.75] on the image.",
-                    },
-                    {"from": "human", "value": "Write a radiology report."},
-                    {"from": "gpt", "value": "There is a pleural effusion."},
-                    {"from": "human", "value": "Is it large?"},
-                    {"from": "gpt", "value": "No, it is small."},
-                ],
-            }
-            for n in range(2)
-        ]
-        write(root / f"{split}.json", json.dumps(rows))
+        rows = []
         for n in range(2):
+            row = {"id": f"{split}_{n}", "image": f"{split}/{n}.png"}
+            rows.append(row | {"conversations": conversation(*LLAVA)})
             picture(root / split / f"{n}.png")
+        write_json(root / f"{split}.json", rows)
     return root
+
+
+# ------------------------------------------------------------------------------- all
 
 
 def everything(root):
     """All datasets side by side, as data.path of a mixture expects them."""
-    for name, build in (
-        ("iu_xray", kaggle),
-        ("mimic_cxr", mimic_cxr),
-        ("vindr_cxr", vindr_physionet),
-        ("ms_cxr", ms_cxr),
-        ("padchest_gr", padchest_gr),
-        ("chest_imagenome", chest_imagenome),
-        ("nih", nih),
-        ("coco", coco),
-        ("llava", llava),
-    ):
-        build(root / name)
+    kaggle(root / "iu_xray")
+    mimic_cxr(root / "mimic_cxr")
+    vindr_physionet(root / "vindr_cxr")
+    ms_cxr(root / "ms_cxr")
+    padchest_gr(root / "padchest_gr")
+    chest_imagenome(root / "chest_imagenome")
+    nih(root / "nih")
+    coco(root / "coco")
+    llava(root / "llava")
     return root

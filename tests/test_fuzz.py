@@ -1,4 +1,7 @@
-"""Hostile input: ten thousand random texts for every parser, broken files for every reader. A clear error or an answer, no crash, no hang."""
+"""Hostile input: thousands of random texts for every parser, broken files for every reader.
+
+A clear error or an answer; no crash, no hang.
+"""
 
 import io
 import json
@@ -7,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, load
 from PIL import Image
 
 import data
@@ -15,6 +18,8 @@ import rewards
 from runtime.config import InputError, known_keys, load_config
 
 N = 10_000
+# No character, and so no text of a file.
+SURROGATES = 0xD800
 
 
 @pytest.fixture(autouse=True)
@@ -22,159 +27,190 @@ def no_hang():
     def too_long(*_):
         raise TimeoutError("it hangs")
 
-    signal.signal(signal.SIGALRM, too_long)
+    before = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(120)
     yield
     signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def random_character(rng):
+    code = rng.integers(0, 128), rng.integers(0, SURROGATES), rng.integers(0x10000, 0x110000)
+    return chr(int(rng.choice(code)))
 
 
 def texts(seed, pieces, longest=40):
-    """N random texts made of these pieces and of any characters, a few of them very long."""
+    """N random texts of these pieces and of any characters, a few of them very long."""
     rng = np.random.default_rng(seed)
     for i in range(N):
         size = int(rng.integers(0, longest)) if i % 1000 else 20_000
-        some = [
-            pieces[k]
-            if k < len(pieces)
-            else chr(
-                int(
-                    rng.choice(
-                        [
-                            rng.integers(0, 128),
-                            rng.integers(0, 0xD800),
-                            rng.integers(0x10000, 0x110000),
-                        ]
-                    )
-                )
-            )
-            for k in rng.integers(0, len(pieces) + 4, size)
-        ]
-        yield "".join(some)
+        parts = []
+        for k in rng.integers(0, len(pieces) + 4, size):
+            parts.append(pieces[k] if k < len(pieces) else random_character(rng))
+        yield "".join(parts)
+
+
+# ------------------------------------------------------------------------------- texts
+
+BOX_PIECES = [
+    "[",
+    "]",
+    ",",
+    ", ",
+    "0.5",
+    "1e9",
+    "-",
+    ".",
+    "inf",
+    "nan",
+    " and ",
+    "[0.1, 0.2, 0.3, 0.4]",
+    "9" * 400,
+    "\n",
+    "[",
+]
 
 
 def test_boxes():
     found = 0
-    for text in texts(
-        1,
-        [
-            "[",
-            "]",
-            ",",
-            ", ",
-            "0.5",
-            "1e9",
-            "-",
-            ".",
-            "inf",
-            "nan",
-            " and ",
-            "[0.1, 0.2, 0.3, 0.4]",
-            "9" * 400,
-            "\n",
-            "[",
-        ],
-    ):
+    for text in texts(1, BOX_PIECES):
         boxes = data.parse_boxes(text)
         found += len(boxes)
-        assert all(len(box) == 4 and np.isfinite(box).all() for box in boxes)
+        for box in boxes:
+            assert len(box) == 4
+            assert np.isfinite(box).all()
         assert np.isfinite(rewards.soft_f1(boxes[:30], [(0.1, 0.1, 0.5, 0.5)]))
     assert found > N / 4
 
 
 def test_outputs():
     valid = 0
-    tags = list(data.TAGS)
-    for text in texts(
-        2,
-        [*tags, "<think>a</think><report>b</report>", "<think>", "word ", "\n", "<", ">", "</"],
-        longest=6,
-    ):
+    whole = "<think>a</think><report>b</report>"
+    pieces = [*data.TAGS, whole, "<think>", "word ", "\n", "<", ">", "</"]
+    for text in texts(2, pieces, longest=6):
         for style in ("plain", "tags", "suffix"):
             ok, thinking, answer = data.parse_output(text, "report", style)
-            assert isinstance(thinking, str) and isinstance(answer, str) and (answer or not ok)
+            assert isinstance(thinking, str)
+            assert isinstance(answer, str)
+            assert answer or not ok
             valid += ok
     assert valid > 100
 
 
+LABEL_WORDS = (
+    "no pneumothorax effusion . without may be heart enlarged normal size , but with stable lungs "
+    "clear ; and opacity - 1. findings: impression:"
+)
+
+
 def test_labels():
-    words = "no pneumothorax effusion . without may be heart enlarged normal size , but with stable lungs clear ; and opacity - 1. findings: impression:".split()
-    labels = rewards.extract_labels(list(texts(3, [w + " " for w in words])))
-    assert labels.shape == (N, 14) and len(np.unique(labels)) == 4
+    pieces = [f"{word} " for word in LABEL_WORDS.split()]
+    labels = rewards.extract_labels(list(texts(3, pieces)))
+    assert labels.shape == (N, 14)
+    assert len(np.unique(labels)) == 4
 
 
-def test_configurations(tmp_path):
-    """Random YAML trees, damaged copies of the default file, and YAML that Python itself chokes on."""
+# ------------------------------------------------------------------------------- configurations
+
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    0.5,
+    1e400,
+    float("nan"),
+    "x",
+    "",
+    [],
+    ["a"],
+    {},
+    {"mccs": 1},
+    [{"source": "nih"}],
+    {"a": {"b": []}},
+    [[1]],
+    "1e-4",
+    10**30,
+]
+# Python itself chokes on some of them.
+BROKEN = [
+    "{" * 5000,
+    "a: " + "[" * 3000,
+    "seed: 2001-99-99",
+    "seed: " + "9" * 5000,
+    "? {a: b}\n: c",
+    "&a [*a]",
+    "!!python/object:os.system x",
+    "\x00",
+    "seed: !!binary x",
+    "seed: !!bool x",
+    "seed: !!timestamp foo",
+    "seed: !!int ''",
+    "seed: !!float ''",
+]
+
+
+def is_accepted(path):
+    """Does the file load? If not, the error is one line."""
+    try:
+        load_config(path)
+    except InputError as error:
+        assert "\n" not in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_broken_configurations(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert not is_accepted(path)
+
+
+def test_random_trees(tmp_path):
+    """Any key with any value."""
     rng, path, accepted = np.random.default_rng(4), tmp_path / "c.yaml", 0
-    good, keys = (ROOT / "config.yaml").read_text(), list(known_keys())
-    values = [
-        None,
-        True,
-        -1,
-        0,
-        3,
-        0.5,
-        1e400,
-        float("nan"),
-        "x",
-        "",
-        [],
-        ["a"],
-        {},
-        {"mccs": 1},
-        [{"source": "nih"}],
-        {"a": {"b": []}},
-        [[1]],
-        "1e-4",
-        10**30,
-    ]
-    broken = [
-        "{" * 5000,
-        "a: " + "[" * 3000,
-        "seed: 2001-99-99",
-        "seed: " + "9" * 5000,
-        "? {a: b}\n: c",
-        "&a [*a]",
-        "!!python/object:os.system x",
-        "\x00",
-        "seed: !!binary x",
-        "seed: !!bool x",
-        "seed: !!timestamp foo",
-        "seed: !!int ''",
-        "seed: !!float ''",
-    ]
-    for i in range(N):
-        if i < len(broken):
-            path.write_text(broken[i])
-        elif i % 4:
-            tree = {}
-            for key in rng.choice(keys, 1):
-                node = tree
-                *parents, last = key.split(".")
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = values[rng.integers(len(values))]
-            path.write_text(yaml.safe_dump(tree))
-        else:
-            raw = bytearray(good.encode())
-            for place in rng.integers(0, len(raw), 1):
-                raw[place] = rng.integers(32, 127)
-            path.write_bytes(raw)
-        try:
-            load_config(path)
-            accepted += 1
-        except InputError as error:
-            assert "\n" not in str(error)
+    keys = list(known_keys())
+    for _ in range(3 * N // 4):
+        *sections, last = str(rng.choice(keys)).split(".")
+        tree = {last: VALUES[rng.integers(len(VALUES))]}
+        for section in reversed(sections):
+            tree = {section: tree}
+        path.write_text(yaml.safe_dump(tree))
+        accepted += is_accepted(path)
     assert N / 50 < accepted < N / 2
-    for text in (
+
+
+def test_damaged_configurations(tmp_path):
+    """The default file with one character changed."""
+    rng, path, accepted = np.random.default_rng(5), tmp_path / "c.yaml", 0
+    good = (ROOT / "config.yaml").read_bytes()
+    for _ in range(N // 4):
+        raw = bytearray(good)
+        raw[rng.integers(len(raw))] = rng.integers(32, 127)
+        path.write_bytes(raw)
+        accepted += is_accepted(path)
+    assert N / 50 < accepted < N / 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "seed=2001-99-99",
         "seed=" + "9" * 5000,
         "seed=" + "[" * 3000,
         "seed=!!bool x",
         "seed=!!timestamp foo",
         "seed=!!int ''",
-    ):
-        with pytest.raises(InputError):
-            load_config(ROOT / "config.yaml", [text])
+    ],
+)
+def test_overrides(text):
+    with pytest.raises(InputError):
+        load(text)
+
+
+# ------------------------------------------------------------------------------- files
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged files
@@ -186,16 +222,18 @@ def test_images(tmp_path, kind, mode):
     """Damaged files of each kind: read or refused."""
     rng, path, file, refused = np.random.default_rng(5), tmp_path / "i", io.BytesIO(), 0
     Image.new(mode, (24, 16)).save(file, kind)
-    good = file.getvalue()
     for i in range(500):
-        raw = bytearray(good)
+        raw = bytearray(file.getvalue())
         for place in rng.integers(0, len(raw), 1 + i % 8):
             raw[place] = rng.integers(256)
-        path.write_bytes(raw[: rng.integers(1, len(raw))] if i % 3 == 0 else raw)
+        if i % 3 == 0:
+            raw = raw[: rng.integers(1, len(raw))]
+        path.write_bytes(raw)
         try:
             assert data.load_image(path).mode == "RGB"
         except InputError as error:
-            refused += "\n" not in str(error)
+            assert "\n" not in str(error)
+            refused += 1
     assert refused > 50
 
 
@@ -210,6 +248,9 @@ def test_bombs(tmp_path):
         data.load_image(tmp_path / "bomb.bmp")
 
 
+OUTSIDE = {"id": "a", "report": "x", "image_path": ["../../../etc/passwd"]}
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -221,17 +262,14 @@ def test_bombs(tmp_path):
         b'{"train": 3}',
         b'{"train": [null, 1, {}]}',
         b"null",
-        json.dumps(
-            {"train": [{"id": "a", "report": "x", "image_path": ["../../../etc/passwd"]}] * 3}
-        ).encode(),
+        json.dumps({"train": [OUTSIDE] * 3}).encode(),
     ],
 )
 def test_annotations(tmp_path, content):
     (tmp_path / "images").mkdir()
     (tmp_path / "annotation.json").write_bytes(content)
-    config = load_config(ROOT / "config.yaml", ["data.source=iu_xray", f"data.path={tmp_path}"])
     with pytest.raises(InputError) as error:
-        data.load_split(config, "train")
+        data.load_split(load("data.source=iu_xray", f"data.path={tmp_path}"), "train")
     assert str(tmp_path) in str(error.value)
 
 
@@ -242,16 +280,14 @@ def test_annotations(tmp_path, content):
         b"[" * 100_000,
         b"{}",
         b"3",
-        b'{"id": "a", "image": "../x.png", "task": "report", "report": "b"}',
-        b'{"id": {}, "image": 3, "task": [], "report": 1e999}',
+        b'{"id": "a", "images": ["../x.png"], "report": "b"}',
+        b'{"id": {}, "images": 3, "report": 1e999}',
+        b'{"id": "a", "images": [1e999], "phrase": [], "boxes": [[1e999, "a", null, {}]]}',
         b'{"id": "a"' + b" " * 1_000_000 + b"}",
     ],
 )
 def test_lines(tmp_path, line):
-    (tmp_path / "x.jsonl").write_bytes(line + b"\n")
-    config = load_config(
-        ROOT / "config.yaml", ["data.source=jsonl", f"data.path={tmp_path / 'x.jsonl'}"]
-    )
+    (tmp_path / "train.jsonl").write_bytes(line + b"\n")
     with pytest.raises(InputError) as error:
-        data.load_split(config, "train")
-    assert "x.jsonl" in str(error.value)
+        data.load_split(load("data.source=jsonl", f"data.path={tmp_path}"), "train")
+    assert "train.jsonl" in str(error.value)

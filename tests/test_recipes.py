@@ -1,4 +1,4 @@
-"""Every recipe in configs/, with a tiny model and fixture data: two steps of each stage."""
+"""Every recipe in configs/ as it is, with a tiny model and fixture data: each stage, evaluated."""
 
 import layouts
 import pytest
@@ -25,22 +25,26 @@ TINY = [
     "grpo.group_size=2",
     "grpo.max_new_tokens=6",
 ]
-EVALUATE = evaluation.evaluate_checkpoints
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 class Never:
-    """No request to stop."""
+    """No request to stop, and no signal handlers that other tests would inherit."""
 
     def requested(self):
         return False
 
-    release = finish = requested
+    def release(self):
+        pass
+
+    def finish(self):
+        pass
 
 
-def load(recipe, fixtures, tmp_path, *more):
-    path = fixtures / "iu_xray" if recipe.stem == "iu_xray" else fixtures
-    return load_config(recipe, [f"data.path={path}", f"out={tmp_path}", *TINY, *more])
+def load_recipe(path, fixtures, out, *overrides):
+    """A recipe on the fixtures: relative to data.path, or the folder of its one dataset."""
+    folder = fixtures / "iu_xray" if path.stem == "iu_xray" else fixtures
+    return load_config(path, [f"data.path={folder}", f"out={out}", *TINY, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -50,42 +54,53 @@ def fixtures(tmp_path_factory):
 
 @pytest.fixture
 def run_grpo(monkeypatch):
-    """Run train_grpo.main() with a configuration: the checkpoints that it compares."""
+    """Runs train_grpo.main() with a configuration: (names of what it compares, the results)."""
+    evaluate = evaluation.evaluate_checkpoints
     compared = []
-    monkeypatch.setattr(
-        train_grpo.evaluation, "evaluate_checkpoints", lambda _, c: compared.append(c)
-    )
+
+    def evaluate_and_keep(config, checkpoints):
+        _, results = evaluate(config, checkpoints)
+        compared.append((list(checkpoints), results))
 
     def run(config):
-        monkeypatch.setattr(train_grpo, "start_training", lambda _: (config, Never()))
-        compared.clear()
+        monkeypatch.setattr(train_grpo, "start_training", lambda usage: (config, Never()))
         train_grpo.main()
-        (checkpoints,) = compared
-        return checkpoints
+        return compared.pop()
 
+    monkeypatch.setattr(evaluation, "evaluate_checkpoints", evaluate_and_keep)
     return run
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe, fixtures, tmp_path, run_grpo):
-    # Which radvlm_sft.yaml makes.
-    assert load(recipe, fixtures, tmp_path).grpo.init in ("auto", "runs/radvlm/sft/best")
-    config = load(recipe, fixtures, tmp_path, "grpo.init=auto")
-    checkpoints = run_grpo(config)
-    before = [name for name in checkpoints if name != "grpo"]
-    assert before == ["cold_start" if config.data.thinking else "sft"]
-    _, results = EVALUATE(config, checkpoints)
-    tasks = {data.TASK_OF[task] for source in data.sources(config, "test") for task in source.tasks}
+    config = load_recipe(recipe, fixtures, tmp_path, "grpo.init=auto")
+    before = "cold_start" if config.data.thinking else "sft"
+    names, results = run_grpo(config)
+    assert names == [before, "grpo"]
+    tasks = set()
+    for source in data.sources(config, "test"):
+        tasks |= {data.TASK_OF[task] for task in source.tasks}
     assert ("reports" in results) == ("report" in tasks)
     assert ("grounding" in results) == ("grounding" in tasks)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_start_from_what_a_recipe_makes(recipe):
+    # The latter is what radvlm_sft.yaml makes.
+    assert load_config(recipe).grpo.init in ("auto", "runs/radvlm/sft/best")
+    assert load_config(ROOT / "configs" / "radvlm_sft.yaml").out == "runs/radvlm"
 
 
 def test_radvlm_cold_start_and_thinking(fixtures, tmp_path, run_grpo):
     """What the comments of the RadVLM recipes say about thinking."""
     recipe = ROOT / "configs" / "radvlm_sft.yaml"
-    config = load(recipe, fixtures, tmp_path, "sft.stage=cold_start", "data.thinking=true")
+    settings = ["sft.stage=cold_start", "data.thinking=true"]
+    config = load_recipe(recipe, fixtures, tmp_path, *settings)
     best = train_sft.train_up_to(config, "cold_start", Never())
+
     recipe = ROOT / "configs" / "radvlm_grpo_report.yaml"
-    config = load(recipe, fixtures, tmp_path / "report", f"grpo.init={best}", "data.thinking=true")
-    assert set(run_grpo(config)) == {"cold_start", "grpo"}
-    assert next(iter(data.load_split(config, "test"))).style == "suffix"
+    settings = [f"grpo.init={best}", "data.thinking=true"]
+    config = load_recipe(recipe, fixtures, tmp_path / "report", *settings)
+    names, _ = run_grpo(config)
+    assert names == ["cold_start", "grpo"]
+    assert {e.style for e in data.load_split(config, "test")} == {"suffix"}
