@@ -88,9 +88,13 @@ def is_path(image: Any) -> bool:
     return isinstance(image, (str, Path))
 
 
+def open_image(image: Any) -> Image.Image:
+    """An image of an example as RGB, opened or drawn now."""
+    return load_image(image) if is_path(image) else image.image.convert("RGB")
+
+
 def open_images(example: Example) -> list[Image.Image]:
-    """The example's images as RGB, opened or drawn now."""
-    return [load_image(i) if is_path(i) else i.image.convert("RGB") for i in example.images]
+    return [open_image(image) for image in example.images]
 
 
 def batched(items: Sequence, size: int) -> list:

@@ -61,6 +61,8 @@ def parse_conversation(row):
         raise ValueError("turns of human and gpt in turn")
     image = row["image"]
     names = [image] if isinstance(image, str) else [str(name) for name in image]
+    if not names:
+        raise ValueError("no image")
     return names, [text for _, text in turns]
 
 

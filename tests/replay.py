@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
 
-EVALUATION = 99  # the stream of random numbers that evaluation samples with
+EVALUATION = (0,)  # evaluation is greedy, and has no stream of random numbers
 
 
 def replace_tokens(policy, rollout, tokens, temperature):
@@ -37,11 +37,13 @@ def replayed(sample, earlier, path):
     """Policy.sample that writes its tokens to `path` and returns those of `earlier`."""
 
     @torch.no_grad()
-    def sample_and_replace(policy, examples, group_size, max_new_tokens, temperature, stream):
+    def sample_and_replace(
+        policy, examples, group_size, max_new_tokens, temperature, stream=EVALUATION
+    ):
         rollouts = sample(policy, examples, group_size, max_new_tokens, temperature, stream)
-        step = stream[-1]
-        if step == EVALUATION:
+        if stream == EVALUATION:
             return rollouts
+        step = stream[-1]
         for rollout in rollouts:
             tokens = [ids.tolist() for ids in rollout.tokens]
             with open(path, "a") as file:

@@ -456,11 +456,6 @@ def test_one_llava_file_is_split_by_the_patients_of_mimic_cxr(tmp_path):
     assert {e.task for e in parts["train"]} == {"classification"}
 
 
-@pytest.mark.xfail(
-    raises=IndexError,
-    strict=True,
-    reason="readers/llava.py: patient_of(names[0]) stands behind the try, and names may be empty",
-)
 def test_a_conversation_with_no_image_in_its_list_is_named(tmp_path):
     root = layouts.llava(tmp_path)
     replace_in(root / "train.json", '"image": "train/0.png"', '"image": []')

@@ -58,7 +58,7 @@ def contact_sheet(examples):
     for n, e in enumerate(examples):
         x, y = n % COLUMNS * SIDE, n // COLUMNS * (SIDE + FOOT)
         try:
-            image = ImageOps.contain(data.open_images(e)[0], inner)
+            image = ImageOps.contain(data.open_image(e.images[0]), inner)
         except InputError:
             # The description says so.
             image = Image.new("RGB", inner)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import LABELS, open_images, parse_boxes
+from data import LABELS, open_image, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
 from rewards import POSITIVE, UNCERTAIN, find_mentions, labeler
 from runtime.config import InputError
@@ -239,7 +239,7 @@ def sample_html(sample):
 def thumbnail(example):
     """The example's first image as a data URL."""
     try:
-        image = open_images(example)[0].convert("L")
+        image = open_image(example.images[0]).convert("L")
     except InputError:
         # Predictions of another program can be shown without the images.
         image = Image.new("L", SIDE)
