@@ -11,6 +11,8 @@ image is 1. sign is -1 on the patient's right and 1 on the left.
 import itertools
 import math
 import re
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
@@ -26,179 +28,114 @@ CHOSEN_START = 5_000_000  # from the start of a split: studies that are chosen f
 
 # ------------------------------------------------------------------------------- tables
 
-PHANTOM_LABELS = LABELS[1:]
-RARE = {
-    "Enlarged Cardiomediastinum",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Pneumothorax",
-    "Pleural Other",
-    "Fracture",
-}
+# Studies with anything else are looked for among the chosen ones.
+COMMON = {"Cardiomegaly", "Lung Opacity", "Atelectasis", "Pleural Effusion", "Support Devices"}
 # Half of the studies are normal; the others draw one clinical picture, so that findings co-occur:
-# (cumulative probability, P(label)).
-PICTURES = (
-    (
-        0.100,
-        {
-            "Cardiomegaly": 0.85,
-            "Edema": 0.50,
-            "Pleural Effusion": 0.50,
-            "Support Devices": 0.25,
-            "Atelectasis": 0.15,
-        },
-    ),
-    (
-        0.185,
-        {
-            "Pneumonia": 0.55,
-            "Consolidation": 0.40,
-            "Lung Opacity": 0.50,
-            "Pleural Effusion": 0.20,
-            "Atelectasis": 0.06,
-        },
-    ),
-    (
-        0.260,
-        {
-            "Atelectasis": 0.90,
-            "Pleural Effusion": 0.30,
-            "Support Devices": 0.25,
-            "Lung Opacity": 0.12,
-        },
-    ),
-    (
-        0.300,
-        {"Fracture": 0.55, "Pneumothorax": 0.50, "Pleural Effusion": 0.15, "Support Devices": 0.30},
-    ),
-    (
-        0.345,
-        {
-            "Lung Lesion": 0.95,
-            "Enlarged Cardiomediastinum": 0.12,
-            "Lung Opacity": 0.10,
-            "Pleural Effusion": 0.08,
-        },
-    ),
-    (0.400, {"Cardiomegaly": 0.85, "Enlarged Cardiomediastinum": 0.15, "Support Devices": 0.15}),
-    (
-        0.435,
-        {
-            "Enlarged Cardiomediastinum": 0.65,
-            "Support Devices": 0.30,
-            "Edema": 0.12,
-            "Pneumothorax": 0.06,
-        },
-    ),
-    (0.490, {"Pleural Other": 0.50, "Lung Opacity": 0.60, "Lung Lesion": 0.05}),
-    (1.00, {"Support Devices": 0.06}),
-)
-# label: (region, noun phrases or whole sentences, which end in a full stop), in order of placing.
-WORDINGS = {
-    "Cardiomegaly": ("heart", "{degree} cardiomegaly|the heart is {degree}ly enlarged."),
-    "Enlarged Cardiomediastinum": (
-        "mediastinum",
-        "widening of the mediastinum|the mediastinum is widened.",
-    ),
-    "Pleural Effusion": ("pleura", "{a}{size} {side} pleural effusion{s}"),
-    "Pneumothorax": ("pleura", "a {size} {side} pneumothorax"),
-    "Atelectasis": (
-        "lungs",
-        "linear {side} basilar atelectasis|atelectasis at the {side} lung base{s}",
-    ),
-    "Edema": (
-        "lungs",
-        "{degree} pulmonary edema|findings are consistent with {degree} pulmonary edema.",
-    ),
-    "Consolidation": (
-        "lungs",
-        "consolidation in the {side} {zone}|dense {side} {zone} consolidation",
-    ),
-    "Pneumonia": (
-        "lungs",
-        "patchy {side} {zone} pneumonia|findings are consistent with {side} {zone} pneumonia.",
-    ),
-    "Lung Opacity": ("lungs", "a hazy opacity in the {side} {zone}|a hazy {side} {zone} opacity"),
-    "Lung Lesion": ("lungs", "{what} in the {side} {zone}"),
-    "Pleural Other": ("pleura", "{side} {what}|{what} on the {side}"),
-    "Fracture": ("bones", "{a}displaced {side} rib fracture{s}|{a}{side} rib fracture{s}"),
-    "Support Devices": ("devices", "{what}|{what} is in place."),
+# {cumulative probability: P(label)}.
+PICTURES = {
+    0.100: {
+        "Cardiomegaly": 0.85,
+        "Edema": 0.50,
+        "Pleural Effusion": 0.50,
+        "Support Devices": 0.25,
+        "Atelectasis": 0.15,
+    },
+    0.185: {
+        "Pneumonia": 0.55,
+        "Consolidation": 0.40,
+        "Lung Opacity": 0.50,
+        "Pleural Effusion": 0.20,
+        "Atelectasis": 0.06,
+    },
+    0.260: {
+        "Atelectasis": 0.90,
+        "Pleural Effusion": 0.30,
+        "Support Devices": 0.25,
+        "Lung Opacity": 0.12,
+    },
+    0.300: {
+        "Fracture": 0.55,
+        "Pneumothorax": 0.50,
+        "Pleural Effusion": 0.15,
+        "Support Devices": 0.30,
+    },
+    0.345: {
+        "Lung Lesion": 0.95,
+        "Enlarged Cardiomediastinum": 0.12,
+        "Lung Opacity": 0.10,
+        "Pleural Effusion": 0.08,
+    },
+    0.400: {"Cardiomegaly": 0.85, "Enlarged Cardiomediastinum": 0.15, "Support Devices": 0.15},
+    0.435: {
+        "Enlarged Cardiomediastinum": 0.65,
+        "Support Devices": 0.30,
+        "Edema": 0.12,
+        "Pneumothorax": 0.06,
+    },
+    0.490: {"Pleural Other": 0.50, "Lung Opacity": 0.60, "Lung Lesion": 0.05},
+    1.00: {"Support Devices": 0.06},
 }
-LUNGS = tuple(label for label, (region, _) in WORDINGS.items() if region == "lungs")
 CERTAIN = ("there {be} {phrase}.", "{phrase} {be} present.", "{phrase} {be} seen.")
 HEDGED = ("possible {bare}.", "there may be {phrase}.")
 DENIED = ("no {}.", "there is no {}.", "no evidence of {}.")
-# (probability, region, labels, are they denied, wording), used when all of the labels are absent
+# (probability, region, labels, are they denied, wordings), used when all of the labels are absent
 # and none is denied yet.
 NORMALS = (
     (
         0.20,
         "heart",
-        ("Cardiomegaly", "Enlarged Cardiomediastinum"),
+        "Cardiomegaly|Enlarged Cardiomediastinum",
         True,
         "the cardiomediastinal silhouette is normal.",
     ),
-    (0.90, "heart", ("Cardiomegaly",), True, "heart size is normal.|the heart is normal in size."),
+    (0.90, "heart", "Cardiomegaly", True, "heart size is normal.|the heart is normal in size."),
     (
         0.75,
         "mediastinum",
-        ("Enlarged Cardiomediastinum",),
+        "Enlarged Cardiomediastinum",
         True,
         "the mediastinal contours are normal.|mediastinal contours are unremarkable.",
     ),
     (
         0.90,
         "lungs",
-        LUNGS,
+        "Atelectasis|Edema|Consolidation|Pneumonia|Lung Opacity|Lung Lesion",
         False,
         "the lungs are clear.|lungs are clear bilaterally.|both lungs are clear.",
     ),
-    (0.30, "lungs", ("Edema", "Cardiomegaly"), False, "pulmonary vascularity is normal."),
+    (0.30, "lungs", "Edema|Cardiomegaly", False, "pulmonary vascularity is normal."),
     (
         0.25,
         "pleura",
-        ("Consolidation", "Pleural Effusion", "Pneumothorax"),
+        "Consolidation|Pleural Effusion|Pneumothorax",
         True,
         "focal consolidation, pleural effusion, or pneumothorax",
     ),
-    (
-        0.80,
-        "pleura",
-        ("Pleural Effusion", "Pneumothorax"),
-        True,
-        "pleural effusion or pneumothorax",
-    ),
-    (0.35, "lungs", ("Consolidation",), True, "focal consolidation"),
-    (0.10, "lungs", ("Pneumonia",), True, "pneumonia"),
-    (0.15, "lungs", ("Edema",), True, "pulmonary edema"),
-    (0.70, "pleura", ("Pneumothorax",), True, "pneumothorax"),
-    (0.60, "pleura", ("Pleural Effusion",), True, "pleural effusion"),
-    (0.10, "bones", ("Fracture",), True, "rib fracture"),
+    (0.80, "pleura", "Pleural Effusion|Pneumothorax", True, "pleural effusion or pneumothorax"),
+    (0.35, "lungs", "Consolidation", True, "focal consolidation"),
+    (0.10, "lungs", "Pneumonia", True, "pneumonia"),
+    (0.15, "lungs", "Edema", True, "pulmonary edema"),
+    (0.70, "pleura", "Pneumothorax", True, "pneumothorax"),
+    (0.60, "pleura", "Pleural Effusion", True, "pleural effusion"),
+    (0.10, "bones", "Fracture", True, "rib fracture"),
     (
         0.55,
         "bones",
-        ("Fracture",),
+        "Fracture",
         False,
         "the bones are intact.|osseous structures are unremarkable.",
     ),
 )
-ARTICLE, SUMMARY = re.compile("^an? "), "no acute cardiopulmonary abnormality"
+ARTICLE = re.compile("^an? ")
+PLURAL = re.compile("effusions$|fractures$|^nodules")
 ORDERS = ("heart mediastinum lungs pleura bones devices",) * 8 + (
     "lungs pleura heart mediastinum bones devices",
     "devices heart mediastinum lungs pleura bones",
 )
 SIZES, DEGREES = ("small", "moderate", "large"), ("mild", "moderate", "severe")
+# Of the patient's side in the thorax frame. What has no side is drawn once.
+SIGNS = {"right": (-1,), "left": (1,), "both": (-1, 1), "": (-1,)}
 ZONES = {"upper lobe": -0.21, "mid lung": -0.03, "lower lobe": 0.13}  # heights of their centres
-SIDES = {
-    "Pleural Effusion": ("right", "left", "both"),
-    "Atelectasis": ("right", "left", "both"),
-    "Edema": ("both",),
-    "Pneumothorax": ("right", "left"),
-    "Pleural Other": ("right", "left"),
-    "Fracture": ("right", "left"),
-}
 PLEURA = {
     "apical pleural thickening": (-0.5, -0.27),
     "lateral pleural thickening": (-0.16, 0.14),
@@ -211,12 +148,26 @@ TUBES = {
     "an enteric tube": ((0, -0.5), (0.01, -0.2), (0.015, 0.2), (0.06, 0.32), (0.13, 0.36)),
     "a chest tube": ((0.46, 0.16), (0.33, 0.08), (0.27, -0.08), (0.24, -0.27)),
 }
-QUESTION_NAMES = {label: label.lower() for label in PHANTOM_LABELS} | {
+QUESTION_NAMES = {label: label.lower() for label in LABELS[1:]} | {
     "Enlarged Cardiomediastinum": "widened mediastinum",
     "Cardiomegaly": "enlarged heart",
     "Pleural Other": "pleural thickening",
     "Fracture": "rib fracture",
 }
+# How a trace reads the regions, and what it says where nothing is mentioned.
+READING = {
+    "Heart": "normal size",
+    "Mediastinum": "normal",
+    "Right lung": "clear",
+    "Left lung": "clear",
+    "Pleura": "normal",
+    "Bones": "intact",
+    "Devices": "none",
+}
+LUNGS = {"right": ["Right lung"], "left": ["Left lung"], "both": ["Right lung", "Left lung"]}
+CLAVICLE = (0.04, -0.31), (0.2, -0.35), (0.38, -0.39)
+# The four ends of a broken rib, out of line.
+RIB_ENDS = (-0.06, -0.015), (-0.006, 0), (0.006, 0.035), (0.055, 0.055)
 
 # ------------------------------------------------------------------------------- studies
 
@@ -232,7 +183,6 @@ class Finding:
     mentioned: bool
     boxes: tuple[Box, ...]
     shapes: tuple = field(repr=False)  # one per box: polygons in the thorax frame
-    look: tuple = field(repr=False)  # blur, density, opacity
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +234,7 @@ def read(seed, split, size, questions):
         yield as_study(study, [ask_report(study, questions)])
 
     chosen = (phantom(seed, index) for index in itertools.count(start + CHOSEN_START))
-    chosen = (s for s in chosen if s.boxes.keys() & RARE or (s.boxes and s.index % 3 == 0))
+    chosen = (s for s in chosen if s.boxes.keys() - COMMON or (s.boxes and s.index % 3 == 0))
     for study in itertools.islice(chosen, size):
         asked = [ask_list(study, questions)]
         # Held-out reports keep the natural prevalence.
@@ -293,7 +243,7 @@ def read(seed, split, size, questions):
         rng = np.random.default_rng([seed, study.index, 7])
         labels = list(study.boxes)
         if rng.random() < 0.4:
-            absent = [label for label in PHANTOM_LABELS if label not in study.boxes]
+            absent = [label for label in QUESTION_NAMES if label not in study.boxes]
             labels.append(str(rng.choice(absent)))
         asked += [ask_boxes(study, label, rng, questions) for label in labels]
         yield as_study(study, asked)
@@ -310,14 +260,16 @@ def ask_report(study, questions):
 
 
 def ask_list(study, questions):
-    names = [QUESTION_NAMES[label] for label in PHANTOM_LABELS if label in study.boxes]
+    names = [name for label, name in QUESTION_NAMES.items() if label in study.boxes]
     answer = f"{', '.join(names) or 'none'}."
     question = questions["classification"][0]
     return Asked(f"{study.index}-list", "classification", question, answer)
 
 
 def ask_boxes(study, label, rng, questions):
-    boxes = [tuple(round(v, 2) for v in box) for box in study.boxes.get(label, ())]
+    boxes = []
+    for box in study.boxes.get(label, ()):
+        boxes.append(tuple(round(v, 2) for v in box))
     return Asked(
         f"{study.index}-{label}",
         "grounding",
@@ -348,23 +300,23 @@ def pick(rng, items):
 
 def sample_anatomy(rng):
     """The size of the image, and the geometry in the thorax frame."""
-    w, h, angle, scale, x, y, lung, height, dome, higher, curve, heart, middle, rib = rng.random(
-        14
-    ).tolist()
-    width, lung, dome = 112 + int(33 * w), 0.365 + 0.04 * lung, 0.25 + 0.05 * dome
+    shape = rng.random(14).tolist()
+    w, h, angle, scale, x, y, lung, height, dome, higher, curve, heart, middle, rib = shape
+    width, dome = 112 + int(33 * w), 0.25 + 0.05 * dome
     return SimpleNamespace(
         size=(width, min(max(int(width * (0.92 + 0.2 * h)), 112), 144)),
         angle=math.radians(6 * angle - 3),
         scale=0.94 + 0.1 * scale,
         x=0.48 + 0.04 * x,
         y=0.48 + 0.04 * y,
-        lung=lung,  # half width of the chest
+        lung=0.365 + 0.04 * lung,  # half width of the chest
         height=0.40 + 0.04 * height,  # from the origin to the apex
         dome={-1: dome, 1: dome + 0.01 + 0.025 * higher},  # of the diaphragm, by side
         curve=1.2 + 0.6 * curve,
-        heart=lung * (0.40 + 0.07 * heart),
+        heart=0.40 + 0.07 * heart,  # its share of the half width of the chest
         middle=0.05 + 0.012 * middle,  # half width of the mediastinum
         rib=0.085 + 0.015 * rib,  # distance of two ribs
+        bases={-1: 0.17, 1: 0.17},  # height down to which the lungs are visible, by side
     )
 
 
@@ -376,7 +328,8 @@ def to_image(points, an):
 
 def loop(u1, v1, u2, v2):
     """Polygon along one curve and back along another."""
-    return np.stack([np.concatenate([u1, u2[::-1]]), np.concatenate([v1, v2[::-1]])], 1)
+    there, back = np.stack([u1, v1], 1), np.stack([u2, v2], 1)
+    return np.concatenate([there, back[::-1]])
 
 
 def ellipse(u, v, ru, rv, tilt=0.0):
@@ -384,12 +337,12 @@ def ellipse(u, v, ru, rv, tilt=0.0):
     return np.stack([u + ru * np.cos(turn), v + rv * np.sin(turn) + tilt * np.cos(turn)], 1)
 
 
-def stroke(path, width):
-    """Polyline -> one quad per segment."""
-    path = np.asarray(path)
-    step = np.diff(path, axis=0)
-    side = step[:, ::-1] * (-1, 1) * (width / 2 / np.hypot(*step.T))[:, None]
+def stroke(path, width, sign=1):
+    """Polyline -> one quad per segment. sign -1 mirrors it."""
+    path = np.asarray(path) * (sign, 1)
     a, b = path[:-1], path[1:]
+    step = b - a
+    side = step[:, ::-1] * (-1, 1) * (width / 2 / np.hypot(*step.T))[:, None]
     return list(np.stack([a - side, b - side, b + side, a + side], 1))
 
 
@@ -413,7 +366,8 @@ def rim(sign, top, bottom, thick, an):
     return loop(sign * wall, v, sign * inner, inner_v)
 
 
-def heart_shape(half, an):
+def heart_shape(share, an):
+    half = an.lung * share
     center = 0.055 + 0.3 * (half - 0.16)
     shape = ellipse(center, an.dome[-1] - 0.06, half, 0.78 * half, 0.2 * half)
     return [np.minimum(shape, (1, an.dome[1] + 0.03))]
@@ -425,53 +379,43 @@ def heart_shape(half, an):
 def sample_findings(rng, an):
     """What is there, where, and how it looks. A place that is taken or hidden is not used again."""
     point = rng.random()
-    picture = next(chances for cumulative, chances in PICTURES if point < cumulative)
+    picture = next(chances for cumulative, chances in PICTURES.items() if point < cumulative)
     labels = {label for label, chance in picture.items() if rng.random() < chance}
-    free = [(side, zone) for side in ("right", "left") for zone in ZONES]
+    free = list(itertools.product(("right", "left"), ZONES))
     if "Cardiomegaly" in labels:
         # A large heart hides the left lung but for its upper lobe.
-        free = [(s, z) for s, z in free if s == "right" or z == "upper lobe"]
-    # Height down to which the lung bases are visible, by side.
-    bases = {-1: 0.17, 1: 0.17}
-    found = []
-    for label in WORDINGS:
-        in_zone = label in LUNGS[2:]
-        if label not in labels or (in_zone and not free):
+        free = free[:-2]
+    found = {}
+    for label, kind in KINDS.items():
+        places = free
+        if kind.sides != "zone":
+            places = [(side, "") for side in kind.sides.split("|")]
+        if label not in labels or not places:
             continue
         severity = int(rng.random() * 3)
-        if in_zone:
-            side, zone = free.pop(int(rng.random() * len(free)))
-        else:
-            side, zone = pick(rng, SIDES.get(label, ("",))), ""
+        side, zone = pick(rng, places)
         hidden = {
             "Pleural Effusion": ("lower lobe", "mid lung")[:severity],
             "Atelectasis": ("lower lobe",),
             "Pneumothorax": ("upper lobe",),
-        }.get(label, ())
+        }.get(label, (zone,))
         free = [(s, z) for s, z in free if z not in hidden or side not in (s, "both")]
 
-        sketch = Sketch(rng, an, side, zone, severity, bases, found)
-        shapes = DRAWN[label](sketch)
+        height = ZONES.get(zone, 0) + rng.uniform(-0.02, 0.02)
+        distance = rng.uniform(0.17, 0.23) + 0.06 * (zone == "lower lobe")
+        sketch = Sketch(rng, an, found, severity, height, distance)
+        shapes = []
+        for sign in SIGNS[side]:
+            sketch.sign = sign
+            shapes += kind.draw(sketch)
+        boxes = tuple(box_of(polygons, kind.blur, an) for polygons in shapes)
         certain = label == "Support Devices" or rng.random() > (0.25, 0.12, 0.06)[severity]
         # The slighter, the easier to pass over.
         mentioned = rng.random() < (0.6, 0.8, 0.9)[severity]
-        look = LOOKS[label] if label != "Edema" else (0.045, 0.70, (0.58, 0.68, 0.78)[severity])
-        boxes = tuple(box_of(polygons, look[0], an) for polygons in shapes)
-        found.append(
-            Finding(
-                label,
-                side,
-                zone,
-                severity,
-                sketch.what,
-                certain,
-                mentioned,
-                boxes,
-                tuple(shapes),
-                look,
-            )
+        found[label] = Finding(
+            label, side, zone, severity, sketch.what, certain, mentioned, boxes, tuple(shapes)
         )
-    return tuple(found)
+    return tuple(found.values())
 
 
 def box_of(polygons, blur, an):
@@ -481,20 +425,22 @@ def box_of(polygons, blur, an):
     return tuple(np.clip([*points.min(0) - pad, *points.max(0) + pad], 0, 1).tolist())
 
 
+@dataclass
 class Sketch:
     """Where one finding goes. Its drawing function returns a list of polygons for each box."""
 
-    def __init__(self, rng, an, side, zone, severity, bases, found):
-        self.rng, self.an, self.severity = rng, an, severity
-        self.bases, self.found, self.what = bases, found, ""
-        self.signs = {"left": (1,), "both": (-1, 1)}.get(side, (-1,))
-        self.sign = self.signs[0]
-        self.height = ZONES.get(zone, 0) + rng.uniform(-0.02, 0.02)
-        self.distance = rng.uniform(0.17, 0.23) + 0.06 * (zone == "lower lobe")
+    rng: np.random.Generator
+    an: SimpleNamespace
+    found: dict[str, Finding]  # by label: what is there already
+    severity: int
+    height: float  # of the centre of its zone
+    distance: float  # of it from the midline
+    sign: int = 0  # of the side that is drawn
+    what: str = ""
 
 
 def cardiomegaly(s):
-    return [heart_shape(s.an.lung * (0.56, 0.61, 0.66)[s.severity], s.an)]
+    return [heart_shape((0.56, 0.61, 0.66)[s.severity], s.an)]
 
 
 def wide_mediastinum(s):
@@ -505,25 +451,21 @@ def wide_mediastinum(s):
 
 def effusion(s):
     """It raises the visible lung base."""
-    lung = s.an.lung
-    large_heart = any(f.label == "Cardiomegaly" for f in s.found)
-    shapes = []
-    for sign in s.signs:
-        hides = large_heart and sign > 0
-        inner = 0.06 if sign < 0 else 0.21 if large_heart else 0.12
-        d = np.linspace(inner, lung, 30)
-        floor = floor_at(d, sign, s.an)
-        # To show above a heart that hides the base.
-        behind = 0.05 * hides
-        rise = (0.16, 0.24, 0.35)[s.severity]
-        top = floor_at(lung, sign, s.an) - rise - behind + s.rng.uniform(-0.02, 0.02)
-        # The meniscus climbs the wall.
-        surface = top + 0.11 * (1 - np.exp((d - lung) / 0.08))
-        shown = surface < floor - 0.015
-        d, surface, floor = d[shown], surface[shown], floor[shown]
-        shapes.append([loop(sign * d, surface, sign * d, floor + 0.01)])
-        s.bases[sign] = top - 0.03
-    return shapes
+    sign, an = s.sign, s.an
+    inner, behind = 0.06 if sign < 0 else 0.12, 0
+    if sign > 0 and "Cardiomegaly" in s.found:
+        # To show beside and above a heart that hides the base.
+        inner, behind = 0.21, 0.05
+    d = np.linspace(inner, an.lung, 30)
+    floor = floor_at(d, sign, an)
+    rise = (0.16, 0.24, 0.35)[s.severity]
+    top = floor_at(an.lung, sign, an) - rise - behind + s.rng.uniform(-0.02, 0.02)
+    an.bases[sign] = top - 0.03
+    # The meniscus climbs the wall.
+    surface = top + 0.11 * (1 - np.exp((d - an.lung) / 0.08))
+    shown = surface < floor - 0.015
+    u = sign * d[shown]
+    return [[loop(u, surface[shown], u, floor[shown] + 0.01)]]
 
 
 def pneumothorax(s):
@@ -533,35 +475,30 @@ def pneumothorax(s):
 
 
 def atelectasis(s):
-    lung, shapes = s.an.lung, []
-    for sign in s.signs:
-        v = s.bases[sign] - s.rng.uniform(0, 0.03)
-        tilt = s.rng.uniform(-0.03, 0.05)
-        inner = 0.13 if sign < 0 else 0.20
-        shape = stroke(((sign * inner, v + tilt), (sign * (lung - 0.03), v)), 0.034)
-        if s.severity:
-            start = sign * (inner + 0.03), v + tilt - 0.06
-            shape += stroke((start, (sign * (lung - 0.07), v - 0.05)), 0.026)
-        shapes.append(shape)
-    return shapes
+    v = s.an.bases[s.sign] - s.rng.uniform(0, 0.03)
+    tilt = s.rng.uniform(-0.03, 0.05)
+    inner, outer = 0.13 if s.sign < 0 else 0.20, s.an.lung
+    shape = stroke(((inner, v + tilt), (outer - 0.03, v)), 0.034, s.sign)
+    if s.severity:
+        start, end = (inner + 0.03, v + tilt - 0.06), (outer - 0.07, v - 0.05)
+        shape += stroke((start, end), 0.026, s.sign)
+    return [shape]
 
 
 def edema(s):
-    return [[ellipse(sign * 0.17, -0.02, 0.12, 0.20)] for sign in s.signs]
+    return [[ellipse(s.sign * 0.17, -0.02, 0.12, 0.20)]]
 
 
 def consolidation(s):
-    v = s.height
-    d = np.array((0.07, wall_at(v - 0.09, s.an) - 0.01))
-    edge = v + s.rng.uniform(-0.2, 0.2) * (d - 0.2)
+    d = np.array((0.07, wall_at(s.height - 0.09, s.an) - 0.01))
+    edge = s.height + s.rng.uniform(-0.2, 0.2) * (d - 0.2)
     top = edge - s.rng.uniform(0.07, 0.10)
     bottom = edge + s.rng.uniform(0.07, 0.09)
     return [[loop(s.sign * d, top, s.sign * d, bottom)]]
 
 
 def pneumonia(s):
-    low, high = (-0.08, -0.08, 0.028, 0.028), (0.08, 0.08, 0.042, 0.042)
-    spots = s.rng.uniform(low, high, (10, 4)).tolist()
+    spots = s.rng.uniform((-0.08, -0.08, 0.028, 0.028), (0.08, 0.08, 0.042, 0.042), (10, 4))
     u = s.sign * s.distance
     return [[ellipse(u + x, s.height + y, *radii) for x, y, *radii in spots]]
 
@@ -573,11 +510,14 @@ def opacity(s):
 
 def lesion(s):
     radius = (0.052, 0.062, 0.08)[s.severity]
-    d, v = s.distance, s.height
-    s.what, spots = "a mass" if s.severity == 2 else "a nodule", ((d, v),)
+    s.what, shifts = "a mass" if s.severity == 2 else "a nodule", (0,)
     if s.severity == 0 and s.rng.random() < 0.5:
-        s.what, spots = "nodules", ((d - 0.05, v - 0.05), (d + 0.05, v + 0.05))
-    return [[ellipse(s.sign * x, y, radius, radius * s.rng.uniform(0.9, 1.1))] for x, y in spots]
+        s.what, shifts = "nodules", (-0.05, 0.05)
+    shapes = []
+    for shift in shifts:
+        radii = radius, radius * s.rng.uniform(0.9, 1.1)
+        shapes.append([ellipse(s.sign * (s.distance + shift), s.height + shift, *radii)])
+    return shapes
 
 
 def pleural_other(s):
@@ -586,60 +526,108 @@ def pleural_other(s):
 
 
 def fracture(s):
-    """Two ends of a rib, out of line."""
     v, d = s.rng.uniform(-0.22, 0.05), s.an.lung - 0.09
     shapes = []
-    heights = (v, v + 0.11) if s.severity == 2 else (v,)
-    for v in heights:
-        inner = (s.sign * (d - 0.06), v - 0.015), (s.sign * (d - 0.006), v)
-        outer = (s.sign * (d + 0.006), v + 0.035), (s.sign * (d + 0.055), v + 0.055)
-        shapes.append(stroke(inner, 0.034) + stroke(outer, 0.034))
+    for shift in (0, 0.11) if s.severity == 2 else (0,):
+        ends = np.add(RIB_ENDS, (d, v + shift))
+        shapes.append(stroke(ends[:2], 0.034, s.sign) + stroke(ends[2:], 0.034, s.sign))
     return shapes
 
 
 def device(s):
-    air = [1 if f.side == "left" else -1 for f in s.found if f.label == "Pneumothorax"]
-    sign = 1
-    if air:
-        s.what, sign = "a chest tube", air[0]
+    """A chest tube lies on the side of a pneumothorax, a pacemaker on either."""
+    shape = []
+    if "Pneumothorax" in s.found:
+        s.what, (sign,) = "a chest tube", SIGNS[s.found["Pneumothorax"].side]
     else:
-        s.what = pick(s.rng, tuple(TUBES)[:4])
-    pacemaker = s.what == "a pacemaker"
-    if pacemaker:
+        s.what, sign = pick(s.rng, tuple(TUBES)[:4]), 1
+    if s.what == "a pacemaker":
         sign = pick(s.rng, (-1, 1))
-    shape = stroke([(sign * u, v) for u, v in TUBES[s.what]], 0.024)
-    if pacemaker:
-        shape += stroke(((sign * 0.26, -0.25), (sign * 0.34, -0.25)), 0.085)
-    return [shape]
+        shape = stroke(((0.26, -0.25), (0.34, -0.25)), 0.085, sign)
+    return [shape + stroke(TUBES[s.what], 0.024, sign)]
 
 
-DRAWN = {
-    "Cardiomegaly": cardiomegaly,
-    "Enlarged Cardiomediastinum": wide_mediastinum,
-    "Pleural Effusion": effusion,
-    "Pneumothorax": pneumothorax,
-    "Atelectasis": atelectasis,
-    "Edema": edema,
-    "Consolidation": consolidation,
-    "Pneumonia": pneumonia,
-    "Lung Opacity": opacity,
-    "Lung Lesion": lesion,
-    "Pleural Other": pleural_other,
-    "Fracture": fracture,
-    "Support Devices": device,
+@dataclass(frozen=True)
+class Kind:
+    """What all findings of a label have in common."""
+
+    region: str
+    sides: str  # of the patient that it may be on, or "zone": it takes a free zone of a lung
+    draw: Callable
+    wordings: str  # noun phrases or whole sentences, which end in a full stop
+    density: float = 0.70
+    blur: float = 0
+    opacity: tuple = (1, 1, 1)  # by severity
+
+
+# In order of placing.
+KINDS = {
+    "Cardiomegaly": Kind(
+        "heart", "", cardiomegaly, "{degree} cardiomegaly|the heart is {degree}ly enlarged."
+    ),
+    "Enlarged Cardiomediastinum": Kind(
+        "mediastinum",
+        "",
+        wide_mediastinum,
+        "widening of the mediastinum|the mediastinum is widened.",
+    ),
+    "Pleural Effusion": Kind(
+        "pleura", "right|left|both", effusion, "{a}{size} {side} pleural effusion{s}"
+    ),
+    "Pneumothorax": Kind(
+        "pleura", "right|left", pneumothorax, "a {size} {side} pneumothorax", 0.06
+    ),
+    "Atelectasis": Kind(
+        "lungs",
+        "right|left|both",
+        atelectasis,
+        "linear {side} basilar atelectasis|atelectasis at the {side} lung base{s}",
+    ),
+    "Edema": Kind(
+        "lungs",
+        "both",
+        edema,
+        "{degree} pulmonary edema|findings are consistent with {degree} pulmonary edema.",
+        blur=0.045,
+        opacity=(0.58, 0.68, 0.78),
+    ),
+    "Consolidation": Kind(
+        "lungs",
+        "zone",
+        consolidation,
+        "consolidation in the {side} {zone}|dense {side} {zone} consolidation",
+        blur=0.006,
+        opacity=(0.92, 0.92, 0.92),
+    ),
+    "Pneumonia": Kind(
+        "lungs",
+        "zone",
+        pneumonia,
+        "patchy {side} {zone} pneumonia|findings are consistent with {side} {zone} pneumonia.",
+        blur=0.011,
+        opacity=(0.9, 0.9, 0.9),
+    ),
+    "Lung Opacity": Kind(
+        "lungs",
+        "zone",
+        opacity,
+        "a hazy opacity in the {side} {zone}|a hazy {side} {zone} opacity",
+        blur=0.035,
+        opacity=(0.75, 0.75, 0.75),
+    ),
+    "Lung Lesion": Kind("lungs", "zone", lesion, "{what} in the {side} {zone}", 0.78),
+    "Pleural Other": Kind(
+        "pleura", "right|left", pleural_other, "{side} {what}|{what} on the {side}", 0.94
+    ),
+    "Fracture": Kind(
+        "bones",
+        "right|left",
+        fracture,
+        "{a}displaced {side} rib fracture{s}|{a}{side} rib fracture{s}",
+        0.95,
+    ),
+    "Support Devices": Kind("devices", "", device, "{what}|{what} is in place.", 0.97),
 }
-PLAIN = (0, 0.70, 1.0)
-LOOKS = dict.fromkeys(DRAWN, PLAIN) | {  # blur, density, opacity
-    "Pneumothorax": (0, 0.06, 1.0),
-    "Consolidation": (0.006, 0.70, 0.92),
-    "Pneumonia": (0.011, 0.70, 0.9),
-    "Lung Opacity": (0.035, 0.70, 0.75),
-    "Lung Lesion": (0, 0.78, 1.0),
-    "Pleural Other": (0, 0.94, 1.0),
-    "Fracture": (0, 0.95, 1.0),
-    "Support Devices": (0, 0.97, 1.0),
-}
-
 
 # ------------------------------------------------------------------------------- pixels
 
@@ -649,28 +637,27 @@ def draw(phantom, without=None):
     an, (w, h) = phantom.anatomy, phantom.size
     rng = np.random.default_rng([phantom.seed, phantom.index, 2])
 
-    def findings(density, *regions, within=1):
+    def add_findings(*regions, within=1):
         for f in phantom.findings:
-            if f.label == without or WORDINGS[f.label][0] not in regions:
+            kind = KINDS[f.label]
+            if f.label == without or kind.region not in regions:
                 continue
-            blur, value, opacity = f.look
             for polygons in f.shapes:
-                cover = coverage(polygons, an, blur) * (opacity * within)
-                density = density + (value - density) * cover
-        return density
+                cover = coverage(polygons, an, kind.blur) * (kind.opacity[f.severity] * within)
+                density[:] += (kind.density - density) * cover
 
     # Every pixel in the thorax frame: distance from the midline, and height.
     cos, sin = math.cos(an.angle) / an.scale, math.sin(an.angle) / an.scale
-    x = (np.arange(w, dtype=np.float32) + 0.5) / w - an.x
-    y = ((np.arange(h, dtype=np.float32) + 0.5) / h - an.y)[:, None]
+    y, x = np.indices((h, w), dtype=np.float32) + 0.5
+    x, y = x / w - an.x, y / h - an.y
     distance, height = np.abs(x * cos + y * sin), y * cos - x * sin
 
     # Lungs with vessels from the hilum, over soft tissue of uneven density.
     low = Image.fromarray(rng.standard_normal((h // 5, w // 5), dtype=np.float32))
-    low = np.asarray(low.resize((w, h), Image.Resampling.BILINEAR)) * np.float32(0.03)
+    low = np.asarray(low.resize((w, h), Image.Resampling.BILINEAR)) * 0.03
     belly, lungs = belly_and_lungs(an)
     density = 0.60 + low + (-0.33 + 0.10 * coverage(vessels(rng), an)) * lungs
-    density = findings(density, "lungs", "pleura", within=lungs)
+    add_findings("lungs", "pleura", within=lungs)
     ribs = np.cos((height + 0.9 * distance * distance - 0.55 * distance) * (2 * math.pi / an.rib))
     density += 0.08 * np.maximum(ribs - 0.1, 0) * lungs
 
@@ -679,17 +666,16 @@ def draw(phantom, without=None):
     rows = (-0.5, -0.3, -0.24, -0.18, -0.10, 0, 0.3)
     middle = [loop(half, rows, -half, rows), *heart_shape(an.heart, an)]
     density += (0.68 - density) * coverage(middle, an)
-    density = findings(density, "heart", "mediastinum")
+    add_findings("heart", "mediastinum")
     density += (0.74 + low - density) * belly
 
     # Clavicles over everything soft; the trachea dark and the spine bright on the midline.
-    clavicles = []
-    for s in (-1, 1):
-        clavicles += stroke(((s * 0.04, -0.31), (s * 0.2, -0.35), (s * 0.38, -0.39)), 0.024)
+    clavicles = stroke(CLAVICLE, 0.024) + stroke(CLAVICLE, 0.024, -1)
     density += 0.08 * coverage(clavicles, an)
-    trachea = np.where(height < -0.13, np.float32(-0.06), np.float32(0.04))
-    density += np.where(distance < 0.016, trachea, np.float32(0.04) * (distance < 0.03))
-    density = findings(density, "bones", "devices")
+    midline = np.float32(0.04) * (distance < 0.03)
+    midline[(distance < 0.016) & (height < -0.13)] = -0.06
+    density += midline
+    add_findings("bones", "devices")
 
     # Air around, then the film.
     body = 0.20 + 0.34 * np.clip((height + 0.44) / 0.1, 0, 1)
@@ -702,9 +688,9 @@ def coverage(polygons, an, blur=0):
     w, h = an.size
     canvas = Image.new("L", (2 * w, 2 * h))
     pen = ImageDraw.Draw(canvas)
-    points = to_image(np.concatenate(polygons), an) * (2 * w, 2 * h)
-    for part in np.split(points, np.cumsum([len(p) for p in polygons[:-1]])):
-        pen.polygon(part.ravel().tolist(), fill=255)
+    for polygon in polygons:
+        corners = to_image(polygon, an) * canvas.size
+        pen.polygon(corners.ravel().tolist(), fill=255)
     canvas = canvas.reduce(2)
     if blur:
         canvas = canvas.filter(ImageFilter.GaussianBlur(blur * w))
@@ -722,11 +708,8 @@ def belly_and_lungs(an):
 
 
 def vessels(rng):
-    turn, reach, sign = (
-        rng.uniform(-1.5, 1.5, 18),
-        rng.uniform(0.12, 0.26, 18),
-        np.repeat((-1, 1), 9),
-    )
+    turn, reach = rng.uniform(-1.5, 1.5, 18), rng.uniform(0.12, 0.26, 18)
+    sign = np.repeat((-1, 1), 9)
     u = sign * (0.07 + reach * np.cos(turn))
     # From the hilum and back.
     ends = np.stack([sign * 0.07, np.full(18, -0.02), u, 1.2 * reach * np.sin(turn)], 1)
@@ -735,8 +718,8 @@ def vessels(rng):
 
 def develop(density, rng):
     """Exposure, contrast, blur and grain of a film."""
-    low, high = (0.90, -0.02, 0.88, 2), (1.08, 0.02, 1.12, 4)
-    gain, offset, gamma, grain = rng.uniform(low, high).astype(np.float32)
+    settings = rng.uniform((0.90, -0.02, 0.88, 2), (1.08, 0.02, 1.12, 4))
+    gain, offset, gamma, grain = settings.astype(np.float32)
     film = Image.fromarray((255 * np.clip(density * gain + offset, 0, 1) ** gamma).astype(np.uint8))
     noise = rng.standard_normal(density.shape, dtype=np.float32)
     pixels = np.asarray(film.filter(ImageFilter.SMOOTH)) + grain * noise
@@ -748,17 +731,11 @@ def develop(density, rng):
 
 def phrases_of(f):
     """The wordings of a finding, filled in."""
-    plural = f.side == "both" or len(f.boxes) > 1
-    wording = WORDINGS[f.label][1].format(
-        what=f.what,
-        a="" if plural else "a ",
-        s="s" if plural else "",
-        side="bilateral" if f.side == "both" else f.side,
-        zone=f.zone,
-        size=SIZES[f.severity],
-        degree=DEGREES[f.severity],
-    )
-    return wording.split("|")
+    article, ending = ("", "s") if len(f.boxes) > 1 else ("a ", "")
+    size, degree = SIZES[f.severity], DEGREES[f.severity]
+    wordings = KINDS[f.label].wordings
+    text = wordings.format(**vars(f), a=article, s=ending, size=size, degree=degree)
+    return text.replace("both", "bilateral").split("|")
 
 
 def write_texts(rng, findings):
@@ -769,31 +746,31 @@ def write_texts(rng, findings):
     def choose(items):
         return items[0] if stock else pick(rng, items)
 
-    states = [0] * len(LABELS)
-    said = {region: [] for region in ORDERS[0].split()}
-    for f in findings:
-        if f.mentioned:
-            states[LABELS.index(f.label)] = 1 if f.certain else 3
-            said[WORDINGS[f.label][0]].append(affirm(f, choose))
+    mentioned = [f for f in findings if f.mentioned]
+    states = dict.fromkeys(LABELS, 0)
+    states["No Finding"] = int({f.label for f in mentioned} <= {"Support Devices"})
+    said = defaultdict(list)
+    for f in mentioned:
+        states[f.label] = 1 if f.certain else 3
+        said[KINDS[f.label].region].append(affirm(f, choose))
 
-    drawn, denied = {f.label for f in findings}, set()
+    settled = {f.label for f in findings}
     for chance, region, labels, denies, phrases in NORMALS:
-        open_ = drawn.isdisjoint(labels) and denied.isdisjoint(labels)
-        if open_ and (0.5 if stock else rng.random()) < chance:
+        labels = labels.split("|")
+        if settled.isdisjoint(labels) and (0.5 if stock else rng.random()) < chance:
             phrase = choose(phrases.split("|"))
             sentence = phrase if phrase.endswith(".") else choose(DENIED).format(phrase)
             said[region].append(sentence)
-            denied.update(labels if denies else ())
-    for label in denied:
-        states[LABELS.index(label)] = 2
-    states[0] = int(not {1, 3} & set(states[1:13]))
+            if denies:
+                settled.update(labels)
+                states |= dict.fromkeys(labels, 2)
 
     sentences = [sentence for region in choose(ORDERS).split() for sentence in said[region]]
     # Two readers in five close with an impression.
     if rng.random() < 0.4 or not sentences:
-        sentences.append(impression(findings))
+        sentences.append(impression(mentioned))
     report = " ".join(s[0].upper() + s[1:] for s in sentences)
-    return report, systematic_reading(findings), tuple(states)
+    return report, systematic_reading(mentioned), tuple(states.values())
 
 
 def affirm(f, choose):
@@ -801,38 +778,29 @@ def affirm(f, choose):
     phrase = choose(phrases_of(f)) if f.certain else phrases_of(f)[0]
     if phrase.endswith("."):
         return phrase
-    plural = phrase.endswith(("effusions", "fractures")) or phrase.startswith("nodules")
     form = choose(CERTAIN if f.certain else HEDGED)
-    bare = ARTICLE.sub("", phrase)
-    return form.format(phrase=phrase, bare=bare, be="are" if plural else "is")
+    be = "are" if PLURAL.search(phrase) else "is"
+    return form.format(phrase=phrase, bare=ARTICLE.sub("", phrase), be=be)
 
 
-def impression(findings):
-    mentioned = [f for f in findings if f.mentioned]
-    mentioned.sort(key=lambda f: LABELS.index(f.label))
-    names = [("" if f.certain else "possible ") + QUESTION_NAMES[f.label] for f in mentioned]
-    return f"impression: {', '.join(names) or SUMMARY}."
+def impression(mentioned):
+    certain = {f.label: f.certain for f in mentioned}
+    names = []
+    for label, name in QUESTION_NAMES.items():
+        if label in certain:
+            names.append(name if certain[label] else f"possible {name}")
+    return f"impression: {', '.join(names) or 'no acute cardiopulmonary abnormality'}."
 
 
-def systematic_reading(findings):
+def systematic_reading(mentioned):
     """A trace: region by region, what the report mentions."""
-
-    def read_region(region, default, side=""):
-        seen = []
-        for f in findings:
-            here = WORDINGS[f.label][0] == region and f.side in (side or f.side, "both")
-            if f.mentioned and here:
-                bare = ARTICLE.sub("", phrases_of(f)[0])
-                seen.append(bare if f.certain else f"possible {bare}")
-        return ", ".join(seen) or default
-
-    parts = {
-        "Heart": read_region("heart", "normal size"),
-        "Mediastinum": read_region("mediastinum", "normal"),
-        "Right lung": read_region("lungs", "clear", "right"),
-        "Left lung": read_region("lungs", "clear", "left"),
-        "Pleura": read_region("pleura", "normal"),
-        "Bones": read_region("bones", "intact"),
-        "Devices": read_region("devices", "none"),
-    }
-    return " ".join(f"{name}: {text}." for name, text in parts.items())
+    seen = {title: [] for title in READING}
+    for f in mentioned:
+        region = KINDS[f.label].region
+        titles = LUNGS[f.side] if region == "lungs" else [region.title()]
+        bare = ARTICLE.sub("", phrases_of(f)[0])
+        for title in titles:
+            seen[title].append(bare if f.certain else f"possible {bare}")
+    return " ".join(
+        f"{title}: {', '.join(seen[title]) or none}." for title, none in READING.items()
+    )
