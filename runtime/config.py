@@ -405,6 +405,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         set_key(config, key, value, f"argument {item!r}")
 
     grpo = config.grpo
+    require(bool(config.out), "out", "a folder", config.out)
     require(bool(config.data.tasks), "data.tasks", "at least one task", config.data.tasks)
     if config.model.min_pixels > config.model.max_pixels:
         raise InputError("model.min_pixels is larger than model.max_pixels")

@@ -55,6 +55,7 @@ def test_overrides_and_types(tmp_path):
         ("data.report_share=1.5", "at most 1"),
         ("grpo.lora_rank=-1", "at least 0"),
         # A completion is compared with the others of its group.
+        ("out=", "out: expected a folder"),
         ("grpo.group_size=1", "grpo.group_size: expected at least 2"),
         ("grpo.freeze=[tower]", "grpo.freeze: expected one of vision, projector, got 'tower'"),
         ("sft.freeze=vision", "sft.freeze: expected a list"),

@@ -240,3 +240,20 @@ def test_a_grid_runs_for_real(grid, tmp_path):
     folder = tmp_path / "runs" / "grpo" / "seed3"
     assert (folder / "eval" / "report.html").exists()
     assert reproduce.read_state(folder)["cpu_minutes"] > 0.01
+
+
+@pytest.mark.parametrize("text", ["grpo: {}", "claims: [{a: 1}]"])
+def test_a_file_that_is_no_grid_is_named(tmp_path, text):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"grid\.yaml: no key 'config'"):
+        reproduce.reproduce(str(path))
+
+
+def test_a_claim_without_seeds_is_named(tmp_path):
+    path = tmp_path / "grid.yaml"
+    grid = yaml.safe_load((ROOT / "configs" / "ablations" / "grid.yaml").read_text())
+    del grid["claims"][1]["seeds"]
+    path.write_text(yaml.safe_dump(grid))
+    with pytest.raises(InputError, match=r"claims\[1\]: no key 'seeds'"):
+        reproduce.reproduce(str(path))

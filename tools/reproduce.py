@@ -85,6 +85,12 @@ def grid_run(grid, name, seed):
     return Run(stage, folder, start, [train, [*evaluate, before, result]])
 
 
+def check_keys(where, tree, keys):
+    for key in keys:
+        if not isinstance(tree, dict) or key not in tree:
+            raise InputError(f"{where}: no key {key!r}; a grid is like configs/ablations/grid.yaml")
+
+
 def needed_runs(grid):
     """{(row, seed): run} of all claims, with the rows that they start from."""
     runs = {}
@@ -104,6 +110,9 @@ def needed_runs(grid):
 def reproduce(path):
     """Run the grid of a file."""
     grid = read_yaml(path)
+    check_keys(path, grid, ("config", "out", "results", "start", "set", "rows", "claims"))
+    for n, claim in enumerate(grid["claims"]):
+        check_keys(f"{path}, claims[{n}]", claim, ("title", "paper", "rows", "seeds"))
     left = needed_runs(grid)
     bar = tqdm(total=len(left), desc="grid")
     while left:
