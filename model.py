@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
+import tokenizers  # comes with transformers
 import torch
 import transformers
 from PIL import Image
