@@ -19,7 +19,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,17 @@ from PIL import Image
 
 from readers import phantom as phantoms
 from readers.phantom import phantom  # noqa: F401
-from readers.study import LABELS, Asked, Box, Skip, Study, parse_boxes, read_lines  # noqa: F401
+from readers.study import (
+    LABELS,  # noqa: F401
+    UNREADABLE_IMAGE,
+    Asked,
+    Box,
+    Skip,
+    Study,
+    parse_boxes,  # noqa: F401
+    pick,
+    read_lines,
+)
 from runtime.config import Config, InputError, Source, load_config  # noqa: F401
 from runtime.output import moved, progress, warn0
 
@@ -65,19 +75,13 @@ def load_image(path: str | Path) -> Image.Image:
             image.load()
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except UNREADABLE_IMAGE as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a readable image ({reason})") from None
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image, dtype=np.float64)
         low, high = pixels.min(), pixels.max()
-        if not (np.isfinite(low) and np.isfinite(high)):
+        if not np.isfinite((low, high)).all():
             raise InputError(f"{path}: the image has pixels that are not finite")
         image = Image.fromarray(np.uint8(255 * (pixels - low) / max(high - low, 1e-12)))
     return image.convert("RGB")
@@ -167,7 +171,7 @@ def boxes_text(boxes: Sequence[Box]) -> str:
     """The papers' box format, "[0.12, 0.30, 0.45, 0.61], [...] and [...]". parse_boxes reads it."""
     if not boxes:
         return NOTHING_THERE
-    *first, last = ["[" + ", ".join(f"{value:.2f}" for value in box) + "]" for box in boxes]
+    *first, last = ["[{:.2f}, {:.2f}, {:.2f}, {:.2f}]".format(*box) for box in boxes]
     return f"{', '.join(first)} and {last}" if first else last
 
 
@@ -244,32 +248,16 @@ class Asker:
     def __init__(self, study: Study, split: str, seed: int) -> None:
         key = int(hashlib.sha1(study.id.encode()).hexdigest()[:12], 16)
         self.rng = np.random.default_rng([seed, key])
-        self.study, self.varies = study, split == "train"
-
-    def pick(self, items: Sequence) -> Any:
-        return items[int(self.rng.random() * len(items))]
+        self.varies = split == "train"
 
     def wording(self, choices: Sequence[str]) -> str:
-        return self.pick(choices) if self.varies else choices[0]
+        return pick(self.rng, choices) if self.varies else choices[0]
 
-    def example(
-        self, kind: str, suffix: str, answer: str, phrase: str = "", **more: Any
-    ) -> Example:
-        task = TASK_OF[kind]
-        return Example(
-            self.study.id + suffix,
-            task,
-            image_tuple(self.study),
-            self.wording(QUESTIONS[kind]).format(phrase),
-            answer,
-            patient=self.study.patient,
-            kind=kind if task == "grounding" else "",
-            **more,
-        )
-
-
-def image_tuple(study: Study) -> tuple:
-    return tuple(str(image) if is_path(image) else image for image in study.images)
+    def question(self, asked: Asked) -> str:
+        if asked.question:
+            return asked.question
+        phrase = asked.label if asked.kind == "phrase" else asked.label.lower()
+        return self.wording(QUESTIONS[asked.kind or asked.task]).format(phrase)
 
 
 def image_problem(images: Sequence, root: Path) -> str:
@@ -283,9 +271,9 @@ def image_problem(images: Sequence, root: Path) -> str:
     return "" if images else "the study has no image"
 
 
-def wrong_box(boxes: Sequence[Sequence[Box]]) -> str:
+def wrong_box(boxes: Iterable[Box]) -> str:
     """What is wrong with the first box that is not in the image, or ""."""
-    for box in itertools.chain.from_iterable(boxes):
+    for box in boxes:
         if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             return (
                 f"box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions from 0 to 1)"
@@ -293,112 +281,80 @@ def wrong_box(boxes: Sequence[Sequence[Box]]) -> str:
     return ""
 
 
+def wrong_answer(asked: Asked) -> str:
+    """Why a question cannot be used, or "". A dataset's own answers are kept, boxes and all."""
+    if asked.task == "report" and not asked.answer.strip():
+        return "the report is empty"
+    return wrong_box(asked.boxes) if asked.answer is None else ""
+
+
 def study_examples(
     study: Study, source: Source, split: str, seed: int, skip: Skip
 ) -> Iterator[Example]:
     """The questions that source.tasks ask about a study, and those that its dataset asks."""
 
-    def wanted(kind: str) -> bool:
+    def wanted(kind):
         return kind in source.tasks or TASK_OF[kind] in source.tasks
 
     asker = Asker(study, split, seed)
+    regions = {key: boxes for key, boxes in study.boxes.items() if wanted(key[0])}
+    one_anatomy(regions, asker)
     asked = [a for a in study.asked if wanted(a.kind or a.task)]
-    regions = wanted_regions(study, asker, wanted)
-    reports = study.report is not None and wanted("report")
-    lists = study.findings is not None and wanted("classification")
+    if study.report is not None and wanted("report"):
+        asked.append(Asked(study.id, "report", answer=" ".join(study.report.split())))
+    if study.findings is not None and wanted("classification"):
+        names = ", ".join(name.lower() for name in study.findings)
+        asked.append(Asked(f"{study.id}-list", "classification", answer=f"{names or 'none'}."))
     detection = study.complete and wanted("detection")
-    if not (asked or reports or lists or regions or detection):
+    if not (asked or regions or detection):
         return
     if problem := image_problem(study.images, source.image_root()):
         skip(f"{study.where}: {problem}")
         return
-    yield from asked_examples(study, asked, asker, skip)
-    if reports:
-        yield from report_examples(study, asker, skip)
-    if lists:
-        names = ", ".join(name.lower() for name in study.findings)
-        yield asker.example("classification", "-list", f"{names or 'none'}.")
-    shown = study.boxes if detection else regions
-    if problem := wrong_box(shown.values()):
-        skip(f"{study.where}: {problem}")
-        return
-    yield from region_examples(study, asker, regions)
-    if detection:
-        yield detection_example(study, asker)
 
-
-def asked_examples(
-    study: Study, questions: list[Asked], asker: Asker, skip: Skip
-) -> Iterator[Example]:
-    """The questions that the dataset itself asks. Its own answers are kept, boxes and all."""
-    for asked in questions:
-        answer, problem = asked.answer, ""
-        if answer is None:
-            answer = boxes_text(asked.boxes)
-            problem = wrong_box([asked.boxes])
-        if asked.task == "report" and not answer.strip():
-            problem = "the report is empty"
-        if problem:
+    images = tuple(str(image) if is_path(image) else image for image in study.images)
+    about_regions = region_questions(study, regions, detection, asker, skip)
+    for item in itertools.chain(asked, about_regions):
+        if problem := wrong_answer(item):
             skip(f"{study.where}: {problem}")
             continue
-        question = asked.question
-        if not question:
-            kind = asked.kind or asked.task
-            question = asker.wording(QUESTIONS[kind]).format(asked.label)
-        yield Example(
-            asked.id,
-            asked.task,
-            image_tuple(study),
-            question,
-            answer,
-            thinking=asked.thinking,
-            boxes=tuple(asked.boxes),
-            label=asked.label,
-            patient=study.patient,
-            kind=asked.kind,
-            history=asked.history,
-        )
+        # A question has the fields of an example that are not its study's.
+        fields = vars(item) | {"question": asker.question(item), "boxes": tuple(item.boxes)}
+        if item.answer is None:
+            fields["answer"] = boxes_text(item.boxes)
+        yield Example(images=images, patient=study.patient, **fields)
 
 
-def report_examples(study: Study, asker: Asker, skip: Skip) -> Iterator[Example]:
-    report = " ".join(study.report.split())
-    if report:
-        yield asker.example("report", "", report, thinking=study.thinking)
-    else:
-        skip(f"{study.where}: the report is empty")
-
-
-def wanted_regions(
-    study: Study, asker: Asker, wanted: Callable[[str], bool]
-) -> dict[tuple[str, str], list[Box]]:
-    """The regions to ask for. Every image has dozens of anatomy: one of them, as in RadVLM."""
-    regions = {key: boxes for key, boxes in study.boxes.items() if wanted(key[0])}
+def one_anatomy(regions: dict, asker: Asker) -> None:
+    """Leave one of the anatomical regions. Every image has dozens: RadVLM asks for one, too."""
     anatomy = [key for key in regions if key[0] == "anatomy"]
     if anatomy:
-        chosen = asker.pick(anatomy)
-        regions = {
-            key: boxes for key, boxes in regions.items() if key == chosen or key[0] != "anatomy"
-        }
-    return regions
+        anatomy.remove(pick(asker.rng, anatomy))
+    for key in anatomy:
+        del regions[key]
 
 
-def region_examples(
-    study: Study, asker: Asker, regions: dict[tuple[str, str], list[Box]]
-) -> Iterator[Example]:
+def region_questions(
+    study: Study, regions: dict, detection: bool, asker: Asker, skip: Skip
+) -> Iterator[Asked]:
+    """Questions about single regions, {(kind, name): boxes}, and one about all."""
+    shown = study.boxes if detection else regions
+    if problem := wrong_box(itertools.chain.from_iterable(shown.values())):
+        skip(f"{study.where}: {problem}")
+        return
     for (kind, name), boxes in regions.items():
-        phrase = name if kind == "phrase" else name.lower()
         text = asker.wording(ANSWERS) if boxes else "{}"
         answer = text.format(boxes_text(boxes))
-        more = {"boxes": tuple(boxes), "label": name, "thinking": study.thinking}
-        yield asker.example(kind, f"-{name}", answer, phrase, **more)
-
-
-def detection_example(study: Study, asker: Asker) -> Example:
-    found = [(name, boxes) for (_, name), boxes in study.boxes.items() if boxes]
-    parts = [f"{name} {boxes_text(boxes)}" for name, boxes in found]
-    answer = "; ".join(parts) + "." if parts else NOTHING_THERE
-    boxes = tuple(itertools.chain.from_iterable(boxes for _, boxes in found))
-    return asker.example("detection", "-detect", answer, boxes=boxes, label="abnormalities")
+        yield Asked(f"{study.id}-{name}", "grounding", "", answer, boxes, name, kind)
+    if detection:
+        parts, every = [], []
+        for (_, name), boxes in study.boxes.items():
+            if boxes:
+                parts.append(f"{name} {boxes_text(boxes)}")
+                every += boxes
+        answer = "; ".join(parts) + "." if parts else NOTHING_THERE
+        name, kind = "abnormalities", "detection"
+        yield Asked(f"{study.id}-detect", "grounding", "", answer, every, name, kind)
 
 
 # ------------------------------------------------------------------------------- splits
@@ -432,7 +388,7 @@ def sources(config: Config, split: str) -> list[Source]:
 def check_tasks(config: Config) -> None:
     """Raises InputError if there is nothing that GRPO can train on."""
     tasks = {task for source in sources(config, "train") for task in source.tasks}
-    if not {"report", "grounding"} & {TASK_OF[task] for task in tasks}:
+    if not tasks - {"classification"}:
         raise InputError(f"data.tasks={sorted(tasks)}: GRPO needs report or grounding examples")
 
 
@@ -465,15 +421,14 @@ def read_source(config: Config, source: Source, split: str, skip: Skip) -> list[
 
 def read_split(config: Config, split: str) -> list[Part]:
     """All sources. data.on_error=stop raises InputError for the first example that fails."""
+
+    def stop(message):
+        raise InputError(f"{message} (data.on_error=skip leaves such examples out)")
+
     parts = []
     for source in sources(config, split):
         problems = []
-
-        def skip(message: str, problems: list[str] = problems) -> None:
-            if config.data.on_error == "stop":
-                raise InputError(f"{message} (data.on_error=skip leaves such examples out)")
-            problems.append(message)
-
+        skip = stop if config.data.on_error == "stop" else problems.append
         parts.append((source, read_source(config, source, split, skip), problems))
     return parts
 
@@ -494,7 +449,8 @@ def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[s
     held = []
     for split in ("val", "test"):
         for source, part, _ in read_split(config, split):
-            held += part if source.source != "phantom" else []
+            if source.source != "phantom":
+                held += part
     patients = {e.patient for e in held} - {""}
     reports = {plain_words(e.answer) for e in held if e.task == "report"}
 
@@ -503,12 +459,14 @@ def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[s
     texts = [e for e in every if e.task == "report" and e not in leaked]
     duplicates = {e for e in texts if plain_words(e.answer) in reports}
     out = leaked | duplicates if config.data.dedup else leaked
-    kept = [(source, [e for e in part if e not in out], bad) for source, part, bad in parts]
-    if leaked and not any(part for _, part, _ in kept):
+    if leaked and out == set(every):
         return parts, [
             "all patients are also held out: kept, but what is measured on the held-out splits "
             "means nothing"
         ]
+    kept = []
+    for source, part, problems in parts:
+        kept.append((source, [e for e in part if e not in out], problems))
     notices = []
     if leaked:
         names = {e.patient for e in leaked}
@@ -568,15 +526,11 @@ def load_split(config: Config, split: str) -> list[Example]:
     examples = []
     for name, (source, part, _) in zip(source_names(parts), parts):
         if not part and split == "train":
-            raise InputError(
-                "; ".join(
-                    [
-                        f"data.path={source.path!r}: no usable example of {source.source} in split "
-                        f"{split!r}",
-                        *notices,
-                    ]
-                )
+            nothing = (
+                f"data.path={source.path!r}: no usable example of {source.source} in split "
+                f"{split!r}"
             )
+            raise InputError("; ".join([nothing, *notices]))
         part = with_traces(config, split, part, notices)
         if split == "train":
             part = oversample(part, source.weight, config.seed)
@@ -620,13 +574,11 @@ def systematic_reading(report: str) -> str:
 
 def looking_for(label: str, boxes: Sequence[Box]) -> str:
     """A trace for a grounding question. The left of the patient is on the right of the image."""
-    sides = sorted({"right" if box[0] + box[2] < 1 else "left" for box in boxes})
-    where = "It is not there."
-    if len(sides) == 1:
-        where = f"It is there on the {sides[0]}."
-    if len(sides) == 2:
-        where = "It is there on both sides."
-    return f"Looking for {label}. {where}"
+    if not boxes:
+        return f"Looking for {label}. It is not there."
+    sides = {"right" if box[0] + box[2] < 1 else "left" for box in boxes}
+    where = "both sides" if len(sides) == 2 else f"the {sides.pop()}"
+    return f"Looking for {label}. It is there on {where}."
 
 
 def texts_by_id(path: str | Path, key: str) -> dict[str, str]:
@@ -688,7 +640,7 @@ def indices(n: int, count: int, step: int, seed: int, stream: str) -> list[int]:
 
 def by_study(examples: list[Example]) -> list[list[Example]]:
     """Examples grouped by their images: lists of questions about the same study."""
-    groups: dict[tuple, list[Example]] = {}
+    groups = {}
     for example in examples:
         groups.setdefault((example.images, example.copy), []).append(example)
     return list(groups.values())
@@ -708,8 +660,7 @@ def grpo_batch(examples: list[Example], step: int, config: Config) -> list[Examp
         n_reports = 0
     chosen = []
     for pool, size in ((reports, n_reports), (boxes, count - n_reports)):
-        if size:
-            chosen += [pool[i] for i in indices(len(pool), size, step, seed, "grpo")]
+        chosen += [pool[i] for i in indices(len(pool), size, step, seed, "grpo")]
     order = np.random.default_rng([seed, STREAMS["grpo"], step, 1]).permutation(count)
     return [chosen[i] for i in order]
 

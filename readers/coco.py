@@ -10,9 +10,9 @@ from readers.study import (
     Study,
     corners,
     first_file,
-    hash_split,
     locate,
     normalize_box,
+    of_split,
     patient_of,
     read_json,
 )
@@ -36,11 +36,9 @@ def read(source, split, skip):
             f"{path}: not in COCO's format, images with id, file_name, width, height and "
             f"annotations with image_id, category_id, bbox ({error!r})"
         ) from None
-    splits = hash_split(study.patient for study in studies) if alone else {}
-    for study in studies:
-        if splits.get(study.patient, split) == split:
-            study.findings = sorted({name for _, name in study.boxes})
-            yield study
+    for study in of_split(studies, split) if alone else studies:
+        study.findings = sorted({name for _, name in study.boxes})
+        yield study
 
 
 def read_studies(tree, path, root, images, split):
@@ -53,8 +51,7 @@ def read_studies(tree, path, root, images, split):
     for row in tree["images"]:
         name = row["file_name"]
         sizes[row["id"]] = row["width"], row["height"]
-        candidates = [first_file(images, n, folders) for n in (name, Path(name).name)]
-        file = next((f for f in candidates if f.is_file()), images / name)
+        file = first_file(images, folders, name, Path(name).name)
         where = f"{path}, image {row['id']}"
         studies[row["id"]] = Study(str(name), patient_of(name, root), [file], where, complete=True)
     for row in tree["annotations"]:

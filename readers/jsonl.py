@@ -37,7 +37,7 @@ def parse_line(line, source, where):
         report = row["report"] if isinstance(row["report"], str) else ""
         asked = Asked(str(row["id"]), "report", answer=" ".join(report.split()))
     elif "phrase" in row:
-        boxes = [tuple(float(value) for value in box) for box in row["boxes"]]
+        boxes = [tuple(map(float, box)) for box in row["boxes"]]
         phrase = str(row["phrase"])
         asked = Asked(str(row["id"]), "grounding", boxes=boxes, label=phrase, kind="phrase")
     else:

@@ -12,8 +12,8 @@ from readers.study import (
     Asked,
     Study,
     first_file,
-    hash_split,
     locate,
+    of_split,
     parse_boxes,
     patient_of,
     read_json,
@@ -44,13 +44,10 @@ def read(source, split, skip):
                 f"({error!r})"
             )
             continue
-        files = [first_file(images, name, ("", "images")) for name in names]
+        files = [first_file(images, ("", "images"), name) for name in names]
         patient = patient_of(names[0], root)
         studies.append(Study(name, patient, files, where, asked=questions(name, turns)))
-    splits = hash_split(study.patient for study in studies) if alone else {}
-    for study in studies:
-        if splits.get(study.patient, split) == split:
-            yield study
+    yield from of_split(studies, split) if alone else studies
 
 
 def parse_conversation(row):

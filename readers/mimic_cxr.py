@@ -13,7 +13,9 @@ from readers.r2gen import is_r2gen, read_r2gen
 from readers.study import LABELS, Study, first_file, locate, read_csv
 
 HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ,/&()-]+):", re.MULTILINE)
-FRONTAL = ("PA", "AP")
+# PA before AP before all others.
+RANKS = {"PA": 0, "AP": 1}
+NOT_FRONTAL = 2
 
 
 def read(source, split, skip):
@@ -23,8 +25,8 @@ def read(source, split, skip):
         return
     table = locate(root, "mimic-cxr-2*-split.csv", "annotation.json")
     metadata = locate(root, "mimic-cxr-2*-metadata.csv")
-    columns = ["dicom_id", "ViewPosition"]
-    views = {row["dicom_id"]: row["ViewPosition"] for row in read_csv(metadata, columns, skip)}
+    rows = read_csv(metadata, ["dicom_id", "ViewPosition"], skip)
+    ranks = {row["dicom_id"]: RANKS.get(row["ViewPosition"], NOT_FRONTAL) for row in rows}
     texts = read_sections(root, skip)
     labels = read_labels(root, skip) if "classification" in source.tasks else {}
 
@@ -35,9 +37,10 @@ def read(source, split, skip):
             key = row["subject_id"], row["study_id"]
             studies.setdefault(key, []).append(row["dicom_id"])
     for (subject, study), dicoms in studies.items():
-        dicoms = frontal_first(dicoms, views)
+        ranked = sorted((ranks.get(d, NOT_FRONTAL), d) for d in dicoms)
+        dicoms = [d for _, d in ranked]
         if source.views == "frontal":
-            dicoms = [d for d in dicoms if views.get(d) in FRONTAL][:1]
+            dicoms = [d for rank, d in ranked if rank != NOT_FRONTAL][:1]
             if not dicoms:
                 # A lateral view alone is not asked for.
                 continue
@@ -60,16 +63,6 @@ def r2gen_patient(row):
 def mimic_image(subject, study, dicom):
     """The place of an image in MIMIC-CXR-JPG."""
     return Path("files", f"p{subject[:2]}", f"p{subject}", f"s{study}", f"{dicom}.jpg")
-
-
-def frontal_first(dicoms, views):
-    """PA before AP before all others."""
-
-    def order(dicom):
-        view = views.get(dicom)
-        return view not in FRONTAL, view != "PA", dicom
-
-    return sorted(dicoms, key=order)
 
 
 def read_sections(root, skip):
@@ -99,7 +92,7 @@ def read_labels(root, skip):
 def read_text(root, subject, study, skip):
     """The report of a .txt file; None if it cannot be read."""
     path = mimic_image(subject, study, "").parent.with_suffix(".txt")
-    path = first_file(root, path, ["", "mimic-cxr-reports"])
+    path = first_file(root, ("", "mimic-cxr-reports"), path)
     try:
         return findings_section(path.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:

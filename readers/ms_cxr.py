@@ -7,7 +7,7 @@ that of MIMIC-CXR where it is there, else patients are divided by hash_split.
 import re
 from pathlib import Path
 
-from readers.study import Study, corners, hash_split, locate, normalize_box, read_csv
+from readers.study import Study, corners, locate, normalize_box, of_split, read_csv
 
 SIZES = ("x", "y", "w", "h", "image_width", "image_height")
 COLUMNS = ("dicom_id", "category_name", "label_text", "path", *SIZES)
@@ -17,8 +17,7 @@ VAL = {"validate": "val", "valid": "val"}
 def read(source, split, skip):
     images = source.image_root()
     path = locate(Path(source.path), "MS_CXR_Local_Alignment_v1*.csv")
-    studies = {}
-    given = {}
+    studies, splits = {}, {}
     for row in read_csv(path, COLUMNS, skip):
         dicom = row["dicom_id"]
         where = f"{path}, image {dicom}"
@@ -33,23 +32,18 @@ def read(source, split, skip):
             )
             continue
         study = studies.setdefault(dicom, Study(dicom, patient, [images / row["path"]], where))
-        given.setdefault(dicom, row.get("split"))
+        splits.setdefault(dicom, row.get("split"))
         phrase = " ".join(row["label_text"].split())
         study.boxes.setdefault(("phrase", phrase), []).append(box)
-    splits = {dicom: VAL.get(name, name) for dicom, name in given.items()}
+    studies = list(studies.values())
     if not all(splits.values()):
-        splits = other_splits(studies, images, skip)
-    for dicom, study in studies.items():
-        if splits[dicom] == split:
+        tables = sorted(images.glob("mimic-cxr-2*-split.csv*"))
+        if not tables:
+            yield from of_split(studies, split)
+            return
+        rows = read_csv(tables[-1], ["dicom_id", "split"], skip)
+        splits = {row["dicom_id"]: row["split"] for row in rows}
+    for study in studies:
+        name = splits.get(study.id, "train")
+        if VAL.get(name, name) == split:
             yield study
-
-
-def other_splits(studies, images, skip):
-    """The split of MIMIC-CXR, else one by patients."""
-    tables = sorted(images.glob("mimic-cxr-2*-split.csv*"))
-    if not tables:
-        patients = hash_split(study.patient for study in studies.values())
-        return {dicom: patients[study.patient] for dicom, study in studies.items()}
-    rows = read_csv(tables[-1], ["dicom_id", "split"], skip)
-    official = {row["dicom_id"]: row["split"].replace("validate", "val") for row in rows}
-    return {dicom: official.get(dicom, "train") for dicom in studies}

@@ -34,7 +34,7 @@ def read(source, split, skip):
         patient = patient_of_image(image)
         if ("test" if image in test else patients[patient]) != split:
             continue
-        file = first_file(root, image, folders)
+        file = first_file(root, folders, image)
         yield Study(
             image,
             f"nih/{patient}",

@@ -6,7 +6,7 @@ divided by hash_split, as only the table knows the patients.
 
 from pathlib import Path
 
-from readers.study import Study, first_file, hash_split, locate, normalize_box, read_csv, read_json
+from readers.study import Study, first_file, locate, normalize_box, of_split, read_csv, read_json
 
 FOLDERS = ("PadChest_GR", "images_grounding", "Padchest_GR_files", "images", "")
 
@@ -15,7 +15,7 @@ def read(source, split, skip):
     root = Path(source.path)
     path = locate(root, "grounded_reports*.json")
     splits, patients = read_table(root / "master_table.csv", skip)
-    rows = []
+    studies = []
     for n, row in enumerate(read_json(path)):
         where = f"{path}, [{n}]"
         try:
@@ -25,19 +25,17 @@ def read(source, split, skip):
             skip(f"{where}: expected an object with ImageID and findings ({error!r})")
             continue
         patient = f"padchest/{patients.get(image) or image.split('_')[0]}"
-        rows.append((image, patient, sentences, where))
-    by_patient = {} if splits else hash_split(patient for _, patient, *_ in rows)
-    for image, patient, sentences, where in rows:
-        if (splits.get(image) or by_patient.get(patient)) != split:
-            continue
         report = " ".join(text.rstrip(". ") + "." for text, *_ in sentences if text.strip())
-        boxes = {}
-        for text, abnormal, found in sentences:
-            if abnormal and found:
-                boxes.setdefault(("phrase", text.rstrip(". ")), []).extend(found)
-        complete = all(found for _, abnormal, found in sentences if abnormal)
-        file = first_file(root, image, FOLDERS)
-        yield Study(image, patient, [file], where, report, boxes=boxes, complete=complete)
+        study = Study(image, patient, [first_file(root, FOLDERS, image)], where, report)
+        study.complete = all(boxes for _, abnormal, boxes in sentences if abnormal)
+        for text, abnormal, boxes in sentences:
+            if abnormal and boxes:
+                study.boxes.setdefault(("phrase", text.rstrip(". ")), []).extend(boxes)
+        studies.append(study)
+    if splits:
+        yield from (study for study in studies if splits.get(study.id) == split)
+    else:
+        yield from of_split(studies, split)
 
 
 def parse_sentence(finding):

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from readers.study import LABELS, Asked, Box, Study
+from readers.study import LABELS, Asked, Box, Study, pick
 
 # Indices of the splits: disjoint by construction.
 SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}
@@ -291,10 +291,6 @@ def looking_for(study, label):
     return f"Looking for {QUESTION_NAMES[label]}. {where}."
 
 
-def pick(rng, items):
-    return items[int(rng.random() * len(items))]
-
-
 # ------------------------------------------------------------------------------- anatomy, polygons
 
 
@@ -394,6 +390,7 @@ def sample_findings(rng, an):
             continue
         severity = int(rng.random() * 3)
         side, zone = pick(rng, places)
+        # What is in a zone takes it. Some findings hide zones.
         hidden = {
             "Pleural Effusion": ("lower lobe", "mid lung")[:severity],
             "Atelectasis": ("lower lobe",),

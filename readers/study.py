@@ -37,6 +37,15 @@ LABELS = (
 NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 
+# What PIL raises for an image that it cannot read, or not without danger.
+UNREADABLE_IMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
 Box = tuple[float, ...]  # x1, y1, x2, y2 in fractions of the original image
 Skip = Callable[[str], None]
 
@@ -45,6 +54,10 @@ def parse_boxes(text):
     """Every well-formed "[x1, y1, x2, y2]" of finite numbers in the text, in reading order."""
     boxes = [tuple(map(float, numbers)) for numbers in BOX.findall(text)]
     return [box for box in boxes if all(map(math.isfinite, box))]
+
+
+def pick(rng, items):
+    return items[int(rng.random() * len(items))]
 
 
 @dataclass
@@ -75,7 +88,6 @@ class Study:
     # (kind, name) -> boxes. Kinds: abnormality, anatomy, phrase.
     boxes: dict[tuple[str, str], list[Box]] = field(default_factory=dict)
     complete: bool = False  # all abnormalities have their boxes: detection can be asked
-    thinking: str = ""
     asked: list[Asked] = field(default_factory=list)
 
 
@@ -95,9 +107,9 @@ def locate(root, *names):
     raise InputError(f"{root}: expected {' or '.join(names)} there")
 
 
-def first_file(root, name, folders):
-    """root/FOLDER/name for the first folder that has it; the first of all when none does."""
-    paths = [root / folder / name for folder in folders]
+def first_file(root, folders, *names):
+    """root/FOLDER/NAME for the first name and folder that are there; else the first of all."""
+    paths = [root / folder / name for name in names for folder in folders]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
@@ -150,7 +162,7 @@ def image_size(path):
     try:
         with Image.open(path) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE_IMAGE as error:
         reason = getattr(error, "strerror", None) or "not a readable image"
         raise InputError(f"{path}: {reason}") from None
 
@@ -171,6 +183,12 @@ def hash_split(ids, val=0.1, test=0.2):
             names += [name] * max(1, round(share * len(ranked)))
     names += ["train"] * len(ranked)
     return dict(zip(ranked, names))
+
+
+def of_split(studies, split):
+    """The studies of a split, by patients, for what is published without one."""
+    splits = hash_split(study.patient for study in studies)
+    return [study for study in studies if splits[study.patient] == split]
 
 
 def normalize_box(box, width, height):

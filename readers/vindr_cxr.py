@@ -19,26 +19,22 @@ CORNERS = ("x_min", "y_min", "x_max", "y_max")
 
 def read(source, split, skip):
     root = Path(source.path)
-    folders = ("annotations/", "")
-    official = any((root / f"{folder}annotations_train.csv").is_file() for folder in folders)
+    folders = ("annotations", "")
+    official = first_file(root, folders, "annotations_train.csv").is_file()
     part = "test" if official and split == "test" else "train"
-    if official:
-        names = [f"{folder}annotations_{part}.csv" for folder in folders]
-    else:
-        names = ["annotations/annotations_train.csv", "train.csv"]
-    path = locate(root, *names)
+    name = f"annotations_{part}.csv"
+    path = locate(root, f"annotations/{name}", name if official else "train.csv")
     images = read_boxes(path, skip)
-    if part == "test":
-        splits = dict.fromkeys(images, "test")
-    else:
-        splits = hash_split(images, test=0.0 if official else 0.2)
+    splits = hash_split(images, test=0.0 if official else 0.2)
 
-    sizes = read_sizes(root / f"{part}_meta.csv", skip)
+    meta = root / f"{part}_meta.csv"
+    sizes = read_sizes(meta, skip)
     for image, findings in images.items():
-        if splits[image] != split:
+        if part == "train" and splits[image] != split:
             continue
         where = f"{path}, image {image}"
-        file = image_file(root, image, part)
+        places = (part, f"{part}_png", "images", "")
+        file = first_file(root, places, f"{image}.png", f"{image}.jpg")
         if not file.is_file():
             skip(f"{where}: {file} does not exist (DICOM files have to be converted to PNG first)")
             continue
@@ -49,7 +45,7 @@ def read(source, split, skip):
                 if box[2] > 1.01 * width or box[3] > 1.01 * height:
                     raise InputError(
                         f"{where}: a box lies outside {file}, {width:.0f} x {height:.0f} pixels: "
-                        f"were the images resized? Then {root / f'{part}_meta.csv'} must give the "
+                        f"were the images resized? Then {meta} must give the "
                         f"original sizes, in the columns image_id, dim0 (height), dim1 (width)"
                     )
             fused = fuse_boxes(readings.values())
@@ -89,16 +85,6 @@ def read_sizes(path, skip):
         except ValueError:
             skip(f"{path}, image {row['image_id']}: expected numbers in dim0 and dim1")
     return sizes
-
-
-def image_file(root, image, part):
-    """The PNG or JPEG file of an image; where it is expected when there is none."""
-    folders = (part, f"{part}_png", "images", "")
-    for ending in ("png", "jpg"):
-        file = first_file(root, f"{image}.{ending}", folders)
-        if file.is_file():
-            return file
-    return root / part / f"{image}.png"
 
 
 def fuse_boxes(readings, threshold=0.55):
