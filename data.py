@@ -1,11 +1,11 @@
 """What is asked and what is answered: examples, output formats, mixtures, splits, order.
 
-  Example, open_images          one question about one study; images are opened only when needed
-  prompt_text, target_text      what the model is asked and what it should say, in three formats
-  parse_output, parse_boxes     the way back: from what a model wrote to its answer and its boxes
-  study_examples                the questions about a study that a reader has found
-  load_split                    all examples of a split, from all sources, without leaks
-  with_traces                   thinking traces for the cold start
+  Example, open_images              one question about one study; images are opened when needed
+  prompt_text, target_text          what the model is asked and what it should say, in 3 formats
+  parse_output, parse_boxes         the way back: from what a model wrote to answer and boxes
+  study_examples                    the questions about a study that a reader has found
+  with_traces                       thinking traces for the cold start
+  load_split                        all examples of a split, from all sources, without leaks
   indices, by_study, grpo_batch     which examples make up step t: a function of seed and t
 
 The data flow one way: files -> Study (readers/) -> Example. Nothing here needs torch.
@@ -13,15 +13,17 @@ The data flow one way: files -> Study (readers/) -> Example. Nothing here needs 
 
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from readers.study import (
     pick,
     read_lines,
 )
-from runtime.config import Config, InputError, Source, load_config  # noqa: F401
+from runtime.config import Config, InputError, Source
 from runtime.output import moved, progress, warn0
 
 # ------------------------------------------------------------------------------- examples
@@ -52,39 +54,28 @@ class Example:
     """One question about one study."""
 
     id: str
-    task: str  # how it is answered and scored: "report" | "grounding" | "classification" (SFT only)
-    images: tuple  # paths, or phantoms
+    # How it is answered and scored: "report" | "grounding" | "classification" (SFT only)
+    task: str
+    # Paths, or phantoms.
+    images: tuple
     question: str
-    answer: str  # the reference report, or the reference boxes as text
-    thinking: str = ""  # a reasoning trace, where the data have one
-    boxes: tuple[Box, ...] = ()  # grounding; () = not there
-    label: str = ""  # grounding: what is asked for
+    # The reference report, or the reference boxes as text.
+    answer: str
+    # A reasoning trace, where the data have one.
+    thinking: str = ""
+    # Grounding: () = not there.
+    boxes: tuple[Box, ...] = ()
+    # Grounding: what is asked for.
+    label: str = ""
     patient: str = ""
-    style: str = "plain"  # output format: plain | tags | suffix, see target_text
-    kind: str = ""  # grounding: "abnormality" | "anatomy" | "phrase" | "detection"
-    history: tuple = ()  # earlier (question, answer) of the same conversation
-    copy: int = 0  # which copy of a study that comes up several times in an epoch
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB. 16-bit and float files are scaled from their own range."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
-    except UNREADABLE_IMAGE as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable image ({reason})") from None
-    if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image, dtype=np.float64)
-        low, high = pixels.min(), pixels.max()
-        if not np.isfinite((low, high)).all():
-            raise InputError(f"{path}: the image has pixels that are not finite")
-        image = Image.fromarray(np.uint8(255 * (pixels - low) / max(high - low, 1e-12)))
-    return image.convert("RGB")
+    # Output format: plain | tags | suffix, see target_text.
+    style: str = "plain"
+    # Grounding: "abnormality" | "anatomy" | "phrase" | "detection"
+    kind: str = ""
+    # Earlier (question, answer) of the same conversation.
+    history: tuple = ()
+    # Which copy of a study that comes up several times in an epoch.
+    copy: int = 0
 
 
 def is_path(image: Any) -> bool:
@@ -99,6 +90,28 @@ def open_image(image: Any) -> Image.Image:
 
 def open_images(example: Example) -> list[Image.Image]:
     return [open_image(image) for image in example.images]
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB. 16-bit and float files are scaled from their own range."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            image.load()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except UNREADABLE_IMAGE as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a readable image ({reason})") from None
+
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(pixels).all():
+            raise InputError(f"{path}: the image has pixels that are not finite")
+        pixels = pixels - pixels.min()
+        image = Image.fromarray(np.uint8(255 * pixels / max(pixels.max(), 1e-12)))
+    return image.convert("RGB")
 
 
 def batched(items: Sequence, size: int) -> list:
@@ -146,25 +159,28 @@ def parse_output(text: str, task: str, style: str) -> tuple[bool, str, str]:
     exactly one closed block follows </think>, and invalid "suffix" with what follows the last one.
     """
     text = text.strip()
-    count = {tag: text.count(tag) for tag in TAGS}
+    # Texts and tags in turn.
+    outside, *pieces = re.split(f"({'|'.join(TAGS)})", text)
+    tags = pieces[::2]
     if style == "plain":
-        return bool(text) and not any(count.values()), "", text
-    if not count["</think>"]:
+        return bool(text) and not tags, "", text
+    if "</think>" not in tags:
         return False, text, ""
     if style == "suffix":
-        thinking, _, answer = map(str.strip, text.rpartition("</think>"))
-        return sum(count.values()) == 1 and bool(answer), thinking, answer
+        thinking, _, answer = text.rpartition("</think>")
+        answer = answer.strip()
+        return len(tags) == 1 and bool(answer), thinking.strip(), answer
 
-    start, end = f"<{ANSWER_TAG[task]}>", f"</{ANSWER_TAG[task]}>"
+    tag = ANSWER_TAG[task]
+    start, end = f"<{tag}>", f"</{tag}>"
     thinking, _, rest = text.partition("</think>")
-    between, _, block = rest.partition(start)
-    answer, _, after = map(str.strip, block.partition(end))
-    if not rest.count(start) == rest.count(end) == block.count(end) == 1:
-        answer = ""
-    wanted = ("<think>", "</think>", start, end)
-    once = all(count[tag] == (tag in wanted) for tag in TAGS)
-    only = thinking.startswith("<think>") and not between.strip() and not after
-    return once and only and bool(answer), thinking.removeprefix("<think>").strip(), answer
+    thinking = thinking.removeprefix("<think>").strip()
+    before, *block = re.split(f"({start}|{end})", rest)
+    if block[::2] != [start, end]:
+        return False, thinking, ""
+    answer = block[1].strip()
+    whole = not (outside or before.strip() or block[3])
+    return whole and tags == ["<think>", "</think>", start, end] and bool(answer), thinking, answer
 
 
 def boxes_text(boxes: Sequence[Box]) -> str:
@@ -177,6 +193,16 @@ def boxes_text(boxes: Sequence[Box]) -> str:
 
 # ------------------------------------------------------------------------------- questions
 
+# What data.tasks may name, and the task that it is.
+TASK_OF = {
+    "report": "report",
+    "classification": "classification",
+    "grounding": "grounding",
+    "abnormality": "grounding",
+    "anatomy": "grounding",
+    "phrase": "grounding",
+    "detection": "grounding",
+}
 QUESTIONS = {
     "report": (
         "Write the findings of this chest X-ray.",
@@ -229,49 +255,114 @@ QUESTIONS = {
         "Find the abnormalities and give names and boxes.",
     ),
 }
-ANSWERS = ("{}", "It is at {}.", "The box is {}.", "{} in the image.")  # about one region
-# What data.tasks may name, and the task that it is.
-TASK_OF = {
-    "report": "report",
-    "classification": "classification",
-    "grounding": "grounding",
-    "abnormality": "grounding",
-    "anatomy": "grounding",
-    "phrase": "grounding",
-    "detection": "grounding",
-}
+# About one region.
+ANSWERS = ("{}", "It is at {}.", "The box is {}.", "{} in the image.")
 
 
-class Asker:
-    """Asks about one study. Training wordings vary with seed and id, held-out ones do not."""
+def study_examples(
+    study: Study, source: Source, split: str, seed: int, skip: Skip
+) -> Iterator[Example]:
+    """The questions that source.tasks ask about a study, and those that its dataset asks."""
+    chosen = set(source.tasks)
+    wanted = {kind for kind, task in TASK_OF.items() if {kind, task} & chosen}
+    asked = [a for a in study.asked if (a.kind or a.task) in wanted]
+    if study.report is not None and "report" in wanted:
+        asked.append(ask_report(study))
+    if study.findings is not None and "classification" in wanted:
+        asked.append(ask_findings(study))
+    regions = {key: boxes for key, boxes in study.boxes.items() if key[0] in wanted}
+    detection = study.complete and "detection" in wanted
+    if not (asked or regions or detection):
+        return
+    if problem := image_problem(study.images, source.image_root()):
+        skip(f"{study.where}: {problem}")
+        return
 
-    def __init__(self, study: Study, split: str, seed: int) -> None:
-        key = int(hashlib.sha1(study.id.encode()).hexdigest()[:12], 16)
-        self.rng = np.random.default_rng([seed, key])
-        self.varies = split == "train"
+    # Training wordings vary with seed and id, held-out ones do not.
+    key = int(hashlib.sha1(study.id.encode()).hexdigest()[:12], 16)
+    rng = np.random.default_rng([seed, key])
+    regions = one_anatomy(regions, rng)
+    choose = partial(pick, rng) if split == "train" else itemgetter(0)
 
-    def wording(self, choices: Sequence[str]) -> str:
-        return pick(self.rng, choices) if self.varies else choices[0]
+    images = tuple(str(image) if is_path(image) else image for image in study.images)
+    about_regions = region_questions(study, regions, detection, choose, skip)
+    for item in chain(asked, about_regions):
+        if problem := answer_problem(item):
+            skip(f"{study.where}: {problem}")
+            continue
+        # A question has the fields of an example that are not its study's.
+        item.question = item.question or usual_question(item, choose)
+        item.answer = answer_text(item)
+        item.boxes = tuple(item.boxes)
+        yield Example(images=images, patient=study.patient, **vars(item))
 
-    def question(self, asked: Asked) -> str:
-        if asked.question:
-            return asked.question
-        phrase = asked.label if asked.kind == "phrase" else asked.label.lower()
-        return self.wording(QUESTIONS[asked.kind or asked.task]).format(phrase)
+
+def ask_report(study):
+    return Asked(study.id, "report", answer=" ".join(study.report.split()))
 
 
-def image_problem(images: Sequence, root: Path) -> str:
+def ask_findings(study):
+    names = ", ".join(study.findings).lower() or "none"
+    return Asked(f"{study.id}-list", "classification", answer=f"{names}.")
+
+
+def region_questions(study, regions, detection, choose, skip):
+    """Questions about single regions, {(kind, name): boxes}, and one about all."""
+    shown = study.boxes if detection else regions
+    if problem := box_problem(chain.from_iterable(shown.values())):
+        skip(f"{study.where}: {problem}")
+        return
+    for (kind, name), boxes in regions.items():
+        answer = choose(ANSWERS).format(boxes_text(boxes))
+        yield Asked(f"{study.id}-{name}", "grounding", "", answer, boxes, name, kind)
+    if detection:
+        yield ask_detection(study)
+
+
+def ask_detection(study):
+    places = [f"{name} {boxes_text(boxes)}" for (_, name), boxes in study.boxes.items()]
+    answer = "; ".join(places) + "." if places else NOTHING_THERE
+    boxes = list(chain.from_iterable(study.boxes.values()))
+    return Asked(f"{study.id}-detect", "grounding", "", answer, boxes, "abnormalities", "detection")
+
+
+def one_anatomy(regions, rng):
+    """Only one of the anatomical regions. Every image has dozens: RadVLM asks for one, too."""
+    anatomy = [key for key in regions if key[0] == "anatomy"]
+    if not anatomy:
+        return regions
+    chosen = pick(rng, anatomy)
+    return {key: boxes for key, boxes in regions.items() if key == chosen or key not in anatomy}
+
+
+def usual_question(asked, choose):
+    phrase = asked.label if asked.kind == "phrase" else asked.label.lower()
+    return choose(QUESTIONS[asked.kind or asked.task]).format(phrase)
+
+
+def answer_text(asked):
+    return boxes_text(asked.boxes) if asked.answer is None else asked.answer
+
+
+def image_problem(images, root):
     """Why these images cannot be used, or ""."""
-    folder = os.path.join(os.path.abspath(root), "")
+    folder = os.path.abspath(root)
     for image in filter(is_path, images):
-        if not os.path.abspath(image).startswith(folder):
-            return f"image {image} lies outside {folder.rstrip(os.sep)}"
+        if os.path.commonpath([folder, os.path.abspath(image)]) != folder:
+            return f"image {image} lies outside {folder}"
         if not os.path.isfile(image):
             return f"image {image} does not exist"
     return "" if images else "the study has no image"
 
 
-def wrong_box(boxes: Iterable[Box]) -> str:
+def answer_problem(asked):
+    """Why a question cannot be used, or "". A dataset's own answers are kept, boxes and all."""
+    if asked.task == "report" and not asked.answer.strip():
+        return "the report is empty"
+    return box_problem(asked.boxes) if asked.answer is None else ""
+
+
+def box_problem(boxes):
     """What is wrong with the first box that is not in the image, or ""."""
     for box in boxes:
         if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
@@ -281,85 +372,89 @@ def wrong_box(boxes: Iterable[Box]) -> str:
     return ""
 
 
-def wrong_answer(asked: Asked) -> str:
-    """Why a question cannot be used, or "". A dataset's own answers are kept, boxes and all."""
-    if asked.task == "report" and not asked.answer.strip():
-        return "the report is empty"
-    return wrong_box(asked.boxes) if asked.answer is None else ""
+# ------------------------------------------------------------------------------- thinking traces
 
 
-def study_examples(
-    study: Study, source: Source, split: str, seed: int, skip: Skip
-) -> Iterator[Example]:
-    """The questions that source.tasks ask about a study, and those that its dataset asks."""
-
-    def wanted(kind):
-        return kind in source.tasks or TASK_OF[kind] in source.tasks
-
-    asker = Asker(study, split, seed)
-    regions = {key: boxes for key, boxes in study.boxes.items() if wanted(key[0])}
-    one_anatomy(regions, asker)
-    asked = [a for a in study.asked if wanted(a.kind or a.task)]
-    if study.report is not None and wanted("report"):
-        asked.append(Asked(study.id, "report", answer=" ".join(study.report.split())))
-    if study.findings is not None and wanted("classification"):
-        names = ", ".join(name.lower() for name in study.findings)
-        asked.append(Asked(f"{study.id}-list", "classification", answer=f"{names or 'none'}."))
-    detection = study.complete and wanted("detection")
-    if not (asked or regions or detection):
-        return
-    if problem := image_problem(study.images, source.image_root()):
-        skip(f"{study.where}: {problem}")
-        return
-
-    images = tuple(str(image) if is_path(image) else image for image in study.images)
-    about_regions = region_questions(study, regions, detection, asker, skip)
-    for item in itertools.chain(asked, about_regions):
-        if problem := wrong_answer(item):
-            skip(f"{study.where}: {problem}")
-            continue
-        # A question has the fields of an example that are not its study's.
-        fields = vars(item) | {"question": asker.question(item), "boxes": tuple(item.boxes)}
-        if item.answer is None:
-            fields["answer"] = boxes_text(item.boxes)
-        yield Example(images=images, patient=study.patient, **fields)
+# A sentence belongs to the first of these regions whose words it has.
+REGIONS = {
+    "Devices": r"tube|catheter|line tip|\bpicc|\bport\b|pacemaker|lead|wire|clip|stent|valve",
+    "Pleura": r"pleura|effusion|pneumothora|costophrenic",
+    "Bones": r"bon[ey]|rib|osseous|spin|skelet|fracture|vertebra|clavic|degenerat",
+    "Heart": r"heart|cardi",
+    "Mediastinum": r"mediastin|aort|hil[aiu]|trache",
+    "Lungs": r"lung|pulmon|opaci|consolid|atelect|edema|airspace|nodul|mass|pneumonia|interstit"
+    r"|vascul|lobe|basilar",
+}
+READING_ORDER = ("Heart", "Mediastinum", "Lungs", "Pleura", "Bones", "Devices")
 
 
-def one_anatomy(regions: dict, asker: Asker) -> None:
-    """Leave one of the anatomical regions. Every image has dozens: RadVLM asks for one, too."""
-    anatomy = [key for key in regions if key[0] == "anatomy"]
-    if anatomy:
-        anatomy.remove(pick(asker.rng, anatomy))
-    for key in anatomy:
-        del regions[key]
+def with_traces(
+    config: Config, split: str, examples: list[Example], notices: list[str]
+) -> list[Example]:
+    """Examples with thinking, if it is configured.
+
+    In training from data.traces if it is given; else their own traces, or some made from report and
+    boxes.
+    """
+    if not config.data.thinking:
+        return examples
+    if config.data.traces and split == "train":
+        traces = texts_by_id(config.data.traces, "thinking")
+        found = sum(e.id in traces for e in examples)
+        notices.append(f"{found} of {len(examples)} examples have a trace in {config.data.traces}")
+        return [replace(e, thinking=traces.get(e.id, "")) for e in examples]
+    return [replace(e, thinking=e.thinking or made_trace(e)) for e in examples]
 
 
-def region_questions(
-    study: Study, regions: dict, detection: bool, asker: Asker, skip: Skip
-) -> Iterator[Asked]:
-    """Questions about single regions, {(kind, name): boxes}, and one about all."""
-    shown = study.boxes if detection else regions
-    if problem := wrong_box(itertools.chain.from_iterable(shown.values())):
-        skip(f"{study.where}: {problem}")
-        return
-    for (kind, name), boxes in regions.items():
-        text = asker.wording(ANSWERS) if boxes else "{}"
-        answer = text.format(boxes_text(boxes))
-        yield Asked(f"{study.id}-{name}", "grounding", "", answer, boxes, name, kind)
-    if detection:
-        parts, every = [], []
-        for (_, name), boxes in study.boxes.items():
-            if boxes:
-                parts.append(f"{name} {boxes_text(boxes)}")
-                every += boxes
-        answer = "; ".join(parts) + "." if parts else NOTHING_THERE
-        name, kind = "abnormalities", "detection"
-        yield Asked(f"{study.id}-detect", "grounding", "", answer, every, name, kind)
+def texts_by_id(path: str | Path, key: str) -> dict[str, str]:
+    """{id: text} of a file of JSON lines with `id` and `key`."""
+    texts = {}
+    for n, line in enumerate(read_lines(Path(path)), 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row[key], str):
+                raise ValueError(f"{key}: expected text, got {row[key]!r}")
+            texts[str(row["id"])] = row[key]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{path}, line {n}: expected an object with id and {key} ({error!r})"
+            ) from None
+    return texts
 
 
-# ------------------------------------------------------------------------------- splits
+def made_trace(example):
+    if example.task == "report":
+        return systematic_reading(example.answer)
+    return looking_for(example.label, example.boxes) if example.task == "grounding" else ""
 
-Part = tuple[Source, list[Example], list[str]]  # a source, its examples, what cannot be used
+
+def systematic_reading(report: str) -> str:
+    """A trace for the cold start from the reference report: its sentences region by region."""
+    sentences = defaultdict(list)
+    for sentence in re.split(r"(?<=[.!?])\s+", report.strip()):
+        hits = (region for region, words in REGIONS.items() if re.search(words, sentence, re.I))
+        sentences[next(hits, "Other")].append(sentence)
+    parts = []
+    for region in (*READING_ORDER, "Other"):
+        text = " ".join(sentences[region])
+        if text or region != "Other":
+            parts.append(f"{region}: {text or 'not described.'}")
+    return " ".join(parts)
+
+
+def looking_for(label: str, boxes: Sequence[Box]) -> str:
+    """A trace for a grounding question. The left of the patient is on the right of the image."""
+    if not boxes:
+        return f"Looking for {label}. It is not there."
+    sides = {"right" if box[0] + box[2] < 1 else "left" for box in boxes}
+    where = "both sides" if len(sides) == 2 else f"the {sides.pop()}"
+    return f"Looking for {label}. It is there on {where}."
+
+
+# ------------------------------------------------------------------------------- mixtures
+
+# A source, its examples, and what cannot be used.
+Part = tuple[Source, list[Example], list[str]]
 
 
 def sources(config: Config, split: str) -> list[Source]:
@@ -372,43 +467,39 @@ def sources(config: Config, split: str) -> list[Source]:
     if not entries:
         return [Source(d.source, d.path, d.images, d.tasks, d.views)]
     complete = []
-    for entry in entries:
-        images = entry.images or d.images
-        entry = replace(
-            entry,
-            path=os.path.join(d.path, entry.path or entry.source),
-            images=os.path.join(d.path, images) if images else "",
-            tasks=entry.tasks or d.tasks,
-            views=entry.views or d.views,
-        )
+    for entry in map(replace, entries):
+        entry.path = os.path.join(d.path, entry.path or entry.source)
+        entry.images = entry.images or d.images
+        if entry.images:
+            entry.images = os.path.join(d.path, entry.images)
+        entry.tasks = entry.tasks or d.tasks
+        entry.views = entry.views or d.views
         complete.append(entry)
     return complete
 
 
-def check_tasks(config: Config) -> None:
+def check_tasks(config: Config):
     """Raises InputError if there is nothing that GRPO can train on."""
-    tasks = {task for source in sources(config, "train") for task in source.tasks}
-    if not tasks - {"classification"}:
+    tasks = set(chain.from_iterable(source.tasks for source in sources(config, "train")))
+    if tasks <= {"classification"}:
         raise InputError(f"data.tasks={sorted(tasks)}: GRPO needs report or grounding examples")
 
 
-def read_studies(config: Config, source: Source, split: str, skip: Skip) -> Iterator[Study]:
-    """The studies of one source, read by the module that has its name."""
+def read_source(config, source, split, skip):
+    """All examples of one source, in the plain output format."""
+    # The module that has its name reads its studies.
     if source.source == "phantom":
         size = getattr(config.data, f"{split}_size")
-        return phantoms.read(config.seed, split, size, QUESTIONS)
-    if not source.path or not Path(source.path).is_dir():
+        studies = phantoms.read(config.seed, split, size, QUESTIONS)
+    elif os.path.isdir(source.path):
+        reader = importlib.import_module(f"readers.{source.source}")
+        studies = reader.read(source, split, skip)
+    else:
         raise InputError(
             f"data.path={source.path!r}: no such folder; set it to the {source.source} dataset"
         )
-    reader = importlib.import_module(f"readers.{source.source}")
-    return reader.read(source, split, skip)
 
-
-def read_source(config: Config, source: Source, split: str, skip: Skip) -> list[Example]:
-    """All examples of one source, in the plain output format."""
-    studies = read_studies(config, source, split, skip)
-    studies = itertools.islice(studies, source.limit or None)
+    studies = islice(studies, source.limit or None)
     examples = {}
     for study in progress(studies, f"{source.source} {split}", unit="", delay=5, leave=False):
         for e in study_examples(study, source, split, config.seed, skip):
@@ -433,57 +524,7 @@ def read_split(config: Config, split: str) -> list[Part]:
     return parts
 
 
-def plain_words(text: str) -> str:
-    """Lower-cased words only: what makes two reports the same."""
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[str]]:
-    """Training parts without the patients of val and test, and notices about it.
-
-    With data.dedup also without reports that repeat one of theirs word for word. Phantoms of
-    different splits are different by construction.
-    """
-    if all(source.source == "phantom" for source, *_ in parts):
-        return parts, []
-    held = []
-    for split in ("val", "test"):
-        for source, part, _ in read_split(config, split):
-            if source.source != "phantom":
-                held += part
-    patients = {e.patient for e in held} - {""}
-    reports = {plain_words(e.answer) for e in held if e.task == "report"}
-
-    every = list(itertools.chain.from_iterable(part for _, part, _ in parts))
-    leaked = {e for e in every if e.patient in patients}
-    texts = [e for e in every if e.task == "report" and e not in leaked]
-    duplicates = {e for e in texts if plain_words(e.answer) in reports}
-    out = leaked | duplicates if config.data.dedup else leaked
-    if leaked and out == set(every):
-        return parts, [
-            "all patients are also held out: kept, but what is measured on the held-out splits "
-            "means nothing"
-        ]
-    kept = []
-    for source, part, problems in parts:
-        kept.append((source, [e for e in part if e not in out], problems))
-    notices = []
-    if leaked:
-        names = {e.patient for e in leaked}
-        notices.append(
-            f"left out {len(leaked)} examples of {len(names)} patients that are also held out, "
-            f"such as {min(names)}"
-        )
-    if duplicates:
-        fate = "are left out" if config.data.dedup else "stay (data.dedup=true leaves them out)"
-        notices.append(
-            f"{len(duplicates)} of {len(texts)} reports ({len(duplicates) / len(texts):.0%}) "
-            f"repeat a held-out report word for word, and {fate}"
-        )
-    return kept, notices
-
-
-def oversample(examples: list[Example], weight: float, seed: int) -> list[Example]:
+def oversample(examples, weight, seed):
     """Every study `weight` times; a fraction is a random part of the studies.
 
     Copies have their own ids, and so their own samples.
@@ -499,10 +540,13 @@ def oversample(examples: list[Example], weight: float, seed: int) -> list[Exampl
     return result
 
 
-def source_names(parts: list[Part]) -> list[str]:
+def source_names(parts):
     """A name for each source of a mixture, so that ids stay unique."""
     names = [os.path.basename(os.path.normpath(s.path)) or s.source for s, *_ in parts]
     return [name if names.count(name) == 1 else f"{name}.{n}" for n, name in enumerate(names)]
+
+
+# ------------------------------------------------------------------------------- splits
 
 
 def load_split(config: Config, split: str) -> list[Example]:
@@ -535,8 +579,7 @@ def load_split(config: Config, split: str) -> list[Example]:
         if split == "train":
             part = oversample(part, source.weight, config.seed)
         prefix = f"{name}/" if len(parts) > 1 else ""
-        style = style_of(config)
-        examples += [replace(e, id=prefix + e.id, style=style) for e in part]
+        examples += [replace(e, id=prefix + e.id, style=style_of(config)) for e in part]
     for text in notices:
         warn0(f"{split}: {text}")
     if not examples:
@@ -544,81 +587,55 @@ def load_split(config: Config, split: str) -> list[Example]:
     return examples
 
 
-# ------------------------------------------------------------------------------- thinking traces
+def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[str]]:
+    """Training parts without the patients of val and test, and notices about it.
 
-# A sentence belongs to the first of these regions whose words it has.
-REGIONS = {
-    "Devices": r"tube|catheter|line tip|\bpicc|\bport\b|pacemaker|lead|wire|clip|stent|valve",
-    "Pleura": r"pleura|effusion|pneumothora|costophrenic",
-    "Bones": r"bon[ey]|rib|osseous|spin|skelet|fracture|vertebra|clavic|degenerat",
-    "Heart": r"heart|cardi",
-    "Mediastinum": r"mediastin|aort|hil[aiu]|trache",
-    "Lungs": r"lung|pulmon|opaci|consolid|atelect|edema|airspace|nodul|mass|pneumonia|interstit"
-    r"|vascul|lobe|basilar",
-}
-READING_ORDER = ("Heart", "Mediastinum", "Lungs", "Pleura", "Bones", "Devices")
-
-
-def systematic_reading(report: str) -> str:
-    """A trace for the cold start from the reference report: its sentences region by region."""
-    said = {region: [] for region in (*READING_ORDER, "Other")}
-    for sentence in re.split(r"(?<=[.!?])\s+", report.strip()):
-        hits = (region for region, words in REGIONS.items() if re.search(words, sentence, re.I))
-        said[next(hits, "Other")].append(sentence)
-    parts = []
-    for region, sentences in said.items():
-        if sentences or region != "Other":
-            parts.append(f"{region}: {' '.join(sentences) or 'not described.'}")
-    return " ".join(parts)
-
-
-def looking_for(label: str, boxes: Sequence[Box]) -> str:
-    """A trace for a grounding question. The left of the patient is on the right of the image."""
-    if not boxes:
-        return f"Looking for {label}. It is not there."
-    sides = {"right" if box[0] + box[2] < 1 else "left" for box in boxes}
-    where = "both sides" if len(sides) == 2 else f"the {sides.pop()}"
-    return f"Looking for {label}. It is there on {where}."
-
-
-def texts_by_id(path: str | Path, key: str) -> dict[str, str]:
-    """{id: text} of a file of JSON lines with `id` and `key`."""
-    texts = {}
-    for n, line in enumerate(read_lines(Path(path)), 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row[key], str):
-                raise ValueError(f"{key}: expected text, got {row[key]!r}")
-            texts[str(row["id"])] = row[key]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{path}, line {n}: expected an object with id and {key} ({error!r})"
-            ) from None
-    return texts
-
-
-def with_traces(
-    config: Config, split: str, examples: list[Example], notices: list[str]
-) -> list[Example]:
-    """Examples with thinking, if it is configured.
-
-    In training from data.traces if it is given; else their own traces, or some made from report and
-    boxes.
+    With data.dedup also without reports that repeat one of theirs word for word. Phantoms of
+    different splits are different by construction.
     """
-    if not config.data.thinking:
-        return examples
-    if config.data.traces and split == "train":
-        traces = texts_by_id(config.data.traces, "thinking")
-        found = sum(e.id in traces for e in examples)
-        notices.append(f"{found} of {len(examples)} examples have a trace in {config.data.traces}")
-        return [replace(e, thinking=traces.get(e.id, "")) for e in examples]
-    return [e if e.thinking else replace(e, thinking=made_trace(e)) for e in examples]
+    if all(source.source == "phantom" for source, *_ in parts):
+        return parts, []
+    held = []
+    for split in ("val", "test"):
+        for source, part, _ in read_split(config, split):
+            if source.source != "phantom":
+                held += part
+    patients = {e.patient for e in held} - {""}
+    reports = {plain_words(e.answer) for e in held if e.task == "report"}
+
+    every = list(chain.from_iterable(part for _, part, _ in parts))
+    leaked = {e for e in every if e.patient in patients}
+    texts = [e for e in every if e.task == "report" and e not in leaked]
+    duplicates = {e for e in texts if plain_words(e.answer) in reports}
+    out = leaked | duplicates if config.data.dedup else leaked
+    if leaked and out == set(every):
+        return parts, [
+            "all patients are also held out: kept, but what is measured on the held-out splits "
+            "means nothing"
+        ]
+    kept = []
+    for source, part, problems in parts:
+        kept.append((source, [e for e in part if e not in out], problems))
+
+    notices = []
+    if leaked:
+        names = {e.patient for e in leaked}
+        notices.append(
+            f"left out {len(leaked)} examples of {len(names)} patients that are also held out, "
+            f"such as {min(names)}"
+        )
+    if duplicates:
+        fate = "are left out" if config.data.dedup else "stay (data.dedup=true leaves them out)"
+        notices.append(
+            f"{len(duplicates)} of {len(texts)} reports ({len(duplicates) / len(texts):.0%}) "
+            f"repeat a held-out report word for word, and {fate}"
+        )
+    return kept, notices
 
 
-def made_trace(example: Example) -> str:
-    if example.task == "report":
-        return systematic_reading(example.answer)
-    return looking_for(example.label, example.boxes) if example.task == "grounding" else ""
+def plain_words(text: str) -> str:
+    """Lower-cased words only: what makes two reports the same."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 # ------------------------------------------------------------------------------- order
@@ -627,9 +644,23 @@ def made_trace(example: Example) -> str:
 STREAMS = {"sft": 0, "more": 1, "cold_start": 2, "grpo": 3}
 
 
-@lru_cache(maxsize=8)
-def shuffled(n: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, stream, epoch]).permutation(n)
+def grpo_batch(examples: list[Example], step: int, config: Config) -> list[Example]:
+    """The examples of one GRPO step: data.report_share of them reports, the rest grounding.
+
+    All are of one task if the data have only one. A function of its arguments, so that a run can
+    resume.
+    """
+    count = config.grpo.prompts
+    reports = [e for e in examples if e.task == "report"]
+    boxes = [e for e in examples if e.task == "grounding"]
+    n_reports = round(count * config.data.report_share) if boxes else count
+    if not reports:
+        n_reports = 0
+    chosen = []
+    for pool, size in ((reports, n_reports), (boxes, count - n_reports)):
+        chosen += [pool[i] for i in indices(len(pool), size, step, config.seed, "grpo")]
+    order = np.random.default_rng([config.seed, STREAMS["grpo"], step, 1]).permutation(count)
+    return [chosen[i] for i in order]
 
 
 def indices(n: int, count: int, step: int, seed: int, stream: str) -> list[int]:
@@ -638,41 +669,25 @@ def indices(n: int, count: int, step: int, seed: int, stream: str) -> list[int]:
     return [int(shuffled(n, seed, STREAMS[stream], p // n)[p % n]) for p in places]
 
 
+@lru_cache(maxsize=8)
+def shuffled(n, seed, stream, epoch):
+    return np.random.default_rng([seed, stream, epoch]).permutation(n)
+
+
 def by_study(examples: list[Example]) -> list[list[Example]]:
     """Examples grouped by their images: lists of questions about the same study."""
-    groups = {}
+    groups = defaultdict(list)
     for example in examples:
-        groups.setdefault((example.images, example.copy), []).append(example)
+        groups[example.images, example.copy].append(example)
     return list(groups.values())
-
-
-def grpo_batch(examples: list[Example], step: int, config: Config) -> list[Example]:
-    """The examples of one GRPO step: data.report_share of them reports, the rest grounding.
-
-    All are of one task if the data have only one. A function of its arguments, so that a run can
-    resume.
-    """
-    count, seed = config.grpo.prompts, config.seed
-    reports = [e for e in examples if e.task == "report"]
-    boxes = [e for e in examples if e.task == "grounding"]
-    n_reports = round(count * config.data.report_share) if boxes else count
-    if not reports:
-        n_reports = 0
-    chosen = []
-    for pool, size in ((reports, n_reports), (boxes, count - n_reports)):
-        chosen += [pool[i] for i in indices(len(pool), size, step, seed, "grpo")]
-    order = np.random.default_rng([seed, STREAMS["grpo"], step, 1]).permutation(count)
-    return [chosen[i] for i in order]
 
 
 def phantom_corpus(studies: int = 2000) -> list[str]:
     """Texts of the first training phantoms of seed 0, which the tiny tokenizer is trained on."""
-    config = Config()
-    config.data.train_size = studies // 2
-    (source,) = sources(config, "train")
     texts = []
-    for e in read_source(config, source, "train", skip=str):
-        texts += [e.question, e.answer, e.thinking]
+    for study in phantoms.read(0, "train", studies // 2, QUESTIONS):
+        for asked in study.asked:
+            texts += [asked.question, answer_text(asked), asked.thinking]
     return texts
 
 
