@@ -7,11 +7,12 @@ with the state of the training), and the links `last` and `best` to two of these
 import os
 import shutil
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from runtime.config import Config, InputError, config_text, get_key, known_keys, load_config
+from runtime.config import Config, InputError, config_text, known_keys, load_config
 from runtime.output import rank, write_atomically
 from runtime.processes import gather_objects
 
@@ -33,7 +34,7 @@ MAY_CHANGE = {
 }
 
 
-def update_link(link: Path, folder: Path):
+def update_link(link, folder):
     """Make the symbolic link point to `folder`, which lies beside it."""
     new = link.with_name(f"{link.name}.new")
     new.unlink(missing_ok=True)
@@ -57,8 +58,9 @@ def last_step(run: Path) -> int:
 def resolve(path: str | Path) -> str:
     """The best checkpoint of a run folder, else its last one, else `path` itself."""
     for name in ("best", "last"):
-        if os.path.isdir(os.path.join(path, name)):
-            return os.path.join(path, name)
+        checkpoint = os.path.join(path, name)
+        if os.path.isdir(checkpoint):
+            return checkpoint
     return str(path)
 
 
@@ -93,20 +95,21 @@ def write_checkpoint(
     gather_objects(None)
 
 
-def prune(run: Path, keep_last: int):
+def prune(run, keep_last):
     """Remove all steps but the newest and those that `best` and `last` point to."""
-    keep = {(run / name).resolve() for name in ("best", "last")}
-    keep |= {path.resolve() for path in sorted(run.glob("step_??????"))[-keep_last:]}
-    for path in list(run.glob("step_??????")):
-        if path.resolve() not in keep:
+    keep = {(run / name).resolve().name for name in ("best", "last")}
+    steps = sorted(run.glob("step_??????"))
+    for path in steps[:-keep_last]:
+        if path.name not in keep:
             # Renamed first: a folder that is removed by halves must not look like a step.
-            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
-            path.rename(path.with_suffix(".tmp"))
+            aside = path.with_suffix(".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     for path in list(run.glob("step_*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def changed_keys(run: Path, config: Config, sections: list[str]) -> list[str]:
+def changed_keys(run, config, sections):
     """The keys in `sections` whose values differ from those that the run was started with."""
     try:
         before = load_config(run / "config.yaml")
@@ -118,10 +121,10 @@ def changed_keys(run: Path, config: Config, sections: list[str]) -> list[str]:
     may_change = MAY_CHANGE - ({"sft.more_steps"} if run.name == "more" else set())
     changed = []
     for key in known_keys():
-        checked = key == "seed" or key.split(".")[0] in sections
-        old, new = get_key(before, key), get_key(config, key)
-        if checked and key not in may_change and old != new:
-            changed.append(f"{key}={old} (now {new})")
+        value = attrgetter(key)
+        fixed = key.split(".")[0] in ["seed", *sections] and key not in may_change
+        if fixed and value(before) != value(config):
+            changed.append(f"{key}={value(before)} (now {value(config)})")
     return changed
 
 

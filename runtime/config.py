@@ -4,15 +4,14 @@ One YAML file with the sections below, then `key=value` on the command line. Whe
 from a paper, it is RadVLM-GRPO's for Qwen3-VL-8B. config.yaml has the values of the built-in run.
 """
 
-import dataclasses
 import difflib
 import math
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -24,6 +23,9 @@ class InputError(ValueError):
 def bounded(default: float, low: float = 0, above: float = -math.inf, high: float = math.inf):
     """A number with low <= value <= high and value > above."""
     return field(default=default, metadata={"low": low, "above": above, "high": high})
+
+
+UNBOUNDED = bounded(0, low=-math.inf).metadata
 
 
 def list_of(*names: str):
@@ -53,12 +55,13 @@ Part = Literal["vision", "projector"]
 
 @dataclass
 class ModelConfig:
-    # "tiny" is the built-in Qwen3-VL with random weights. Else a local folder or a hub id.
+    # "tiny": the built-in Qwen3-VL with random weights. Else a local folder or a hub id.
     path: str = "tiny"
     # Of the forward pass. Weights and optimiser stay in float32.
     precision: Literal["float32", "bfloat16"] = "float32"
-    # Every image is resized to between min_pixels and max_pixels, in multiples of a merged patch.
+    # A smaller image is enlarged to this, in multiples of a merged patch.
     min_pixels: int = bounded(1024, 1)
+    # A larger image is reduced to this, in multiples of a merged patch.
     max_pixels: int = bounded(451584, 1)
     # A longer prompt is an error: cutting it would cut image tokens.
     max_prompt_tokens: int = bounded(2048, 1)
@@ -78,12 +81,15 @@ class ModelConfig:
 class Source:
     """One of several datasets. What an entry leaves out is taken from the section `data`."""
 
+    # Which dataset it is: the name of a reader.
     source: Dataset = "phantom"
     # Its folder, relative to data.path. Empty: the name of the dataset.
     path: str = ""
     # The folder of its images where they lie elsewhere, relative to data.path.
     images: str = ""
+    # What is asked about its studies.
     tasks: list[Task] = list_of()
+    # As in `data`.
     views: Literal["", "all", "frontal"] = ""
     # How often its studies come up in an epoch of training.
     weight: float = bounded(1.0, above=0)
@@ -103,6 +109,7 @@ class Source:
 
 @dataclass
 class DataConfig:
+    # The dataset, unless `train` names several.
     source: Dataset = "phantom"
     # The folder of the dataset. With several datasets, the folder that theirs lie in.
     path: str = ""
@@ -110,10 +117,11 @@ class DataConfig:
     images: str = ""
     # Several datasets: [{source: mimic_cxr, weight: 2}, {source: vindr_cxr}]
     train: list[Source] = list_of()
-    # Empty: the held-out splits of `train`.
+    # The validation data. Empty: the held-out splits of `train`.
     val: list[Source] = list_of()
+    # The test data. Empty: the held-out splits of `train`.
     test: list[Source] = list_of()
-    # classification is for SFT only.
+    # What is asked about a study. classification is for SFT only.
     tasks: list[Task] = list_of("report", "grounding", "classification")
     # Share of report prompts in a GRPO step. The rest is grounding.
     report_share: float = bounded(0.5, high=1)
@@ -127,9 +135,11 @@ class DataConfig:
     thinking: bool = False
     # tags: <think>..</think><report>..</report> (MRG-R1). suffix: ..</think>.. (RadVLM).
     think_format: Literal["tags", "suffix"] = "tags"
-    # Phantoms with a report, and as many with boxes, in each split.
+    # Phantoms with a report, and as many with boxes, for training.
     train_size: int = bounded(6000, 1)
+    # The same for validation losses.
     val_size: int = bounded(64, 1)
+    # The same for the evaluation.
     test_size: int = bounded(768, 1)
     # An example that cannot be used stops the run, or is left out and counted.
     on_error: Literal["stop", "skip"] = "stop"
@@ -141,6 +151,7 @@ class SFTConfig:
     stage: Literal["sft", "more", "cold_start"] = "sft"
     # Where to start: auto (see stage), base (model.path), or a checkpoint folder.
     init: str = "auto"
+    # Optimiser steps of sft.stage=sft and cold_start.
     steps: int = bounded(300, 1)
     # Steps of sft.stage=more: about the compute of the GRPO stage.
     more_steps: int = bounded(150, 1)
@@ -156,6 +167,7 @@ class SFTConfig:
     lora_rank: int = bounded(0)
     # The peak: linear warm-up, then cosine to zero.
     lr: float = bounded(1e-5, above=0)
+    # Steps until the peak.
     warmup: int = bounded(10)
     # cold_start: share of the examples that are trained without thinking.
     plain_share: float = bounded(0.5, high=1)
@@ -167,6 +179,7 @@ class SFTConfig:
 class GRPOConfig:
     # Where to start: auto (SFT, or its cold start if data.thinking), base, or a folder.
     init: str = "auto"
+    # Rollouts, each with its updates.
     steps: int = bounded(300, 1)
     # Prompts per step, over all processes.
     prompts: int = bounded(512, 1)
@@ -180,11 +193,15 @@ class GRPOConfig:
     micro_batch: int = bounded(4, 1)
     # Prompts that are sampled together, on each process.
     sample_batch: int = bounded(16, 1)
+    # A completion that is longer is cut.
     max_new_tokens: int = bounded(1024, 1)
+    # Of sampling, and of the log-probs that are trained.
     temperature: float = bounded(1.0, above=0)
-    # optimizer, freeze, lora_rank: as in sft. With adapters, the reference is the policy without.
+    # As in sft.
     optimizer: Literal["adamw", "muon"] = "adamw"
+    # As in sft.
     freeze: list[Part] = list_of()
+    # As in sft. With adapters, the reference is the policy without them.
     lora_rank: int = bounded(0)
     # Constant.
     lr: float = bounded(1e-6, above=0)
@@ -194,41 +211,51 @@ class GRPOConfig:
     normalize_parts: bool = False
     # Leave out groups whose rewards are all equal.
     drop_degenerate: bool = False
+    # The ratio of new to old probability counts from 1 - clip_low ...
     clip_low: float = bounded(0.2, high=1)
+    # ... to 1 + clip_high.
     clip_high: float = bounded(0.28)
     # sequence: one ratio per completion (GSPO).
     importance: Literal["token", "sequence"] = "token"
     # The mean over tokens, of sequence means, or a sum over a constant (Dr. GRPO).
     loss_agg: Literal["token", "sequence", "constant"] = "token"
-    # 0 also saves the reference model.
+    # Weight of the KL to the reference. 0 also saves the reference model.
     kl_coef: float = bounded(0.01)
+    # k3 is never negative, see kl_terms in train_grpo.py.
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    # Steps between two checkpoints.
     save_every: int = bounded(25, 1)
 
 
 @dataclass
 class RewardsConfig:
-    # Components with their weights, for each task. Own ones: path/to/file.py:function
+    # Components of the reward of a report with their weights. Own ones: path/to/file.py:function
     report: dict[str, float] = field(default_factory=lambda: {"mccs": 0.4, "label_f1": 0.6})
+    # The same for grounding.
     grounding: dict[str, float] = field(default_factory=lambda: {"soft_f1": 1.0})
     # chexbert.pth as published: read labels with CheXbert. Empty: with the built-in rules.
     chexbert: str = ""
     # CheXbert's tokenizer: a local folder or hub id.
     bert: str = "bert-base-uncased"
+    # MCCS is 0 up to this cosine.
     mccs_margin: float = bounded(0.5, high=math.nextafter(1, 0))
-    # overlong pays 0 up to overlong_start tokens, and -1 from overlong_end on.
+    # The component overlong is 0 up to this number of tokens ...
     overlong_start: int = bounded(256)
+    # ... and -1 from this one on.
     overlong_end: int = bounded(512, 1)
+    # What 2 T is divided by: as in the code of RadVLM-GRPO, or as in its figure.
     soft_f1_mode: Literal["radvlm", "pq"] = "radvlm"
-    # Pay 1 when nothing is there and no box is given.
+    # soft_f1 is 1 when nothing is there and no box is given.
     match_empty: bool = True
 
 
 @dataclass
 class EvalConfig:
+    # The data that are predicted.
     split: Literal["train", "val", "test"] = "test"
     # Examples per task. 0: all.
     limit: int = bounded(0)
+    # Examples that are decoded together.
     batch_size: int = bounded(64, 1)
 
 
@@ -236,12 +263,15 @@ class EvalConfig:
 class LogConfig:
     # The newest checkpoints that a run keeps, beside the best.
     keep_last: int = bounded(1, 1)
+    # Send the metrics to Weights & Biases, too.
     wandb: bool = False
 
 
 @dataclass
 class Config:
+    # Of data, order and samples.
     seed: int = bounded(0)
+    # The folder of the runs and their evaluation.
     out: str = "runs/phantom"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -254,112 +284,58 @@ class Config:
 
 # ------------------------------------------------------------------------------- reading
 
-
-@dataclass(frozen=True)
-class Key:
-    """A key of the configuration: the type of its value, and its bounds if it is a number."""
-
-    kind: Any
-    bounds: typing.Mapping[str, float]
-
-
-@cache
-def known_keys(section: type = Config, prefix: str = "") -> dict[str, Key]:
-    """Every dotted key, e.g. {"grpo.kl_coef": Key(float, ..)}."""
-    kinds = typing.get_type_hints(section)
-    keys = {}
-    for f in dataclasses.fields(section):
-        kind = kinds[f.name]
-        if dataclasses.is_dataclass(kind):
-            keys |= known_keys(kind, f"{prefix}{f.name}.")
-        else:
-            keys[prefix + f.name] = Key(kind, f.metadata)
-    return keys
-
-
-def require(condition: bool, key: str, expected: str, value: Any):
-    if not condition:
-        raise InputError(f"{key}: expected {expected}, got {value!r}")
-
-
-def parse_number(name: str, value: Any, key: Key) -> float:
-    """YAML reads 1e-4 as text, so numbers are accepted in any notation."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    whole = key.kind is int
-    kind = "a whole number" if whole else "a number"
-    require(math.isfinite(number) and not (whole and number % 1), name, kind, value)
-
-    low = key.bounds.get("low", -math.inf)
-    above = key.bounds.get("above", -math.inf)
-    high = key.bounds.get("high", math.inf)
-    require(number >= low, name, f"at least {low:g}", value)
-    require(number > above, name, f"more than {above:g}", value)
-    require(number <= high, name, f"at most {high:g}" if high in (0, 1) else "less than 1", value)
-    return key.kind(number)
-
-
-def parse_source(name: str, value: Any) -> Source:
-    """An entry of data.train, data.val or data.test."""
-    require(isinstance(value, dict), name, "a list of sources, like [{source: iu_xray}]", value)
-    keys = known_keys(Source)
-    for unknown in set(value) - set(keys):
-        raise InputError(f"{name}: expected {', '.join(keys)}, got {unknown!r}")
-    return Source(**{key: parse(f"{name}[].{key}", value[key], keys[key]) for key in value})
-
-
-def parse(name: str, value: Any, key: Key) -> Any:
-    """`value` as what the key expects. Raises InputError if it is of another type or impossible."""
-    kind, items = typing.get_origin(key.kind), typing.get_args(key.kind)
-    if kind is Literal:
-        require(value in items, name, f"one of {', '.join(items)}", value)
-        return value
-    if kind is dict:
-        require(isinstance(value, dict), name, "names with numbers, like {mccs: 1}", value)
-        number = Key(float, {})
-        return {str(k): parse_number(f"{name}.{k}", v, number) for k, v in value.items()}
-    if kind is list:
-        require(isinstance(value, list), name, "a list, like [a, b]", value)
-        if items == (Source,):
-            return [parse_source(name, item) for item in value]
-        return [parse(name, item, Key(items[0], {})) for item in value]
-    if key.kind is bool:
-        require(isinstance(value, bool), name, "true or false", value)
-        return value
-    if key.kind is str:
-        text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        require(text, name, "text", value)
-        return str(value)
-    return parse_number(name, value, key)
-
-
-def set_key(config: Config, name: str, value: Any, origin: str):
-    """Set one dotted key. Raises InputError for an unknown one and names the nearest."""
-    *sections, last = name.split(".")
-    # One weight of a reward table. The names of own rewards hold dots, too.
-    for task in ("report", "grounding"):
-        table = f"rewards.{task}."
-        if name.startswith(table):
-            weights = getattr(config.rewards, task)
-            weights[name.removeprefix(table)] = parse_number(name, value, Key(float, {}))
-            return
-
-    keys = known_keys()
-    if name not in keys:
-        nearest = difflib.get_close_matches(name, keys, 1, 0)[0]
-        raise InputError(
-            f"{origin}: unknown key {name!r} = {value!r}; the nearest valid key is {nearest!r}"
-        )
-    section = config
-    for part in sections:
-        section = getattr(section, part)
-    setattr(section, last, parse(name, value, keys[name]))
-
-
 # What yaml raises for bad input: also a date that cannot be, or `!!int ''`.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file over the defaults, then `key=value` overrides like "grpo.kl_coef=0".
+
+    Raises InputError for an unknown key, a wrong type or an impossible value.
+    """
+    config = Config()
+    for name, value in read_yaml(path).items():
+        # A key of the whole configuration, or a section with keys.
+        if not any(known.startswith(f"{name}.") for known in known_keys()):
+            set_key(config, f"{name}", value, path)
+            continue
+        require(isinstance(value, dict), f"{path}: {name}", "a section with keys", value)
+        for key in value:
+            set_key(config, f"{name}.{key}", value[key], path)
+
+    for item in overrides:
+        origin = f"argument {item!r}"
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise InputError(f"{origin}: expected key=value, like grpo.kl_coef=0")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except NOT_YAML:
+            raise InputError(f"{origin}: the value is not valid YAML") from None
+        set_key(config, key, value, origin)
+
+    check_together(config)
+    return config
+
+
+def check_together(config):
+    """What is possible by itself, and not together."""
+    grpo = config.grpo
+    require(config.out, "out", "a folder", config.out)
+    require(config.data.tasks, "data.tasks", "at least one task", config.data.tasks)
+    if config.model.min_pixels > config.model.max_pixels:
+        raise InputError("model.min_pixels is larger than model.max_pixels")
+    if grpo.mini_batch > grpo.prompts:
+        raise InputError(f"grpo.mini_batch={grpo.mini_batch} is larger than {grpo.prompts=}")
+    if grpo.normalize_parts and grpo.adv_norm == "none":
+        raise InputError(
+            "grpo.normalize_parts=true divides by a std: it takes grpo.adv_norm=group or batch"
+        )
+
+
+def config_text(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -376,56 +352,88 @@ def read_yaml(path: str | Path) -> dict:
     return tree or {}
 
 
-def set_section(config: Config, tree: dict, prefix: str, path: str | Path):
-    """Set the keys of a section of a file, and of the sections in it."""
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if any(known.startswith(f"{key}.") for known in known_keys()):
-            require(isinstance(value, dict), f"{path}: {key}", "a section with keys", value)
-            set_section(config, value, f"{key}.", path)
+@cache
+def known_keys(section: type = Config) -> dict[str, tuple]:
+    """Every dotted key with the type of its value and its bounds: {"grpo.kl_coef": (float, ..)}."""
+    types = get_type_hints(section)
+    keys = {}
+    for f in fields(section):
+        kind = types[f.name]
+        if is_dataclass(kind):
+            keys |= {f"{f.name}.{name}": known for name, known in known_keys(kind).items()}
         else:
-            set_key(config, key, value, str(path))
+            keys[f.name] = kind, f.metadata
+    return keys
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file over the defaults, then `key=value` overrides like "grpo.kl_coef=0".
-
-    Raises InputError for an unknown key, a wrong type or an impossible value.
-    """
-    config = Config()
-    set_section(config, read_yaml(path), "", path)
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise InputError(f"argument {item!r}: expected key=value, like grpo.kl_coef=0")
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except NOT_YAML:
-            raise InputError(f"argument {item!r}: the value is not valid YAML") from None
-        set_key(config, key, value, f"argument {item!r}")
-
-    grpo = config.grpo
-    require(bool(config.out), "out", "a folder", config.out)
-    require(bool(config.data.tasks), "data.tasks", "at least one task", config.data.tasks)
-    if config.model.min_pixels > config.model.max_pixels:
-        raise InputError("model.min_pixels is larger than model.max_pixels")
-    if grpo.mini_batch > grpo.prompts:
-        raise InputError(f"grpo.mini_batch={grpo.mini_batch} is larger than {grpo.prompts=}")
-    if grpo.normalize_parts and grpo.adv_norm == "none":
+def set_key(config: Config, name: str, value: Any, origin: str | Path):
+    """Set one dotted key. Raises InputError for an unknown one and names the nearest."""
+    # One weight of a reward table. The names of own rewards hold dots, too.
+    if weight := re.fullmatch(r"rewards\.(report|grounding)\.(.*)", name, re.DOTALL):
+        task, component = weight.groups()
+        getattr(config.rewards, task)[component] = parse_number(name, value)
+        return
+    keys = known_keys()
+    if name not in keys:
+        nearest = difflib.get_close_matches(name, keys, 1, 0)[0]
         raise InputError(
-            "grpo.normalize_parts=true divides by a std: it takes grpo.adv_norm=group or batch"
+            f"{origin}: unknown key {name!r} = {value!r}; the nearest valid key is {nearest!r}"
         )
-    return config
+    *sections, last = name.split(".")
+    section = getattr(config, sections[0]) if sections else config
+    setattr(section, last, parse(name, value, *keys[name]))
 
 
-def config_text(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+def parse(name: str, value: Any, kind: Any, bounds: Mapping = UNBOUNDED) -> Any:
+    """`value` as a `kind`. Raises InputError if it is of another type or impossible."""
+    items = get_args(kind)
+    if get_origin(kind) is Literal:
+        require(value in items, name, f"one of {', '.join(items)}", value)
+        return value
+    if get_origin(kind) is dict:
+        require(isinstance(value, dict), name, "names with numbers, like {mccs: 1}", value)
+        return {str(k): parse_number(f"{name}.{k}", v) for k, v in value.items()}
+    if get_origin(kind) is list:
+        require(isinstance(value, list), name, "a list, like [a, b]", value)
+        return [parse(name, item, *items) for item in value]
+    if kind is Source:
+        return parse_source(name, value)
+    if kind is bool:
+        require(isinstance(value, bool), name, "true or false", value)
+        return value
+    if kind is str:
+        text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        require(text, name, "text", value)
+        return str(value)
+    return parse_number(name, value, kind, bounds)
 
 
-def get_key(config: Config, name: str) -> Any:
-    """The value of a dotted key."""
-    value = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+def parse_source(name, value):
+    """An entry of data.train, data.val or data.test."""
+    require(isinstance(value, dict), name, "a list of sources, like [{source: iu_xray}]", value)
+    keys = known_keys(Source)
+    for unknown in value.keys() - keys:
+        raise InputError(f"{name}: expected {', '.join(keys)}, got {unknown!r}")
+    return Source(**{key: parse(f"{name}[].{key}", value[key], *keys[key]) for key in value})
+
+
+def parse_number(name, value, kind=float, bounds=UNBOUNDED):
+    """YAML reads 1e-4 as text, so numbers are accepted in any notation."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if kind is int:
+        require(number % 1 == 0, name, "a whole number", value)
+    require(math.isfinite(number), name, "a number", value)
+
+    low, above, high = bounds["low"], bounds["above"], bounds["high"]
+    require(number >= low, name, f"at least {low:g}", value)
+    require(number > above, name, f"more than {above:g}", value)
+    require(number <= high, name, "at most 1" if high == 1 else "less than 1", value)
+    return kind(number)
+
+
+def require(condition, key, expected, value):
+    if not condition:
+        raise InputError(f"{key}: expected {expected}, got {value!r}")

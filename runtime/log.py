@@ -1,6 +1,7 @@
 """What a run writes down: metrics.jsonl, samples.jsonl, a progress bar with times."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,14 +13,6 @@ from runtime.output import progress, rank, write_atomically
 SHOWN = ("loss", "reward", "kl", "eval_loss")  # in the progress bar
 
 
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; of a line that kill -9 has cut, infinity."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
-
-
 class Log:
     """The files of a run, its progress bar, and a clock of the phases of a step.
 
@@ -27,24 +20,19 @@ class Log:
     """
 
     def __init__(self, run: Path, config: Config, first_step: int, last_step: int):
-        self.name, self.first_step, self.last_step = run.name, first_step, last_step
-        self.files, self.wandb = {}, None
+        self.name = run.name
+        self.first_step = first_step
+        self.last_step = last_step
+        self.files = {}
+        self.wandb = None
         if rank() != 0:
             return
         for name in ("metrics", "samples"):
             path = run / f"{name}.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line + "\n" for line in lines if step_of(line) <= first_step]
-            write_atomically(path, "".join(kept))
+            write_atomically(path, lines_until(path, first_step))
             self.files[name] = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         if config.log.wandb:
-            try:
-                import wandb  # noqa: PLC0415
-            except ImportError as error:
-                raise InputError(
-                    f"log.wandb: {error}; install wandb or leave the option off"
-                ) from None
-            self.wandb = wandb.init(project="chest-xray-grpo", name=str(run), config=asdict(config))
+            self.wandb = start_wandb(run, config)
 
     def steps(self) -> Iterator[int]:
         """The steps from first_step to last_step, with a progress bar and a clock."""
@@ -64,7 +52,8 @@ class Log:
 
     def metrics(self, step: int, values: dict):
         """Write a line of metrics.jsonl with its times. Tensors of one number become numbers."""
-        row = {name: float(value) for name, value in values.items()} | self.seconds
+        row = {name: float(value) for name, value in values.items()}
+        row |= self.seconds
         row["step_time"] = time.perf_counter() - self.began
         row["tokens_per_second"] = row["num_tokens"] / row["step_time"]
         self.write("metrics", step, row)
@@ -76,6 +65,30 @@ class Log:
         """Write a line of samples.jsonl."""
         self.write("samples", step, row)
 
-    def write(self, name: str, step: int, row: dict):
+    def write(self, name, step, row):
         if rank() == 0:
             self.files[name].write(json.dumps({"step": step, **row}) + "\n")
+
+
+def lines_until(path, step):
+    """What a file of JSON lines holds up to this step."""
+    if not path.exists():
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "".join(line + "\n" for line in lines if step_of(line) <= step)
+
+
+def step_of(line):
+    """The step of a line; of a line that kill -9 has cut, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def start_wandb(run, config):
+    try:
+        import wandb  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError(f"log.wandb: {error}; install wandb or leave the option off") from None
+    return wandb.init(project="chest-xray-grpo", name=str(run), config=asdict(config))

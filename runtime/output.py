@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -19,25 +19,27 @@ def world_size() -> int:
 
 def rank() -> int:
     """Which of the processes this is, from 0."""
-    return int(os.environ["RANK"]) if world_size() > 1 else 0
+    if world_size() == 1:
+        return 0
+    return int(os.environ["RANK"])
 
 
-def print0(text: str):
+def print0(text: str, file: TextIO | None = None):
     """Print on the first process, above any progress bar."""
     if rank() == 0:
-        tqdm.write(text)
+        tqdm.write(text, file=file)
         sys.stdout.flush()
 
 
 def warn0(text: str):
     """Print to stderr on the first process."""
-    if rank() == 0:
-        tqdm.write(text, file=sys.stderr)
+    print0(text, sys.stderr)
 
 
 def progress(items: Iterable, title: str, **options: Any) -> tqdm:
     """A progress bar on the first process."""
-    return tqdm(items, title, disable=rank() != 0, **options)
+    hidden = rank() != 0
+    return tqdm(items, title, disable=hidden, **options)
 
 
 def write_atomically(path: Path, text: str):
@@ -54,17 +56,19 @@ def write_atomically(path: Path, text: str):
 
 def format_table(rows: list[list[str]]) -> str:
     """Rows of texts as an aligned table. The first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
     head, *body = rows
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rule = ["-" * width for width in widths]
     lines = []
-    for first, *others in [head, ["-" * width for width in widths], *body]:
-        cells = [text.rjust(width) for text, width in zip(others, widths[1:])]
-        lines.append(" | ".join([first.ljust(widths[0]), *cells]))
+    for row in [head, rule, *body]:
+        cells = [text.rjust(width) for text, width in zip(row, widths)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append(" | ".join(cells))
     return "\n".join(lines)
 
 
 def moved(old: str, tools: dict[str, str]):
     """Say which commands replace `python OLD`, and exit with status 2."""
-    commands = "; ".join(f"{what}: python -m {tool}" for what, tool in tools.items())
-    print(f"{old} is not a program any more. {commands}", file=sys.stderr)
+    commands = [f"{what}: python -m {tool}" for what, tool in tools.items()]
+    warn0(f"{old} is not a program any more. {'; '.join(commands)}")
     sys.exit(2)

@@ -39,25 +39,27 @@ def init_processes():
     """Join the other processes that torchrun started, if any."""
     if world_size() == 1 or dist.is_initialized():
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
         local_rank = int(os.environ["LOCAL_RANK"])
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise InputError(f"--nproc_per_node is more than the {count} GPUs of this machine")
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def gather_objects(value: Any) -> list:
     """[value of rank 0, value of rank 1, ..]. Collective."""
     values = [value] * world_size()
-    if dist.is_initialized():
-        try:
-            dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"another process has stopped, see its message ({reason})") from None
+    if not dist.is_initialized():
+        return values
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"another process has stopped, see its message ({reason})") from None
     return values
 
 
@@ -103,7 +105,7 @@ def shard_weights(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype 
         module.set_force_sum_reduction_for_comms(True)
 
 
-def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(model):
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -142,14 +144,14 @@ def shard_state(state: dict, optimizer: Optimizer) -> dict:
     """The saved state of an optimizer, whole tensors, sharded as its parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
-        parameter = parameters[i]
-        if not isinstance(parameter, DTensor):
+        p = parameters[i]
+        if not isinstance(p, DTensor):
             continue
         for name, value in values.items():
-            if value.shape == parameter.shape:
-                value = value.to(parameter.device)
-                mesh, placements = parameter.device_mesh, parameter.placements
-                values[name] = distribute_tensor(value, mesh, placements)
+            # Step counters are not sharded.
+            if value.shape == p.shape:
+                value = value.to(p.device)
+                values[name] = distribute_tensor(value, p.device_mesh, p.placements)
     return state
 
 
@@ -174,7 +176,7 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self.receive)
 
-    def receive(self, number, _frame):
+    def receive(self, number, _):
         self.received = True
         # torchrun repeats a Ctrl-C that the processes have seen already, and kills them later.
         if not dist.is_torchelastic_launched():
@@ -204,14 +206,13 @@ class StopRequest:
 # ------------------------------------------------------------------------------- scripts
 
 
-def parse_args(usage: str, **options: Any) -> tuple[Config, argparse.Namespace]:
+def parse_args(usage: str, **options: dict) -> tuple[Config, argparse.Namespace]:
     """Read the command line `CONFIG [key=value ..]` and the configuration that it names.
 
     options: further arguments, with the keyword arguments of add_argument.
     """
-    parser = argparse.ArgumentParser(
-        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=usage, formatter_class=layout)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     for name, settings in options.items():
