@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 from readers.study import (
+    MALFORMED,
+    Skip,
+    Studies,
     Study,
     corners,
     first_file,
@@ -16,22 +19,24 @@ from readers.study import (
     patient_of,
     read_json,
 )
-from runtime.config import InputError
+from runtime.config import InputError, Source
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     root = Path(source.path)
-    files = {*root.glob("*.json"), *root.glob("annotations/*.json")}
+    files = [*root.glob("*.json"), *root.glob("annotations/*.json")]
     alone = len(files) == 1
     if alone:
-        (path,) = files
+        path = files[0]
     else:
-        patterns = (f"{split}.json", f"instances_{split}*.json", f"*_{split}.json")
-        path = locate(root, *(f"{folder}{p}" for p in patterns for folder in ("", "annotations/")))
+        patterns = []
+        for name in (f"{split}.json", f"instances_{split}*.json", f"*_{split}.json"):
+            patterns += [name, f"annotations/{name}"]
+        path = locate(root, *patterns)
     tree = read_json(path)
     try:
         studies = read_studies(tree, path, root, source.image_root(), split)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except MALFORMED as error:
         raise InputError(
             f"{path}: not in COCO's format, images with id, file_name, width, height and "
             f"annotations with image_id, category_id, bbox ({error!r})"
@@ -49,11 +54,12 @@ def read_studies(tree, path, root, images, split):
     studies = {}
     sizes = {}
     for row in tree["images"]:
-        name = row["file_name"]
-        sizes[row["id"]] = row["width"], row["height"]
+        name, image = row["file_name"], row["id"]
+        sizes[image] = row["width"], row["height"]
         file = first_file(images, folders, name, Path(name).name)
-        where = f"{path}, image {row['id']}"
-        studies[row["id"]] = Study(str(name), patient_of(name, root), [file], where, complete=True)
+        where = f"{path}, image {image}"
+        studies[image] = Study(str(name), patient_of(name, root), [file], where, complete=True)
+
     for row in tree["annotations"]:
         image = row["image_id"]
         box = normalize_box(corners(*row["bbox"]), *sizes[image])

@@ -7,67 +7,73 @@ impression. OpenI does not say which view an image is: the first by name counts 
 wrong for one study in ten.
 """
 
+from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-from readers.r2gen import is_r2gen, read_r2gen
-from readers.study import Study, hash_split, locate, read_csv
+from readers.r2gen import read_r2gen
+from readers.study import Skip, Studies, Study, hash_split, locate, read_csv
+from runtime.config import Source
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     root = Path(source.path)
-    if is_r2gen(root):
-        yield from read_r2gen(root, split, source.views, skip, r2gen_patient)
+    path = locate(root, "annotation.json", "indiana_reports.csv", "ecgen-radiology/*.xml")
+    if path.name == "annotation.json":
+        yield from read_r2gen(source, split, skip, r2gen_patient)
         return
-    if (root / "indiana_reports.csv").is_file():
-        studies = read_kaggle(root, skip)
-    else:
-        locate(root, "annotation.json", "indiana_reports.csv", "ecgen-radiology/*.xml")
-        studies = read_openi(root, skip)
+    read_all = read_kaggle if path.suffix == ".csv" else read_openi
+    studies = {study.id: study for study in read_all(root, source.views, skip)}
     splits = hash_split(studies)
-    for uid, (report, views, where) in studies.items():
+    for uid, study in studies.items():
         if splits[uid] != split:
             continue
-        images = [image for _, image in views]
         if source.views == "frontal":
-            images = [image for view, image in views if view.lower() == "frontal"][:1]
-        yield Study(uid, f"iu/{uid}", images, where, report)
+            study.images = study.images[:1]
+        yield study
 
 
 def r2gen_patient(row):
-    return "iu/" + str(row["id"]).split("_")[0].removeprefix("CXR")
+    study, *_ = str(row["id"]).split("_")
+    return "iu/" + study.removeprefix("CXR")
 
 
-def read_kaggle(root, skip):
-    """uid -> (report, views, where)"""
-    views = {}
-    projections = root / "indiana_projections.csv"
-    for row in read_csv(projections, ["uid", "filename", "projection"], skip):
-        image = root / "images_normalized" / row["filename"]
-        views.setdefault(row["uid"], []).append((row["projection"].strip(), image))
+def read_kaggle(root, views, skip):
+    images = defaultdict(list)
+    path = root / "indiana_projections.csv"
+    rows = read_csv(path, skip, "uid", "filename", "projection")
+    for row in rows:
+        view = row["projection"].strip()
+        if views != "frontal" or view.lower() == "frontal":
+            image = root / "images_normalized" / row["filename"]
+            images[row["uid"]].append((view, image))
+
     path = root / "indiana_reports.csv"
-    studies = {}
-    for row in read_csv(path, ["uid", "findings", "impression"], skip):
+    rows = read_csv(path, skip, "uid", "findings", "impression")
+    for row in rows:
         uid = row["uid"]
-        report = row["findings"].strip() or row["impression"]
-        studies[uid] = report, sorted(views.get(uid, [])), f"{path}, uid {uid}"
-    return studies
+        findings = row["findings"].strip()
+        # In the order of the names of the views.
+        ordered = [image for _, image in sorted(images[uid])]
+        where = f"{path}, uid {uid}"
+        yield Study(uid, f"iu/{uid}", ordered, where, findings or row["impression"])
 
 
-def read_openi(root, skip):
-    """uid -> (report, views, where)"""
-    studies = {}
-    for path in sorted((root / "ecgen-radiology").glob("*.xml")):
+def read_openi(root, _, skip):
+    for path in sorted(root.glob("ecgen-radiology/*.xml")):
         try:
             tree = ElementTree.parse(path)
         except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
             skip(f"{path}: not valid XML ({error})")
             continue
-        sections = {t.get("Label"): " ".join(t.itertext()) for t in tree.iter("AbstractText")}
-        report = sections.get("FINDINGS", "").strip() or sections.get("IMPRESSION", "")
-        names = [image.get("id") for image in tree.iter("parentImage")]
-        images = sorted(root / "NLMCXR_png" / f"{name}.png" for name in names)
-        views = [("Lateral" if n else "Frontal", image) for n, image in enumerate(images)]
-        uid = next((u.get("id") for u in tree.iter("uId")), path.stem).removeprefix("CXR")
-        studies[uid] = report, views, str(path)
-    return studies
+        sections = {}
+        for part in tree.iter("AbstractText"):
+            sections[part.get("Label")] = " ".join(part.itertext())
+        findings = sections.get("FINDINGS", "").strip()
+        report = findings or sections.get("IMPRESSION", "")
+        images = []
+        for image in tree.iter("parentImage"):
+            name = image.get("id")
+            images.append(root / "NLMCXR_png" / f"{name}.png")
+        uid = path.stem
+        yield Study(uid, f"iu/{uid}", sorted(images), str(path), report)

@@ -8,10 +8,11 @@ fractions of the image. Optional: "question", "thinking", "patient".
 import json
 from pathlib import Path
 
-from readers.study import Asked, Study, read_lines
+from readers.study import MALFORMED, Asked, Skip, Studies, Study, read_lines
+from runtime.config import Source
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     path = Path(source.path) / f"{split}.jsonl"
     for n, line in enumerate(read_lines(path), 1):
         where = f"{path}, line {n}"
@@ -19,7 +20,7 @@ def read(source, split, skip):
             yield parse_line(line, source, where)
         except json.JSONDecodeError as error:
             skip(f"{where}: not valid JSON ({error})")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (*MALFORMED, AttributeError, RecursionError) as error:
             reason = error if isinstance(error, ValueError) else repr(error)
             skip(
                 f"{where}: expected an object with id, images and report, or phrase and boxes "
@@ -29,21 +30,31 @@ def read(source, split, skip):
 
 def parse_line(line, source, where):
     row = json.loads(line)
-    if not isinstance(row["images"], list):
+    names = row["images"]
+    if not isinstance(names, list):
         raise ValueError("images: expected a list of paths")
+    images = [source.image_root() / name for name in names]
+    patient = row.get("patient") or ""
+    if patient:
+        patient = f"{Path(source.path)}/{patient}"
+    asked = parse_question(row)
+    return Study(asked.id, patient, images, where, asked=[asked])
+
+
+def parse_question(row):
     if "report" in row and "phrase" in row:
         raise ValueError("report and phrase are two examples, with an id each")
+    asked = Asked(str(row["id"]), "report")
     if "report" in row:
         report = row["report"] if isinstance(row["report"], str) else ""
-        asked = Asked(str(row["id"]), "report", answer=" ".join(report.split()))
+        asked.answer = " ".join(report.split())
     elif "phrase" in row:
-        boxes = [tuple(map(float, box)) for box in row["boxes"]]
-        phrase = str(row["phrase"])
-        asked = Asked(str(row["id"]), "grounding", boxes=boxes, label=phrase, kind="phrase")
+        asked.task = "grounding"
+        asked.kind = "phrase"
+        asked.label = str(row["phrase"])
+        asked.boxes = [tuple(map(float, box)) for box in row["boxes"]]
     else:
         raise ValueError(f"neither report nor phrase in {', '.join(row)}")
     asked.question = str(row.get("question") or "")
     asked.thinking = str(row.get("thinking", ""))
-    images = [source.image_root() / image for image in row["images"]]
-    patient = f"{Path(source.path)}/{row['patient']}" if row.get("patient") else ""
-    return Study(asked.id, patient, images, where, asked=[asked])
+    return asked

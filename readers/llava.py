@@ -9,7 +9,10 @@ import re
 from pathlib import Path
 
 from readers.study import (
+    MALFORMED,
     Asked,
+    Skip,
+    Studies,
     Study,
     first_file,
     locate,
@@ -18,13 +21,13 @@ from readers.study import (
     patient_of,
     read_json,
 )
-from runtime.config import InputError
+from runtime.config import InputError, Source
 
 # A question with yes or no for an answer asks for no report.
 ASKS_FOR_REPORT = re.compile(r"(?i)(?!is|are|does|do|can|could)\b.*\b(report|findings)\b")
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     root, images = Path(source.path), source.image_root()
     files = list(root.glob("*.json"))
     alone = len(files) == 1
@@ -38,7 +41,7 @@ def read(source, split, skip):
         try:
             names, turns = parse_conversation(row)
             name = str(row.get("id", n))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except MALFORMED as error:
             skip(
                 f"{where}: expected an object with image and conversations of human and gpt "
                 f"({error!r})"
@@ -51,27 +54,31 @@ def read(source, split, skip):
 
 
 def parse_conversation(row):
-    """The names of the images, and the texts of human and gpt in turn."""
-    turns = [(str(turn["from"]), str(turn["value"])) for turn in row["conversations"]]
-    speakers = [speaker for speaker, _ in turns]
+    """The names of the images, and (question, answer) of each turn."""
+    turns = row["conversations"]
+    texts = [str(turn["value"]) for turn in turns]
+    speakers = [turn["from"] for turn in turns]
     if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError("turns of human and gpt in turn")
     image = row["image"]
-    names = [image] if isinstance(image, str) else [str(name) for name in image]
+    names = [image] if isinstance(image, str) else list(map(str, image))
     if not names:
         raise ValueError("no image")
-    return names, [text for _, text in turns]
+    return names, list(zip(texts[::2], texts[1::2]))
 
 
 def questions(name, turns):
     """A question for each turn of human and gpt."""
-    asked, history = [], ()
-    for k, (question, answer) in enumerate(zip(turns[::2], turns[1::2])):
+    asked = []
+    history = ()
+    for k, (question, answer) in enumerate(turns):
         question = question.replace("<image>", "").strip()
-        boxes = [box for box in parse_boxes(answer) if min(box) >= 0 and max(box) <= 1]
         item = Asked(f"{name}-{k}", "classification", question, answer, history=history)
-        if boxes:
-            item.task, item.kind, item.label, item.boxes = "grounding", "phrase", question, boxes
+        item.boxes = [box for box in parse_boxes(answer) if min(box) >= 0 and max(box) <= 1]
+        if item.boxes:
+            item.task = "grounding"
+            item.kind = "phrase"
+            item.label = question
         elif ASKS_FOR_REPORT.match(question):
             item.task = "report"
         asked.append(item)

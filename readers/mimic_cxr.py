@@ -7,10 +7,12 @@ else the impression. Labels come from the chexpert CSV.
 """
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
-from readers.r2gen import is_r2gen, read_r2gen
-from readers.study import LABELS, Study, first_file, locate, read_csv
+from readers.r2gen import read_r2gen
+from readers.study import LABELS, Skip, Studies, Study, first_file, locate, read_csv, split_name
+from runtime.config import Source
 
 HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ,/&()-]+):", re.MULTILINE)
 # PA before AP before all others.
@@ -18,32 +20,30 @@ RANKS = {"PA": 0, "AP": 1}
 NOT_FRONTAL = 2
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     root = Path(source.path)
-    if is_r2gen(root):
-        yield from read_r2gen(root, split, source.views, skip, r2gen_patient)
+    table = locate(root, "annotation.json", "mimic-cxr-2*-split.csv")
+    if table.name == "annotation.json":
+        yield from read_r2gen(source, split, skip, r2gen_patient)
         return
-    table = locate(root, "mimic-cxr-2*-split.csv", "annotation.json")
-    metadata = locate(root, "mimic-cxr-2*-metadata.csv")
-    rows = read_csv(metadata, ["dicom_id", "ViewPosition"], skip)
-    ranks = {row["dicom_id"]: RANKS.get(row["ViewPosition"], NOT_FRONTAL) for row in rows}
+    ranks = read_ranks(root, skip)
     texts = read_sections(root, skip)
     labels = read_labels(root, skip) if "classification" in source.tasks else {}
 
-    studies = {}
-    official = "validate" if split == "val" else split
-    for row in read_csv(table, ["dicom_id", "study_id", "subject_id", "split"], skip):
-        if row["split"] == official:
+    studies = defaultdict(list)
+    rows = read_csv(table, skip, "dicom_id", "study_id", "subject_id", "split")
+    for row in rows:
+        rank = ranks.get(row["dicom_id"], NOT_FRONTAL)
+        # With frontal views alone, a study that has none is not asked about.
+        wanted = source.views != "frontal" or rank != NOT_FRONTAL
+        if wanted and split_name(row["split"]) == split:
             key = row["subject_id"], row["study_id"]
-            studies.setdefault(key, []).append(row["dicom_id"])
-    for (subject, study), dicoms in studies.items():
-        ranked = sorted((ranks.get(d, NOT_FRONTAL), d) for d in dicoms)
-        dicoms = [d for _, d in ranked]
+            studies[key].append((rank, row["dicom_id"]))
+
+    for (subject, study), ranked in studies.items():
+        images = [root / mimic_image(subject, study, dicom) for _, dicom in sorted(ranked)]
         if source.views == "frontal":
-            dicoms = [d for rank, d in ranked if rank != NOT_FRONTAL][:1]
-            if not dicoms:
-                # A lateral view alone is not asked for.
-                continue
+            images = images[:1]
         report = None
         if texts is not None:
             report = texts.get(study, "")
@@ -51,7 +51,6 @@ def read(source, split, skip):
             report = read_text(root, subject, study, skip)
             if report is None:
                 continue
-        images = [root / mimic_image(subject, study, d) for d in dicoms]
         where = f"{table}, study {study}"
         yield Study(study, f"mimic/{subject}", images, where, report, labels.get(study))
 
@@ -60,29 +59,36 @@ def r2gen_patient(row):
     return f"mimic/{row.get('subject_id', row['id'])}"
 
 
-def mimic_image(subject, study, dicom):
+def mimic_image(subject: str, study: str, dicom: str) -> Path:
     """The place of an image in MIMIC-CXR-JPG."""
     return Path("files", f"p{subject[:2]}", f"p{subject}", f"s{study}", f"{dicom}.jpg")
 
 
+def read_ranks(root, skip):
+    """dicom -> rank of its view"""
+    path = locate(root, "mimic-cxr-2*-metadata.csv")
+    rows = read_csv(path, skip, "dicom_id", "ViewPosition")
+    return {row["dicom_id"]: RANKS.get(row["ViewPosition"], NOT_FRONTAL) for row in rows}
+
+
 def read_sections(root, skip):
     """study -> report of mimic_cxr_sectioned.csv; None without the file."""
-    if not list(root.glob("mimic_cxr_sectioned.csv*")):
+    paths = list(root.glob("mimic_cxr_sectioned.csv*"))
+    if not paths:
         return None
-    rows = read_csv(
-        locate(root, "mimic_cxr_sectioned.csv"), ["study", "findings", "impression"], skip
-    )
-    return {
-        row["study"].removeprefix("s"): row["findings"].strip() or row["impression"] for row in rows
-    }
+    reports = {}
+    for row in read_csv(paths[0], skip, "study", "findings", "impression"):
+        study = row["study"].removeprefix("s")
+        reports[study] = row["findings"].strip() or row["impression"]
+    return reports
 
 
 def read_labels(root, skip):
     """study -> positive observations; None where nothing is certain."""
-    # By name: the order of the labels differs.
-    rows = read_csv(locate(root, "mimic-cxr-2*-chexpert.csv"), ["study_id", *LABELS], skip)
+    path = locate(root, "mimic-cxr-2*-chexpert.csv")
     labels = {}
-    for row in rows:
+    for row in read_csv(path, skip, "study_id", *LABELS):
+        # By name: the order of the labels differs.
         found = [label for label in LABELS if row[label].strip() in ("1", "1.0")]
         names = [label for label in found if label != "No Finding"]
         labels[row["study_id"]] = names if found else None
@@ -100,12 +106,11 @@ def read_text(root, subject, study, skip):
         return None
 
 
-def findings_section(text):
+def findings_section(text: str) -> str:
     """The findings of a MIMIC-CXR report, else its impression, else ""."""
     _, *parts = HEADING.split(text)
-    sections = [(name.strip().lower(), body) for name, body in zip(parts[::2], parts[1::2])]
-    for wanted in ("finding", "impression"):
-        for name, body in sections:
+    for wanted in ("FINDING", "IMPRESSION"):
+        for name, body in zip(parts[::2], parts[1::2]):
             if name.startswith(wanted) and body.strip():
                 return body
     return ""

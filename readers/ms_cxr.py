@@ -7,43 +7,55 @@ that of MIMIC-CXR where it is there, else patients are divided by hash_split.
 import re
 from pathlib import Path
 
-from readers.study import Study, corners, locate, normalize_box, of_split, read_csv
+from readers.study import (
+    Skip,
+    Studies,
+    Study,
+    corners,
+    locate,
+    normalize_box,
+    of_split,
+    read_csv,
+    split_name,
+)
+from runtime.config import Source
 
-SIZES = ("x", "y", "w", "h", "image_width", "image_height")
-COLUMNS = ("dicom_id", "category_name", "label_text", "path", *SIZES)
-VAL = {"validate": "val", "valid": "val"}
+BOX = ("x", "y", "w", "h")
+SIZE = ("image_width", "image_height")
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     images = source.image_root()
     path = locate(Path(source.path), "MS_CXR_Local_Alignment_v1*.csv")
-    studies, splits = {}, {}
-    for row in read_csv(path, COLUMNS, skip):
+    studies = {}
+    splits = {}
+    for row in read_csv(path, skip, "dicom_id", "category_name", "label_text", "path", *BOX, *SIZE):
         dicom = row["dicom_id"]
         where = f"{path}, image {dicom}"
         try:
-            x, y, width, height, image_width, image_height = (row[name] for name in SIZES)
-            box = normalize_box(corners(x, y, width, height), image_width, image_height)
-            patient = "mimic/" + re.search(r"/p(\d{8})/", f"/{row['path']}")[1]
+            box = corners(*(row[name] for name in BOX))
+            box = normalize_box(box, *(row[name] for name in SIZE))
+            patient = re.search(r"/p(\d{8})/", f"/{row['path']}")[1]
         except (ValueError, ZeroDivisionError, TypeError):
             skip(
                 f"{where}: expected numbers in x, y, w, h, image_width, image_height, and a path "
                 f"with the patient, like files/p10/p10000032/..."
             )
             continue
-        study = studies.setdefault(dicom, Study(dicom, patient, [images / row["path"]], where))
+        study = Study(dicom, f"mimic/{patient}", [images / row["path"]], where)
+        study = studies.setdefault(dicom, study)
         splits.setdefault(dicom, row.get("split"))
         phrase = " ".join(row["label_text"].split())
         study.boxes.setdefault(("phrase", phrase), []).append(box)
+
     studies = list(studies.values())
     if not all(splits.values()):
         tables = sorted(images.glob("mimic-cxr-2*-split.csv*"))
         if not tables:
             yield from of_split(studies, split)
             return
-        rows = read_csv(tables[-1], ["dicom_id", "split"], skip)
+        rows = read_csv(tables[-1], skip, "dicom_id", "split")
         splits = {row["dicom_id"]: row["split"] for row in rows}
     for study in studies:
-        name = splits.get(study.id, "train")
-        if VAL.get(name, name) == split:
+        if split_name(splits.get(study.id, "train")) == split:
             yield study

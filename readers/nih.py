@@ -5,60 +5,73 @@ split is that of train_val_list.txt and test_list.txt (all boxes are on test ima
 patients are divided by hash_split.
 """
 
-import csv
 from pathlib import Path
 
-from readers.study import Study, corners, first_file, hash_split, locate, normalize_box, read_csv
-from runtime.config import InputError
+from readers.study import (
+    Skip,
+    Studies,
+    Study,
+    corners,
+    first_file,
+    hash_split,
+    locate,
+    normalize_box,
+    read_csv,
+    read_lines,
+)
+from runtime.config import Source
 
 NAMES = {"Infiltrate": "Infiltration", "Pleural_Thickening": "Pleural thickening"}
 FRAME = 1024
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     root = Path(source.path)
     boxes = read_boxes(locate(root, "BBox_List_2017.csv"), skip)
-    labels = {}
-    for table in root.glob("Data_Entry*.csv"):
-        for row in read_csv(table, ["Image Index", "Finding Labels"], skip):
-            names = row["Finding Labels"].split("|")
-            labels[row["Image Index"]] = [NAMES.get(n, n) for n in names if n != "No Finding"]
-
+    labels = read_labels(root, skip)
     every = {*labels, *boxes}
-    lists = ("train_val_list.txt", "test_list.txt")
-    official = any((root / name).is_file() for name in lists)
-    test = set(locate(root, "test_list.txt").read_text().split()) if official else set()
-    patients = hash_split(map(patient_of_image, every), test=0.0 if official else 0.2)
+    patients = {image: image.split("_")[0] for image in every}
+    test = read_test_list(root)
+    splits = hash_split(patients.values(), test=0.2 if test is None else 0.0)
+
     folders = ["images", "", *sorted(p.relative_to(root) for p in root.glob("images_*/images"))]
     for image in sorted(every if "classification" in source.tasks else boxes):
-        patient = patient_of_image(image)
-        if ("test" if image in test else patients[patient]) != split:
+        patient = patients[image]
+        held_out = test is not None and image in test
+        if ("test" if held_out else splits[patient]) != split:
             continue
-        file = first_file(root, folders, image)
-        yield Study(
-            image,
-            f"nih/{patient}",
-            [file],
-            f"{root}, image {image}",
-            findings=labels.get(image),
-            boxes=boxes.get(image, {}),
-        )
+        study = Study(image, f"nih/{patient}", [], f"{root}, image {image}")
+        study.images = [first_file(root, folders, image)]
+        study.findings = labels.get(image)
+        study.boxes = boxes.get(image, {})
+        yield study
 
 
-def patient_of_image(image):
-    return image.split("_")[0]
+def read_labels(root, skip):
+    """image -> names of its findings"""
+    labels = {}
+    for table in root.glob("Data_Entry*.csv"):
+        for row in read_csv(table, skip, "Image Index", "Finding Labels"):
+            names = row["Finding Labels"].split("|")
+            labels[row["Image Index"]] = [NAMES.get(n, n) for n in names if n != "No Finding"]
+    return labels
+
+
+def read_test_list(root):
+    """The official test images; None without the official lists."""
+    for name in ("train_val_list.txt", "test_list.txt"):
+        if (root / name).is_file():
+            return set(read_lines(locate(root, "test_list.txt")))
+    return None
 
 
 def read_boxes(path, skip):
     """image -> (kind, name) -> boxes. The header splits into other cells than the rows."""
-    try:
-        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))[1:]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a valid CSV file ({error})") from None
     boxes = {}
-    rows = [row for row in rows if len(row) > 1]
-    for n, (image, name, *cells) in enumerate(rows, 2):
+    _, *lines = read_lines(path)
+    for n, line in enumerate(lines, 2):
         try:
+            image, name, *cells = line.split(",")
             box = corners(*cells[:4])
         except (ValueError, TypeError):
             skip(f"{path}, line {n}: expected four numbers")

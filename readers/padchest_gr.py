@@ -6,48 +6,70 @@ divided by hash_split, as only the table knows the patients.
 
 from pathlib import Path
 
-from readers.study import Study, first_file, locate, normalize_box, of_split, read_csv, read_json
+from readers.study import (
+    MALFORMED,
+    Skip,
+    Studies,
+    Study,
+    first_file,
+    locate,
+    normalize_box,
+    of_split,
+    read_csv,
+    read_json,
+    split_name,
+)
+from runtime.config import Source
 
 FOLDERS = ("PadChest_GR", "images_grounding", "Padchest_GR_files", "images", "")
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     root = Path(source.path)
     path = locate(root, "grounded_reports*.json")
-    splits, patients = read_table(root / "master_table.csv", skip)
+    table = read_table(root / "master_table.csv", skip)
     studies = []
     for n, row in enumerate(read_json(path)):
         where = f"{path}, [{n}]"
         try:
-            image = str(row["ImageID"])
-            sentences = [parse_sentence(finding) for finding in row["findings"]]
-        except (KeyError, TypeError, ValueError) as error:
+            study = parse_row(row, where)
+        except MALFORMED as error:
             skip(f"{where}: expected an object with ImageID and findings ({error!r})")
             continue
-        patient = f"padchest/{patients.get(image) or image.split('_')[0]}"
-        report = " ".join(text.rstrip(". ") + "." for text, *_ in sentences if text.strip())
-        study = Study(image, patient, [first_file(root, FOLDERS, image)], where, report)
-        study.complete = all(boxes for _, abnormal, boxes in sentences if abnormal)
-        for text, abnormal, boxes in sentences:
-            if abnormal and boxes:
-                study.boxes.setdefault(("phrase", text.rstrip(". ")), []).extend(boxes)
+        image = study.id
+        known, _ = table.get(image, (None, None))
+        study.patient = f"padchest/{known or image.split('_')[0]}"
+        study.images = [first_file(root, FOLDERS, image)]
         studies.append(study)
-    if splits:
-        yield from (study for study in studies if splits.get(study.id) == split)
-    else:
+    if not table:
         yield from of_split(studies, split)
+        return
+    for study in studies:
+        if study.id in table and table[study.id][1] == split:
+            yield study
 
 
-def parse_sentence(finding):
-    boxes = [normalize_box(box, 1, 1) for box in finding.get("boxes") or ()]
-    return str(finding["sentence_en"]), bool(finding["abnormal"]), boxes
+def parse_row(row, where):
+    """A study without its patient and image."""
+    study = Study(str(row["ImageID"]), "", [], where, report="", complete=True)
+    for finding in row["findings"]:
+        text = str(finding["sentence_en"]).rstrip(". ")
+        if text.strip():
+            study.report += f" {text}."
+        boxes = [normalize_box(box, 1, 1) for box in finding.get("boxes") or ()]
+        if not finding["abnormal"]:
+            continue
+        if boxes:
+            study.boxes.setdefault(("phrase", text), []).extend(boxes)
+        else:
+            study.complete = False
+    return study
 
 
 def read_table(path, skip):
-    """Split and patient of each image. The table has a row per label."""
-    splits, patients = {}, {}
+    """image -> (patient, split). The table has a row per label."""
+    table = {}
     if path.is_file():
-        for row in read_csv(path, ["ImageID", "split"], skip):
-            splits[row["ImageID"]] = row["split"].replace("validation", "val")
-            patients[row["ImageID"]] = row.get("PatientID")
-    return splits, patients
+        for row in read_csv(path, skip, "ImageID", "split"):
+            table[row["ImageID"]] = row.get("PatientID"), split_name(row["split"])
+    return table

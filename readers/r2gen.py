@@ -1,15 +1,15 @@
 """The layout of R2Gen, for IU X-Ray and MIMIC-CXR: annotation.json and images/."""
 
-from readers.study import Study, read_json
-from runtime.config import InputError
+from collections.abc import Callable
+from pathlib import Path
+
+from readers.study import Skip, Studies, Study, read_json
+from runtime.config import InputError, Source
 
 
-def is_r2gen(root):
-    return (root / "annotation.json").is_file()
-
-
-def read_r2gen(root, split, views, skip, patient):
+def read_r2gen(source: Source, split: str, skip: Skip, patient: Callable) -> Studies:
     """The first image of a row is its frontal view. patient(row) -> the patient's id."""
+    root = Path(source.path)
     path = root / "annotation.json"
     tree = read_json(path)
     rows = tree.get(split) if isinstance(tree, dict) else None
@@ -17,13 +17,15 @@ def read_r2gen(root, split, views, skip, patient):
         raise InputError(f"{path}: expected a list under {split!r}, the layout of R2Gen")
     for n, row in enumerate(rows):
         where = f"{path}, {split}[{n}]"
-        paths = row.get("image_path") if isinstance(row, dict) and "id" in row else None
-        if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        try:
+            name = str(row["id"])
+            images = [root / "images" / image for image in row["image_path"]]
+        except (LookupError, TypeError):
             skip(f"{where}: expected an object with id, report and image_path")
             continue
-        images = [root / "images" / p for p in paths]
-        if views == "frontal":
+        if source.views == "frontal":
             images = images[:1]
         report = row.get("report")
-        text = report if isinstance(report, str) else ""
-        yield Study(str(row["id"]), patient(row), images, where, text)
+        if not isinstance(report, str):
+            report = ""
+        yield Study(name, patient(row), images, where, report)

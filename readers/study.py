@@ -11,8 +11,10 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -45,12 +47,58 @@ UNREADABLE_IMAGE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+# What is raised for a row that has other contents than expected.
+MALFORMED = (LookupError, TypeError, ValueError, ZeroDivisionError)
 
 Box = tuple[float, ...]  # x1, y1, x2, y2 in fractions of the original image
 Skip = Callable[[str], None]
 
 
-def parse_boxes(text):
+@dataclass
+class Asked:
+    """A question that the dataset itself asks about a study, with its answer."""
+
+    id: str
+    # "report" | "grounding" | "classification"
+    task: str
+    # "": the usual words for its kind.
+    question: str = ""
+    # None: the boxes as text.
+    answer: str | None = None
+    boxes: Sequence[Box] = ()
+    label: str = ""
+    kind: str = ""
+    thinking: str = ""
+    # Earlier (question, answer) of the same conversation.
+    history: tuple = ()
+
+
+@dataclass
+class Study:
+    """One study as a dataset has it."""
+
+    id: str
+    # With a name space for every population of patients.
+    patient: str
+    # Paths, or phantoms.
+    images: list
+    # For messages: file and place in it.
+    where: str
+    # None: the dataset has none; "": it lacks here.
+    report: str | None = None
+    # All that is to be seen; None: not known.
+    findings: list[str] | None = None
+    # (kind, name) -> boxes, at least one. Kinds: abnormality, anatomy, phrase.
+    boxes: dict[tuple[str, str], list[Box]] = field(default_factory=dict)
+    # All abnormalities have their boxes: detection can be asked.
+    complete: bool = False
+    asked: list[Asked] = field(default_factory=list)
+
+
+Studies = Iterator[Study]
+
+
+def parse_boxes(text: str) -> list[Box]:
     """Every well-formed "[x1, y1, x2, y2]" of finite numbers in the text, in reading order."""
     boxes = [tuple(map(float, numbers)) for numbers in BOX.findall(text)]
     return [box for box in boxes if all(map(math.isfinite, box))]
@@ -60,41 +108,10 @@ def pick(rng, items):
     return items[int(rng.random() * len(items))]
 
 
-@dataclass
-class Asked:
-    """A question that the dataset itself asks about a study, with its answer."""
-
-    id: str
-    task: str  # "report" | "grounding" | "classification"
-    question: str = ""  # "": the usual words for its kind
-    answer: str | None = None  # None: the boxes as text
-    boxes: Sequence[Box] = ()
-    label: str = ""
-    kind: str = ""
-    thinking: str = ""
-    history: tuple = ()  # earlier (question, answer) of the same conversation
-
-
-@dataclass
-class Study:
-    """One study as a dataset has it."""
-
-    id: str
-    patient: str  # with a name space for every population of patients
-    images: list  # paths, or phantoms
-    where: str  # for messages: file and place in it
-    report: str | None = None  # None: the dataset has none; "": it lacks here
-    findings: list[str] | None = None  # all that is to be seen; None: not known
-    # (kind, name) -> boxes. Kinds: abnormality, anatomy, phrase.
-    boxes: dict[tuple[str, str], list[Box]] = field(default_factory=dict)
-    complete: bool = False  # all abnormalities have their boxes: detection can be asked
-    asked: list[Asked] = field(default_factory=list)
-
-
 # ------------------------------------------------------------------------------- files
 
 
-def locate(root, *names):
+def locate(root: Path, *names: str) -> Path:
     """The first of these paths below root that exists, as it is or with .gz.
 
     Of several that match a pattern, the one that sorts last.
@@ -107,31 +124,36 @@ def locate(root, *names):
     raise InputError(f"{root}: expected {' or '.join(names)} there")
 
 
-def first_file(root, folders, *names):
+def first_file(root: Path, folders: Sequence, *names: str | Path) -> Path:
     """root/FOLDER/NAME for the first name and folder that are there; else the first of all."""
     paths = [root / folder / name for name in names for folder in folders]
-    return next((path for path in paths if path.is_file()), paths[0])
+    return next(filter(Path.is_file, paths), paths[0])
 
 
-def read_json(path):
+def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_lines(path):
+def read_lines(path: Path) -> list[str]:
     """The lines of a text file. JSON may hold other line separators as text."""
+    return read_text(path).rstrip().split("\n")
+
+
+def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").rstrip().split("\n")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot read ({reason})") from None
+        raise InputError(f"{path}: cannot read ({reason_of(error)})") from None
 
 
-def read_csv(path, columns, skip):
+def reason_of(error):
+    return getattr(error, "strerror", None) or error
+
+
+def read_csv(path: Path, skip: Skip, *columns: str) -> Iterator[dict]:
     """The rows of a CSV file, or CSV.gz, as dicts.
 
     A missing column is an error, a row with too few or too many cells is skipped.
@@ -144,7 +166,7 @@ def read_csv(path, columns, skip):
             names = reader.fieldnames or []
             for column in columns:
                 if column not in names:
-                    found = ", ".join(names or ["none"])
+                    found = ", ".join(names) or "none"
                     raise InputError(f"{path}: no column {column!r}; it has {found}")
             for row in reader:
                 if None in row or None in row.values():
@@ -152,12 +174,12 @@ def read_csv(path, columns, skip):
                 else:
                     yield row
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a valid CSV file ({error})") from None
 
 
-def image_size(path):
+def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height from the file's header."""
     try:
         with Image.open(path) as image:
@@ -170,28 +192,32 @@ def image_size(path):
 # ------------------------------------------------------------------------------- splits, boxes
 
 
-def hash_split(ids, val=0.1, test=0.2):
+def split_name(text: str) -> str:
+    """Datasets say val, valid, validate or validation."""
+    return "val" if text in ("valid", "validate", "validation") else text
+
+
+def hash_split(ids: Iterable[str], test: float = 0.2) -> dict[str, str]:
     """id -> split by a hash of the id, for what is published without a split.
 
-    val and test are shares, with at least one id each if they are not 0. Give patients where they
-    are known.
+    A tenth is val; test is a share. Both have at least one id, if the share is not 0. Give patients
+    where they are known.
     """
     ranked = sorted(set(ids), key=lambda i: hashlib.sha1(f"0:{i}".encode()).hexdigest())
-    names = []
-    for name, share in (("val", val), ("test", test)):
-        if share:
-            names += [name] * max(1, round(share * len(ranked)))
+    names = ["val"] * max(1, round(0.1 * len(ranked)))
+    if test:
+        names += ["test"] * max(1, round(test * len(ranked)))
     names += ["train"] * len(ranked)
     return dict(zip(ranked, names))
 
 
-def of_split(studies, split):
+def of_split(studies: Sequence[Study], split: str) -> list[Study]:
     """The studies of a split, by patients, for what is published without one."""
     splits = hash_split(study.patient for study in studies)
     return [study for study in studies if splits[study.patient] == split]
 
 
-def normalize_box(box, width, height):
+def normalize_box(box: Sequence, width, height) -> Box:
     """A box in pixels -> fractions of the image. Rounding may have put it a pixel outside."""
     fractions = []
     for value, size in zip(box, (width, height) * 2):
@@ -202,13 +228,13 @@ def normalize_box(box, width, height):
     return tuple(fractions)
 
 
-def corners(x, y, width, height):
+def corners(x, y, width, height) -> Box:
     """(x, y, width, height) -> (x1, y1, x2, y2)"""
     x, y, width, height = map(float, (x, y, width, height))
     return x, y, x + width, y + height
 
 
-def patient_of(path, root):
+def patient_of(path: str | Path, root: Path) -> str:
     """The patient of an image, by the names of MIMIC-CXR's folders or NIH's files.
 
     Else the image counts as a patient.

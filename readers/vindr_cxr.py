@@ -11,55 +11,62 @@ from pathlib import Path
 
 import numpy as np
 
-from readers.study import Study, first_file, hash_split, image_size, locate, normalize_box, read_csv
-from runtime.config import InputError
+from readers.study import (
+    Skip,
+    Studies,
+    Study,
+    first_file,
+    hash_split,
+    image_size,
+    locate,
+    normalize_box,
+    read_csv,
+)
+from runtime.config import InputError, Source
 
 CORNERS = ("x_min", "y_min", "x_max", "y_max")
 
 
-def read(source, split, skip):
+def read(source: Source, split: str, skip: Skip) -> Studies:
     root = Path(source.path)
-    folders = ("annotations", "")
-    official = first_file(root, folders, "annotations_train.csv").is_file()
+    official = first_file(root, ("annotations", ""), "annotations_train.csv").is_file()
     part = "test" if official and split == "test" else "train"
     name = f"annotations_{part}.csv"
     path = locate(root, f"annotations/{name}", name if official else "train.csv")
     images = read_boxes(path, skip)
     splits = hash_split(images, test=0.0 if official else 0.2)
-
     meta = root / f"{part}_meta.csv"
     sizes = read_sizes(meta, skip)
+
+    places = (part, f"{part}_png", "images", "")
     for image, findings in images.items():
         if part == "train" and splits[image] != split:
             continue
         where = f"{path}, image {image}"
-        places = (part, f"{part}_png", "images", "")
         file = first_file(root, places, f"{image}.png", f"{image}.jpg")
         if not file.is_file():
             skip(f"{where}: {file} does not exist (DICOM files have to be converted to PNG first)")
             continue
+        study = Study(image, f"vindr/{image}", [file], where, complete=True)
+        study.findings = sorted(findings)
         width, height = sizes.get(image) or image_size(file)
-        boxes = {}
         for name, readings in findings.items():
-            for box in chain.from_iterable(readings.values()):
-                if box[2] > 1.01 * width or box[3] > 1.01 * height:
-                    raise InputError(
-                        f"{where}: a box lies outside {file}, {width:.0f} x {height:.0f} pixels: "
-                        f"were the images resized? Then {meta} must give the "
-                        f"original sizes, in the columns image_id, dim0 (height), dim1 (width)"
-                    )
-            fused = fuse_boxes(readings.values())
-            boxes["abnormality", name] = [normalize_box(box, width, height) for box in fused]
-        names = sorted(findings)
-        yield Study(
-            image, f"vindr/{image}", [file], where, findings=names, boxes=boxes, complete=True
-        )
+            boxes = fuse_boxes(readings.values())
+            study.boxes["abnormality", name] = [normalize_box(box, width, height) for box in boxes]
+            right, bottom = np.max([*chain.from_iterable(readings.values())], axis=0)[2:]
+            if right > 1.01 * width or bottom > 1.01 * height:
+                raise InputError(
+                    f"{where}: a box lies outside {file}, {width:.0f} x {height:.0f} pixels: were "
+                    f"the images resized? Then {meta} must give the original sizes, in the columns "
+                    f"image_id, dim0 (height), dim1 (width)"
+                )
+        yield study
 
 
 def read_boxes(path, skip):
     """image -> finding -> radiologist -> boxes"""
     images = {}
-    for row in read_csv(path, ["image_id", "class_name", *CORNERS], skip):
+    for row in read_csv(path, skip, "image_id", "class_name", *CORNERS):
         findings = images.setdefault(row["image_id"], {})
         name = row["class_name"]
         if name.lower() == "no finding":
@@ -69,17 +76,17 @@ def read_boxes(path, skip):
         except ValueError:
             skip(f"{path}, image {row['image_id']}: {name} without a box")
             continue
-        radiologist = row.get("rad_id") or row.get("rad_ID") or ""
+        radiologist = row.get("rad_id") or row.get("rad_ID")
         findings.setdefault(name, {}).setdefault(radiologist, []).append(box)
     return images
 
 
 def read_sizes(path, skip):
     """image -> width and height of the original, where the file is there."""
-    if not path.is_file():
-        return {}
     sizes = {}
-    for row in read_csv(path, ["image_id", "dim0", "dim1"], skip):
+    if not path.is_file():
+        return sizes
+    for row in read_csv(path, skip, "image_id", "dim0", "dim1"):
         try:
             sizes[row["image_id"]] = float(row["dim1"]), float(row["dim0"])
         except ValueError:
