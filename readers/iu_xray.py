@@ -15,22 +15,25 @@ from readers.r2gen import read_r2gen
 from readers.study import Skip, Studies, Study, hash_split, locate, read_csv
 from runtime.config import Source
 
+# The reports of Kaggle, and of OpenI.
+REPORTS = "indiana_reports.csv"
+TEXTS = "ecgen-radiology/*.xml"
+
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
     root = Path(source.path)
-    path = locate(root, "annotation.json", "indiana_reports.csv", "ecgen-radiology/*.xml")
+    path = locate(root, "annotation.json", REPORTS, TEXTS)
     if path.name == "annotation.json":
         yield from read_r2gen(source, split, skip, r2gen_patient)
         return
-    read_all = read_kaggle if path.suffix == ".csv" else read_openi
-    studies = {study.id: study for study in read_all(root, source.views, skip)}
-    splits = hash_split(studies)
-    for uid, study in studies.items():
-        if splits[uid] != split:
-            continue
+    read_all = read_kaggle if path.name == REPORTS else read_openi
+    studies = list(read_all(root, source.views, skip))
+    splits = hash_split(study.id for study in studies)
+    for study in studies:
         if source.views == "frontal":
             study.images = study.images[:1]
-        yield study
+        if splits[study.id] == split:
+            yield study
 
 
 def r2gen_patient(row):
@@ -48,7 +51,7 @@ def read_kaggle(root, views, skip):
             image = root / "images_normalized" / row["filename"]
             images[row["uid"]].append((view, image))
 
-    path = root / "indiana_reports.csv"
+    path = root / REPORTS
     rows = read_csv(path, skip, "uid", "findings", "impression")
     for row in rows:
         uid = row["uid"]
@@ -60,7 +63,7 @@ def read_kaggle(root, views, skip):
 
 
 def read_openi(root, _, skip):
-    for path in sorted(root.glob("ecgen-radiology/*.xml")):
+    for path in sorted(root.glob(TEXTS)):
         try:
             tree = ElementTree.parse(path)
         except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:

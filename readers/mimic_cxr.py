@@ -28,20 +28,25 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         return
     ranks = read_ranks(root, skip)
     texts = read_sections(root, skip)
-    labels = read_labels(root, skip) if "classification" in source.tasks else {}
+    labels = {}
+    if "classification" in source.tasks:
+        labels = read_labels(root, skip)
 
     studies = defaultdict(list)
     rows = read_csv(table, skip, "dicom_id", "study_id", "subject_id", "split")
     for row in rows:
-        rank = ranks.get(row["dicom_id"], NOT_FRONTAL)
+        dicom = row["dicom_id"]
+        rank = ranks.get(dicom, NOT_FRONTAL)
         # With frontal views alone, a study that has none is not asked about.
         wanted = source.views != "frontal" or rank != NOT_FRONTAL
         if wanted and split_name(row["split"]) == split:
-            key = row["subject_id"], row["study_id"]
-            studies[key].append((rank, row["dicom_id"]))
+            subject = row["subject_id"]
+            study = row["study_id"]
+            image = root / mimic_image(subject, study, dicom)
+            studies[subject, study].append((rank, image))
 
     for (subject, study), ranked in studies.items():
-        images = [root / mimic_image(subject, study, dicom) for _, dicom in sorted(ranked)]
+        images = [image for _, image in sorted(ranked)]
         if source.views == "frontal":
             images = images[:1]
         report = None
@@ -52,7 +57,8 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
             if report is None:
                 continue
         where = f"{table}, study {study}"
-        yield Study(study, f"mimic/{subject}", images, where, report, labels.get(study))
+        findings = labels.get(study)
+        yield Study(study, f"mimic/{subject}", images, where, report, findings)
 
 
 def r2gen_patient(row):
@@ -67,8 +73,11 @@ def mimic_image(subject: str, study: str, dicom: str) -> Path:
 def read_ranks(root, skip):
     """dicom -> rank of its view"""
     path = locate(root, "mimic-cxr-2*-metadata.csv")
-    rows = read_csv(path, skip, "dicom_id", "ViewPosition")
-    return {row["dicom_id"]: RANKS.get(row["ViewPosition"], NOT_FRONTAL) for row in rows}
+    ranks = {}
+    for row in read_csv(path, skip, "dicom_id", "ViewPosition"):
+        view = row["ViewPosition"]
+        ranks[row["dicom_id"]] = RANKS.get(view, NOT_FRONTAL)
+    return ranks
 
 
 def read_sections(root, skip):
@@ -79,19 +88,21 @@ def read_sections(root, skip):
     reports = {}
     for row in read_csv(paths[0], skip, "study", "findings", "impression"):
         study = row["study"].removeprefix("s")
-        reports[study] = row["findings"].strip() or row["impression"]
+        findings = row["findings"].strip()
+        reports[study] = findings or row["impression"]
     return reports
 
 
 def read_labels(root, skip):
-    """study -> positive observations; None where nothing is certain."""
+    """study -> positive observations, where there are certain labels."""
     path = locate(root, "mimic-cxr-2*-chexpert.csv")
     labels = {}
     for row in read_csv(path, skip, "study_id", *LABELS):
         # By name: the order of the labels differs.
         found = [label for label in LABELS if row[label].strip() in ("1", "1.0")]
-        names = [label for label in found if label != "No Finding"]
-        labels[row["study_id"]] = names if found else None
+        if found:
+            names = [label for label in found if label != "No Finding"]
+            labels[row["study_id"]] = names
     return labels
 
 

@@ -29,10 +29,12 @@ CORNERS = ("x_min", "y_min", "x_max", "y_max")
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
     root = Path(source.path)
-    official = first_file(root, ("annotations", ""), "annotations_train.csv").is_file()
-    part = "test" if official and split == "test" else "train"
-    name = f"annotations_{part}.csv"
-    path = locate(root, f"annotations/{name}", name if official else "train.csv")
+    path = locate(root, "annotations/annotations_train.csv", "annotations_train.csv", "train.csv")
+    official = path.name.startswith("annotations")
+    part = "train"
+    if official and split == "test":
+        part = "test"
+        path = locate(root, "annotations/annotations_test.csv", "annotations_test.csv")
     images = read_boxes(path, skip)
     splits = hash_split(images, test=0.0 if official else 0.2)
     meta = root / f"{part}_meta.csv"
