@@ -298,16 +298,18 @@ def study_examples(
 
 
 def ask_report(study):
+    """The report as one line."""
     return Asked(study.id, "report", answer=" ".join(study.report.split()))
 
 
 def ask_findings(study):
+    """A list of what is to be seen. For SFT only."""
     names = ", ".join(study.findings).lower() or "none"
     return Asked(f"{study.id}-list", "classification", answer=f"{names}.")
 
 
 def region_questions(study, regions, detection, choose, skip):
-    """Questions about single regions, {(kind, name): boxes}, and one about all."""
+    """A question about each of the regions, {(kind, name): boxes}, and one about all."""
     shown = study.boxes if detection else regions
     if problem := box_problem(chain.from_iterable(shown.values())):
         skip(f"{study.where}: {problem}")
@@ -320,6 +322,7 @@ def region_questions(study, regions, detection, choose, skip):
 
 
 def ask_detection(study):
+    """All abnormalities, each with its boxes."""
     places = [f"{name} {boxes_text(boxes)}" for (_, name), boxes in study.boxes.items()]
     answer = "; ".join(places) + "." if places else NOTHING_THERE
     boxes = list(chain.from_iterable(study.boxes.values()))
@@ -329,13 +332,13 @@ def ask_detection(study):
 def one_anatomy(regions, rng):
     """Only one of the anatomical regions. Every image has dozens: RadVLM asks for one, too."""
     anatomy = [key for key in regions if key[0] == "anatomy"]
-    if not anatomy:
-        return regions
-    chosen = pick(rng, anatomy)
-    return {key: boxes for key, boxes in regions.items() if key == chosen or key not in anatomy}
+    if anatomy:
+        anatomy.remove(pick(rng, anatomy))
+    return {key: boxes for key, boxes in regions.items() if key not in anatomy}
 
 
 def usual_question(asked, choose):
+    """One of our wordings. A phrase keeps its capitals."""
     phrase = asked.label if asked.kind == "phrase" else asked.label.lower()
     return choose(QUESTIONS[asked.kind or asked.task]).format(phrase)
 
@@ -570,10 +573,8 @@ def load_split(config: Config, split: str) -> list[Example]:
     examples = []
     for name, (source, part, _) in zip(source_names(parts), parts):
         if not part and split == "train":
-            nothing = (
-                f"data.path={source.path!r}: no usable example of {source.source} in split "
-                f"{split!r}"
-            )
+            where = f"data.path={source.path!r}"
+            nothing = f"{where}: no usable example of {source.source} in split {split!r}"
             raise InputError("; ".join([nothing, *notices]))
         part = with_traces(config, split, part, notices)
         if split == "train":
@@ -609,13 +610,15 @@ def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[s
     duplicates = {e for e in texts if plain_words(e.answer) in reports}
     out = leaked | duplicates if config.data.dedup else leaked
     if leaked and out == set(every):
-        return parts, [
+        notice = (
             "all patients are also held out: kept, but what is measured on the held-out splits "
             "means nothing"
-        ]
+        )
+        return parts, [notice]
     kept = []
     for source, part, problems in parts:
-        kept.append((source, [e for e in part if e not in out], problems))
+        part = [e for e in part if e not in out]
+        kept.append((source, part, problems))
 
     notices = []
     if leaked:
@@ -653,9 +656,8 @@ def grpo_batch(examples: list[Example], step: int, config: Config) -> list[Examp
     count = config.grpo.prompts
     reports = [e for e in examples if e.task == "report"]
     boxes = [e for e in examples if e.task == "grounding"]
-    n_reports = round(count * config.data.report_share) if boxes else count
-    if not reports:
-        n_reports = 0
+    share = config.data.report_share if boxes else 1
+    n_reports = round(count * share) if reports else 0
     chosen = []
     for pool, size in ((reports, n_reports), (boxes, count - n_reports)):
         chosen += [pool[i] for i in indices(len(pool), size, step, config.seed, "grpo")]
@@ -666,12 +668,13 @@ def grpo_batch(examples: list[Example], step: int, config: Config) -> list[Examp
 def indices(n: int, count: int, step: int, seed: int, stream: str) -> list[int]:
     """The `count` of n examples of a step: consecutive slices of endless shuffled epochs."""
     places = range(step * count, (step + 1) * count)
-    return [int(shuffled(n, seed, STREAMS[stream], p // n)[p % n]) for p in places]
+    return [shuffled(n, seed, STREAMS[stream], p // n)[p % n] for p in places]
 
 
 @lru_cache(maxsize=8)
 def shuffled(n, seed, stream, epoch):
-    return np.random.default_rng([seed, stream, epoch]).permutation(n)
+    """The order of an epoch of a stage."""
+    return np.random.default_rng([seed, stream, epoch]).permutation(n).tolist()
 
 
 def by_study(examples: list[Example]) -> list[list[Example]]:
