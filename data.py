@@ -159,9 +159,7 @@ def parse_output(text: str, task: str, style: str) -> tuple[bool, str, str]:
     exactly one closed block follows </think>, and invalid "suffix" with what follows the last one.
     """
     text = text.strip()
-    # Texts and tags in turn.
-    outside, *pieces = re.split(f"({'|'.join(TAGS)})", text)
-    tags = pieces[::2]
+    tags = re.findall("|".join(TAGS), text)
     if style == "plain":
         return bool(text) and not tags, "", text
     if "</think>" not in tags:
@@ -175,12 +173,13 @@ def parse_output(text: str, task: str, style: str) -> tuple[bool, str, str]:
     start, end = f"<{tag}>", f"</{tag}>"
     thinking, _, rest = text.partition("</think>")
     thinking = thinking.removeprefix("<think>").strip()
-    before, *block = re.split(f"({start}|{end})", rest)
-    if block[::2] != [start, end]:
+    # Texts and tags in turn.
+    block = re.split(f"({start}|{end})", rest)
+    if block[1::2] != [start, end]:
         return False, thinking, ""
-    answer = block[1].strip()
-    whole = not (outside or before.strip() or block[3])
-    return whole and tags == ["<think>", "</think>", start, end] and bool(answer), thinking, answer
+    answer = block[2].strip()
+    whole = len(tags) == 4 and re.fullmatch(f"<think>.*</think>\\s*{start}.*{end}", text, re.DOTALL)
+    return bool(whole and answer), thinking, answer
 
 
 def boxes_text(boxes: Sequence[Box]) -> str:
@@ -415,9 +414,10 @@ def texts_by_id(path: str | Path, key: str) -> dict[str, str]:
     for n, line in enumerate(read_lines(Path(path)), 1):
         try:
             row = json.loads(line)
-            if not isinstance(row[key], str):
-                raise ValueError(f"{key}: expected text, got {row[key]!r}")
-            texts[str(row["id"])] = row[key]
+            text = row[key]
+            if not isinstance(text, str):
+                raise ValueError(f"{key}: expected text, got {text!r}")
+            texts[str(row["id"])] = text
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {n}: expected an object with id and {key} ({error!r})"
@@ -472,9 +472,8 @@ def sources(config: Config, split: str) -> list[Source]:
     complete = []
     for entry in map(replace, entries):
         entry.path = os.path.join(d.path, entry.path or entry.source)
-        entry.images = entry.images or d.images
-        if entry.images:
-            entry.images = os.path.join(d.path, entry.images)
+        if images := entry.images or d.images:
+            entry.images = os.path.join(d.path, images)
         entry.tasks = entry.tasks or d.tasks
         entry.views = entry.views or d.views
         complete.append(entry)
