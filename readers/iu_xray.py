@@ -71,7 +71,8 @@ def read_openi(root, _, skip):
             continue
         sections = {}
         for part in tree.iter("AbstractText"):
-            sections[part.get("Label")] = " ".join(part.itertext())
+            name = part.get("Label")
+            sections[name] = " ".join(part.itertext())
         findings = sections.get("FINDINGS", "").strip()
         report = findings or sections.get("IMPRESSION", "")
         images = []

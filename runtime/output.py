@@ -57,7 +57,8 @@ def write_atomically(path: Path, text: str):
 def format_table(rows: list[list[str]]) -> str:
     """Rows of texts as an aligned table. The first row is its head."""
     head, *body = rows
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    columns = zip(*rows)
+    widths = [max(map(len, column)) for column in columns]
     rule = ["-" * width for width in widths]
     lines = []
     for row in [head, rule, *body]:

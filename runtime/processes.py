@@ -173,8 +173,7 @@ class StopRequest:
 
     def __init__(self):
         self.received = False
-        for number in SIGNALS:
-            signal.signal(number, self.receive)
+        on_signals(self.receive)
 
     def receive(self, number, _):
         self.received = True
@@ -194,13 +193,17 @@ class StopRequest:
                 os.write(1, b"\nstopped while evaluating; the same command evaluates again\n")
             os._exit(0)
 
-        for number in SIGNALS:
-            signal.signal(number, leave)
+        on_signals(leave)
 
     def finish(self):
         """On the way out there is nothing to stop. Python would restore the default handlers."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        on_signals(signal.SIG_IGN)
+
+
+def on_signals(action):
+    """Take this action when SIGTERM or Ctrl-C comes."""
+    for number in SIGNALS:
+        signal.signal(number, action)
 
 
 # ------------------------------------------------------------------------------- scripts
