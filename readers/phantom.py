@@ -25,7 +25,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
 
@@ -47,6 +47,7 @@ QUESTION_NAMES = {label: label.lower() for label in LABELS[1:]} | {
     "Pleural Other": "pleural thickening",
     "Fracture": "rib fracture",
 }
+ON_SIDE = {"right": " on the right", "left": " on the left", "both": " on both sides", "": ""}
 
 
 class Phantom:
@@ -92,7 +93,8 @@ def read(seed: int, split: str, size: int, questions: dict) -> Iterator[Study]:
         study = phantom(seed, index)
         yield as_study(study, [ask_report(study, questions)])
 
-    candidates = (phantom(seed, index) for index in itertools.count(start + CHOSEN_START))
+    indices = itertools.count(start + CHOSEN_START)
+    candidates = (phantom(seed, index) for index in indices)
     for study in itertools.islice(filter(is_chosen, candidates), size):
         asked = [ask_list(study, questions)]
         # Held-out reports keep the natural prevalence.
@@ -133,24 +135,21 @@ def ask_findings(study, questions):
     return [ask_boxes(study, label, rng, questions) for label in labels]
 
 
-def ask_boxes(
-    study: Phantom, label: str, rng: np.random.Generator, questions: dict[str, list]
-) -> Asked:
-    """Where is it? The trace says on which side, if there is one."""
-    name = QUESTION_NAMES[label]
+def ask_boxes(study, label, rng, questions):
+    """Where is it? The trace says on which side, if it has one."""
     where = "not there"
+    boxes = []
     for finding in study.findings:
         if finding.label == label:
-            side = {"": "", "both": " on both sides"}.get(finding.side, f" on the {finding.side}")
-            where = f"there{side}"
+            where = f"there{ON_SIDE[finding.side]}"
+            boxes = list(map(tuple, np.round(finding.boxes, 2).tolist()))
 
-    boxes = []
-    for box in study.boxes.get(label, ()):
-        boxes.append(tuple(round(value, 2) for value in box))
+    name = QUESTION_NAMES[label]
+    question = pick(rng, questions["abnormality"][:4])
     return Asked(
         f"{study.index}-{label}",
         "grounding",
-        pick(rng, questions["abnormality"][:4]).format(name),
+        question.format(name),
         boxes=boxes,
         label=label,
         kind="abnormality",
@@ -167,22 +166,22 @@ def sample_anatomy(rng):
     width = 112 + int(33 * share())
     height = int(width * (0.92 + 0.2 * share()))
     angle = math.radians(6 * share() - 3)
-    anatomy = SimpleNamespace(
-        size=(width, min(max(height, 112), 144)),
-        cos=math.cos(angle),
-        sin=math.sin(angle),
-        scale=0.94 + 0.1 * share(),
-        x=0.48 + 0.04 * share(),
-        y=0.48 + 0.04 * share(),
-        lung=0.365 + 0.04 * share(),  # half width of the chest
-        height=0.40 + 0.04 * share(),  # from the origin to the apex
-        dome={-1: 0.25 + 0.05 * share()},  # height of the diaphragm, by side_sign
-    )
-    anatomy.dome[1] = anatomy.dome[-1] + 0.01 + 0.025 * share()
+
+    anatomy = SimpleNamespace(size=(width, min(max(height, 112), 144)))
+    anatomy.cos = math.cos(angle)
+    anatomy.sin = math.sin(angle)
+    anatomy.scale = 0.94 + 0.1 * share()
+    anatomy.x = 0.48 + 0.04 * share()
+    anatomy.y = 0.48 + 0.04 * share()
+    anatomy.lung = 0.365 + 0.04 * share()  # half width of the chest
+    anatomy.height = 0.40 + 0.04 * share()  # from the origin to the apex
+    dome = 0.25 + 0.05 * share()
+    anatomy.dome = {-1: dome, 1: dome + 0.01 + 0.025 * share()}  # of the diaphragm, by side_sign
     anatomy.curve = 1.2 + 0.6 * share()  # of the diaphragm
     anatomy.heart = 0.40 + 0.07 * share()  # its share of the half width of the chest
     anatomy.middle = 0.05 + 0.012 * share()  # half width of the mediastinum
     anatomy.rib = 0.085 + 0.015 * share()  # distance of two ribs
+
     # What a finding changes for those that are drawn later.
     anatomy.bases = {-1: 0.17, 1: 0.17}  # height down to which the lungs are visible
     anatomy.enlarged = False  # the heart
@@ -211,7 +210,9 @@ def loop(distance, height, back_distance, back_height, side_sign=1):
 def ellipse(distance, height, width, tall, side_sign=1, tilt=0.0):
     turn = np.linspace(0, 2 * np.pi, 24)
     cos, sin = np.cos(turn), np.sin(turn)
-    return np.stack([side_sign * distance + width * cos, height + tall * sin + tilt * cos], 1)
+    u = side_sign * distance + width * cos
+    v = height + tall * sin + tilt * cos
+    return np.stack([u, v], 1)
 
 
 def stroke(path, width, side_sign=1):
@@ -221,7 +222,8 @@ def stroke(path, width, side_sign=1):
     step = end - start
     half = width / 2 / np.hypot(*step.T)
     across = step[:, ::-1] * (-1, 1) * half[:, None]
-    return list(np.stack([start - across, end - across, end + across, start + across], 1))
+    corners = [start - across, end - across, end + across, start + across]
+    return list(np.stack(corners, 1))
 
 
 def floor_at(distance, side_sign, anatomy):
@@ -314,11 +316,11 @@ class Finding:
     severity: int  # 0, 1, 2
     height: float  # of the centre of its zone
     distance: float
-    hides: tuple = ()  # zones where no other finding can be seen
+    hides: tuple  # zones where no other finding can be seen
+    shapes: list  # one per box: polygons in the thorax frame
     what: str = ""  # its noun phrase, where the label alone does not tell
     certain: bool = True
     mentioned: bool = True
-    shapes: list = field(default_factory=list)  # one per box: polygons in the thorax frame
     boxes: list[Box] = ()
 
 
@@ -340,18 +342,20 @@ def sample_findings(rng, anatomy):
         if label in labels and places:
             found = sample_finding(label, places, rng, anatomy)
             findings.append(found)
-            hidden = {found.zone, *found.hides}
-            free = [(s, z) for s, z in free if z not in hidden or found.side not in (s, "both")]
+            sides = ("right", "left") if found.side == "both" else (found.side,)
+            hidden = set(itertools.product(sides, found.hides))
+            free = [place for place in free if place not in hidden]
     return tuple(findings)
 
 
 def sample_finding(label, places, rng, anatomy):
+    """A finding of this label in one of the places, (side, zone) each."""
     kind = KINDS[label]
     severity = pick(rng, range(3))
     side, zone = pick(rng, places)
     height = ZONES.get(zone, 0) + rng.uniform(-0.02, 0.02)
     distance = rng.uniform(0.17, 0.23) + 0.06 * (zone == "lower lobe")
-    finding = Finding(label, side, zone, severity, height, distance)
+    finding = Finding(label, side, zone, severity, height, distance, (zone,), [])
     for side_sign in SIGNS[side]:
         finding.shapes += kind.draw(finding, side_sign, anatomy, rng)
     finding.boxes = [box_of(shape, kind.blur, anatomy) for shape in finding.shapes]
@@ -378,7 +382,7 @@ def cardiomegaly(finding, side_sign, anatomy, rng):
 
 
 def wide_mediastinum(finding, side_sign, anatomy, rng):
-    half = np.array((0.8, 1, 1, 0.95, 0.85, 0.7)) * rng.uniform(0.12, 0.15)
+    half = rng.uniform(0.12, 0.15) * np.array((0.8, 1, 1, 0.95, 0.85, 0.7))
     rows = np.linspace(-0.36, 0.06, 6)
     yield [loop(half, rows, -half, rows)]
 
@@ -439,7 +443,9 @@ def consolidation(finding, side_sign, anatomy, rng):
 
 
 def pneumonia(finding, side_sign, anatomy, rng):
-    spots = rng.uniform((-0.08, -0.08, 0.028, 0.028), (0.08, 0.08, 0.042, 0.042), (10, 4))
+    # Offsets and radii of ten spots.
+    least, most = (-0.08, -0.08, 0.028, 0.028), (0.08, 0.08, 0.042, 0.042)
+    spots = rng.uniform(least, most, (10, 4))
     spots[:, :2] += side_sign * finding.distance, finding.height
     yield [ellipse(*spot) for spot in spots]
 
@@ -474,11 +480,12 @@ def pleural_other(finding, side_sign, anatomy, rng):
 
 def fracture(finding, side_sign, anatomy, rng):
     """The ends of a broken rib are out of line. A severe fracture breaks two."""
-    place = anatomy.lung - 0.09, rng.uniform(-0.22, 0.05)
-    for ends in (RIB_ENDS + place, RIB_ENDS + np.add(place, (0, 0.11)))[
-        : 1 + finding.severity // 2
-    ]:
-        yield stroke(ends[:2], 0.034, side_sign) + stroke(ends[2:], 0.034, side_sign)
+    distance = anatomy.lung - 0.09
+    height = rng.uniform(-0.22, 0.05)
+    for shift in (0, 0.11) if finding.severity == 2 else (0,):
+        ends = np.add(RIB_ENDS, (distance, height + shift))
+        inner = stroke(ends[:2], 0.034, side_sign)
+        yield inner + stroke(ends[2:], 0.034, side_sign)
 
 
 RIB_ENDS = polyline("-0.06,-0.015 -0.006,0 0.006,0.035 0.055,0.055")
@@ -494,14 +501,13 @@ TUBES = {
 
 def device(finding, _, anatomy, rng):
     """A chest tube lies on the side of a pneumothorax, a pacemaker on either."""
-    side_sign, shape = anatomy.collapsed or 1, []
-    finding.what = "a chest tube"
-    if not anatomy.collapsed:
-        finding.what = pick(rng, tuple(TUBES)[:4])
+    side_sign = anatomy.collapsed or 1
+    finding.what = "a chest tube" if anatomy.collapsed else pick(rng, tuple(TUBES)[:4])
+    battery = []
     if finding.what == "a pacemaker":
         side_sign = pick(rng, (-1, 1))
-        shape = stroke(PACEMAKER, 0.085, side_sign)
-    yield shape + stroke(TUBES[finding.what], 0.024, side_sign)
+        battery = stroke(PACEMAKER, 0.085, side_sign)
+    yield battery + stroke(TUBES[finding.what], 0.024, side_sign)
 
 
 @dataclass(frozen=True)
@@ -604,17 +610,17 @@ def draw(phantom: Phantom, without: str | None = None) -> Image.Image:
     # Lungs with vessels from the hilum, over soft tissue of uneven density.
     uneven = soft_tissue(rng, anatomy.size)
     belly, lungs = belly_and_lungs(anatomy)
-    density = 0.60 + uneven + (-0.33 + 0.10 * coverage(vessels(rng), anatomy)) * lungs
+    air = -0.33 + 0.10 * coverage(vessels(rng), anatomy)
+    density = 0.60 + uneven + air * lungs
     add_findings(density, findings, ("lungs", "pleura"), anatomy, lungs)
     arcs = height + 0.9 * distance * distance - 0.55 * distance
     ribs = np.cos(arcs * (2 * math.pi / anatomy.rib))
     density += 0.08 * np.maximum(ribs - 0.1, 0) * lungs
 
     # Heart and mediastinum, then the belly.
-    half = MEDIASTINUM * (anatomy.middle, 1)
-    middle = [*half, *(half * (-1, 1))[::-1]]
-    shapes = [np.array(middle), heart_shape(anatomy.heart, anatomy)]
-    blend(density, 0.68, coverage(shapes, anatomy))
+    half, rows = (MEDIASTINUM * (anatomy.middle, 1)).T
+    middle = [loop(half, rows, -half, rows), heart_shape(anatomy.heart, anatomy)]
+    blend(density, 0.68, coverage(middle, anatomy))
     add_findings(density, findings, ("heart", "mediastinum"), anatomy)
     blend(density, 0.74 + uneven, belly)
 
@@ -649,6 +655,7 @@ def soft_tissue(rng, size):
 
 
 def blend(density, value, cover):
+    """In place: `value` where cover is 1."""
     density += (value - density) * cover
 
 
@@ -788,16 +795,19 @@ def write_texts(rng, findings):
 
     mentioned = [f for f in findings if f.mentioned]
     states = dict.fromkeys(LABELS, 0)
-    states["No Finding"] = int({f.label for f in mentioned} <= {"Support Devices"})
     said = defaultdict(list)
     for finding in mentioned:
         states[finding.label] = 1 if finding.certain else 3
         said[KINDS[finding.label].region].append(affirm(finding, rng))
+    states["No Finding"] = int(said.keys() <= {"devices"})
 
     settled = {f.label for f in findings}
     for chance, region, labels, denies, phrases in NORMALS:
         labels = labels.split("|")
-        if settled.isdisjoint(labels) and (0.5 if stock else rng.random()) < chance:
+        if not settled.isdisjoint(labels):
+            continue
+        luck = 0.5 if stock else rng.random()
+        if luck < chance:
             phrase = choose(phrases.split("|"))
             sentence = phrase if phrase.endswith(".") else choose(DENIED).format(phrase)
             said[region].append(sentence)
@@ -805,7 +815,9 @@ def write_texts(rng, findings):
                 settled.update(labels)
                 states |= dict.fromkeys(labels, 2)
 
-    sentences = [sentence for region in choose(ORDERS).split() for sentence in said[region]]
+    sentences = []
+    for region in choose(ORDERS).split():
+        sentences += said[region]
     # Two readers in five close with an impression.
     if rng.random() < 0.4 or not sentences:
         sentences.append(impression(mentioned))
@@ -815,14 +827,12 @@ def write_texts(rng, findings):
 
 def phrases_of(finding):
     """The wordings of a finding, filled in."""
-    article, ending = ("", "s") if len(finding.boxes) > 1 else ("a ", "")
-    text = KINDS[finding.label].wordings.format(
-        **vars(finding),
-        a=article,
-        s=ending,
-        size=SIZES[finding.severity],
-        degree=DEGREES[finding.severity],
-    )
+    words = dict(vars(finding), a="a ", s="")
+    if len(finding.boxes) > 1:
+        words.update(a="", s="s")
+    words["size"] = SIZES[finding.severity]
+    words["degree"] = DEGREES[finding.severity]
+    text = KINDS[finding.label].wordings.format(**words)
     return text.replace("both", "bilateral").split("|")
 
 
