@@ -191,8 +191,10 @@ def sample_anatomy(rng):
 
 def to_image(points, anatomy):
     """Thorax frame -> fractions of the image, (N, 2) -> (N, 2)."""
-    cos, sin = anatomy.scale * anatomy.cos, anatomy.scale * anatomy.sin
-    return points @ ((cos, sin), (-sin, cos)) + (anatomy.x, anatomy.y)
+    cos = anatomy.scale * anatomy.cos
+    sin = anatomy.scale * anatomy.sin
+    matrix = (cos, sin), (-sin, cos)
+    return points @ matrix + (anatomy.x, anatomy.y)
 
 
 def polyline(text):
@@ -232,9 +234,9 @@ def floor_at(distance, side_sign, anatomy):
 
 
 def wall_at(height, anatomy):
-    """Distance of the chest wall from the midline at a height."""
-    rounding = np.sqrt(1 - (np.minimum(height, 0) / anatomy.height) ** 2)
-    return 0.05 + (anatomy.lung - 0.05) * rounding
+    """Distance of the chest wall from the midline at a height. The upper half is round."""
+    above = np.minimum(height, 0) / anatomy.height
+    return 0.05 + (anatomy.lung - 0.05) * np.sqrt(1 - above**2)
 
 
 def rim(top, bottom, thick, side_sign, anatomy):
@@ -249,9 +251,11 @@ def rim(top, bottom, thick, side_sign, anatomy):
 
 
 def heart_shape(share, anatomy):
+    """share: of the half width of the chest."""
     half = anatomy.lung * share
-    center = 0.055 + 0.3 * (half - 0.16)
-    shape = ellipse(center, anatomy.dome[-1] - 0.06, half, 0.78 * half, tilt=0.2 * half)
+    distance = 0.055 + 0.3 * (half - 0.16)
+    height = anatomy.dome[-1] - 0.06
+    shape = ellipse(distance, height, half, 0.78 * half, tilt=0.2 * half)
     # It lies on the diaphragm.
     return np.minimum(shape, (1, anatomy.dome[1] + 0.03))
 
@@ -371,8 +375,8 @@ def box_of(polygons, blur, anatomy):
     points = to_image(np.concatenate(polygons), anatomy)
     # How far a soft border is visible.
     pad = 0.004 + 0.75 * blur
-    corners = [*points.min(0) - pad, *points.max(0) + pad]
-    return tuple(np.clip(corners, 0, 1).tolist())
+    corners = points.min(0) - pad, points.max(0) + pad
+    return tuple(np.clip(corners, 0, 1).ravel().tolist())
 
 
 def cardiomegaly(finding, side_sign, anatomy, rng):
@@ -397,7 +401,8 @@ def effusion(finding, side_sign, anatomy, rng):
     distance = np.linspace(inner, anatomy.lung, 30)
     floor = floor_at(distance, side_sign, anatomy)
     rise = (0.16, 0.24, 0.35)[finding.severity]
-    top = floor_at(anatomy.lung, side_sign, anatomy) - rise - behind + rng.uniform(-0.02, 0.02)
+    lowest = floor_at(anatomy.lung, side_sign, anatomy)
+    top = lowest - rise - behind + rng.uniform(-0.02, 0.02)
     anatomy.bases[side_sign] = top - 0.03
 
     # The meniscus climbs the wall.
@@ -418,12 +423,13 @@ def pneumothorax(finding, side_sign, anatomy, rng):
 def atelectasis(finding, side_sign, anatomy, rng):
     """One band above the lung base, or two."""
     finding.hides = ("lower lobe",)
-    outer = anatomy.bases[side_sign] - rng.uniform(0, 0.03)
-    inner = outer + rng.uniform(-0.03, 0.05)
-    start, end = 0.13 if side_sign < 0 else 0.20, anatomy.lung
-    bands = stroke(((start, inner), (end - 0.03, outer)), 0.034, side_sign)
+    height = anatomy.bases[side_sign] - rng.uniform(0, 0.03)
+    inner_height = height + rng.uniform(-0.03, 0.05)
+    inner = 0.13 if side_sign < 0 else 0.20
+    path = (inner, inner_height), (anatomy.lung - 0.03, height)
+    bands = stroke(path, 0.034, side_sign)
     if finding.severity:
-        path = (start + 0.03, inner - 0.06), (end - 0.07, outer - 0.05)
+        path = (inner + 0.03, inner_height - 0.06), (anatomy.lung - 0.07, height - 0.05)
         bands += stroke(path, 0.026, side_sign)
     yield bands
 
@@ -443,7 +449,7 @@ def consolidation(finding, side_sign, anatomy, rng):
 
 
 def pneumonia(finding, side_sign, anatomy, rng):
-    # Offsets and radii of ten spots.
+    # Ten spots: offsets from the centre of the zone, and radii.
     least, most = (-0.08, -0.08, 0.028, 0.028), (0.08, 0.08, 0.042, 0.042)
     spots = rng.uniform(least, most, (10, 4))
     spots[:, :2] += side_sign * finding.distance, finding.height
@@ -456,13 +462,17 @@ def opacity(finding, side_sign, anatomy, rng):
 
 
 def lesion(finding, side_sign, anatomy, rng):
-    finding.what, shifts = "a mass" if finding.severity == 2 else "a nodule", (0,)
+    """One nodule, two small ones, or a mass."""
+    shifts = (0,)
+    finding.what = "a mass" if finding.severity == 2 else "a nodule"
     if finding.severity == 0 and rng.random() < 0.5:
-        finding.what, shifts = "nodules", (-0.05, 0.05)
+        shifts = (-0.05, 0.05)
+        finding.what = "nodules"
     radius = (0.052, 0.062, 0.08)[finding.severity]
     for shift in shifts:
+        distance = finding.distance + shift
+        height = finding.height + shift
         tall = radius * rng.uniform(0.9, 1.1)
-        distance, height = finding.distance + shift, finding.height + shift
         yield [ellipse(distance, height, radius, tall, side_sign)]
 
 
@@ -478,6 +488,9 @@ def pleural_other(finding, side_sign, anatomy, rng):
     yield [rim(*PLEURA[finding.what], 0.06, side_sign, anatomy)]
 
 
+RIB_ENDS = polyline("-0.06,-0.015 -0.006,0 0.006,0.035 0.055,0.055")
+
+
 def fracture(finding, side_sign, anatomy, rng):
     """The ends of a broken rib are out of line. A severe fracture breaks two."""
     distance = anatomy.lung - 0.09
@@ -488,7 +501,6 @@ def fracture(finding, side_sign, anatomy, rng):
         yield inner + stroke(ends[2:], 0.034, side_sign)
 
 
-RIB_ENDS = polyline("-0.06,-0.015 -0.006,0 0.006,0.035 0.055,0.055")
 PACEMAKER = polyline("0.26,-0.25 0.34,-0.25")
 TUBES = {
     "a pacemaker": polyline("0.30,-0.24 0.16,-0.30 0.01,-0.20 -0.03,0.05 0.08,0.17"),
@@ -644,14 +656,17 @@ def thorax_grid(anatomy):
     y, x = np.indices((height, width), dtype=np.float32) + 0.5
     x = x / width - anatomy.x
     y = y / height - anatomy.y
-    cos, sin = anatomy.cos / anatomy.scale, anatomy.sin / anatomy.scale
+    cos = anatomy.cos / anatomy.scale
+    sin = anatomy.sin / anatomy.scale
     return np.abs(x * cos + y * sin), y * cos - x * sin
 
 
 def soft_tissue(rng, size):
+    """Slow changes of density: coarse noise, interpolated."""
     width, height = size
     noise = rng.standard_normal((height // 5, width // 5), dtype=np.float32)
-    return np.float32(Image.fromarray(noise).resize(size, Image.BILINEAR)) * 0.03
+    smooth = Image.fromarray(noise).resize(size, Image.BILINEAR)
+    return np.float32(smooth) * 0.03
 
 
 def blend(density, value, cover):
@@ -665,7 +680,8 @@ def add_findings(density, findings, regions, anatomy, within=1):
         if kind.region in regions:
             opacity = (kind.opacity + kind.worse * finding.severity) * within
             for polygons in finding.shapes:
-                blend(density, kind.density, coverage(polygons, anatomy, kind.blur) * opacity)
+                cover = coverage(polygons, anatomy, kind.blur)
+                blend(density, kind.density, cover * opacity)
 
 
 def coverage(polygons, anatomy, blur=0):
@@ -681,14 +697,17 @@ def coverage(polygons, anatomy, blur=0):
 
 
 def belly_and_lungs(anatomy):
+    """Their coverage of the pixels."""
     distance = np.linspace(0, 0.5, 20)
+    bottom = np.full(20, 0.7)
     rows = np.linspace(-anatomy.height, 0.36, 30)
     wall = wall_at(rows, anatomy)
+    inner = np.full(30, 0.03)
     below, chest = [], []
     for side_sign in (-1, 1):
         floor = floor_at(distance, side_sign, anatomy)
-        below.append(loop(distance, floor, distance, np.full(20, 0.7), side_sign))
-        chest.append(loop(wall, rows, np.full(30, 0.03), rows, side_sign))
+        below.append(loop(distance, floor, distance, bottom, side_sign))
+        chest.append(loop(wall, rows, inner, rows, side_sign))
     belly = coverage(below, anatomy)
     return belly, coverage(chest, anatomy) * (1 - belly)
 
@@ -706,12 +725,13 @@ def vessels(rng):
 
 def develop(density, rng):
     """Exposure, contrast, blur and grain of a film."""
-    settings = rng.uniform((0.90, -0.02, 0.88, 2), (1.08, 0.02, 1.12, 4))
-    gain, offset, gamma, grain = np.float32(settings)
-    film = 255 * np.clip(density * gain + offset, 0, 1) ** gamma
-    film = Image.fromarray(np.uint8(film)).filter(ImageFilter.SMOOTH)
+    least, most = (0.90, -0.02, 0.88, 2), (1.08, 0.02, 1.12, 4)
+    gain, offset, gamma, grain = np.float32(rng.uniform(least, most))
+    exposed = np.clip(density * gain + offset, 0, 1) ** gamma
+    film = Image.fromarray(np.uint8(255 * exposed)).filter(ImageFilter.SMOOTH)
     noise = rng.standard_normal(density.shape, dtype=np.float32)
-    return Image.fromarray(np.uint8(np.clip(film + grain * noise, 0, 255)))
+    pixels = np.clip(film + grain * noise, 0, 255)
+    return Image.fromarray(np.uint8(pixels))
 
 
 # ------------------------------------------------------------------------------- texts
@@ -719,53 +739,43 @@ def develop(density, rng):
 CERTAIN = ("there {be} {phrase}.", "{phrase} {be} present.", "{phrase} {be} seen.")
 HEDGED = ("possible {bare}.", "there may be {phrase}.")
 DENIED = ("no {}.", "there is no {}.", "no evidence of {}.")
-# (probability, region, labels, are they denied, wordings), used when all of the labels are absent
-# and none is denied yet.
+# (probability, labels, are they denied, wordings), used when all of the labels are absent and none
+# is denied yet. The sentence stands in the region of the first label.
 NORMALS = (
     (
         0.20,
-        "heart",
         "Cardiomegaly|Enlarged Cardiomediastinum",
         True,
         "the cardiomediastinal silhouette is normal.",
     ),
-    (0.90, "heart", "Cardiomegaly", True, "heart size is normal.|the heart is normal in size."),
+    (0.90, "Cardiomegaly", True, "heart size is normal.|the heart is normal in size."),
     (
         0.75,
-        "mediastinum",
         "Enlarged Cardiomediastinum",
         True,
         "the mediastinal contours are normal.|mediastinal contours are unremarkable.",
     ),
     (
         0.90,
-        "lungs",
         "Atelectasis|Edema|Consolidation|Pneumonia|Lung Opacity|Lung Lesion",
         False,
         "the lungs are clear.|lungs are clear bilaterally.|both lungs are clear.",
     ),
-    (0.30, "lungs", "Edema|Cardiomegaly", False, "pulmonary vascularity is normal."),
+    (0.30, "Edema|Cardiomegaly", False, "pulmonary vascularity is normal."),
     (
         0.25,
-        "pleura",
-        "Consolidation|Pleural Effusion|Pneumothorax",
+        "Pleural Effusion|Pneumothorax|Consolidation",
         True,
         "focal consolidation, pleural effusion, or pneumothorax",
     ),
-    (0.80, "pleura", "Pleural Effusion|Pneumothorax", True, "pleural effusion or pneumothorax"),
-    (0.35, "lungs", "Consolidation", True, "focal consolidation"),
-    (0.10, "lungs", "Pneumonia", True, "pneumonia"),
-    (0.15, "lungs", "Edema", True, "pulmonary edema"),
-    (0.70, "pleura", "Pneumothorax", True, "pneumothorax"),
-    (0.60, "pleura", "Pleural Effusion", True, "pleural effusion"),
-    (0.10, "bones", "Fracture", True, "rib fracture"),
-    (
-        0.55,
-        "bones",
-        "Fracture",
-        False,
-        "the bones are intact.|osseous structures are unremarkable.",
-    ),
+    (0.80, "Pleural Effusion|Pneumothorax", True, "pleural effusion or pneumothorax"),
+    (0.35, "Consolidation", True, "focal consolidation"),
+    (0.10, "Pneumonia", True, "pneumonia"),
+    (0.15, "Edema", True, "pulmonary edema"),
+    (0.70, "Pneumothorax", True, "pneumothorax"),
+    (0.60, "Pleural Effusion", True, "pleural effusion"),
+    (0.10, "Fracture", True, "rib fracture"),
+    (0.55, "Fracture", False, "the bones are intact.|osseous structures are unremarkable."),
 )
 ORDERS = ("heart mediastinum lungs pleura bones devices",) * 8 + (
     "lungs pleura heart mediastinum bones devices",
@@ -802,7 +812,7 @@ def write_texts(rng, findings):
     states["No Finding"] = int(said.keys() <= {"devices"})
 
     settled = {f.label for f in findings}
-    for chance, region, labels, denies, phrases in NORMALS:
+    for chance, labels, denies, phrases in NORMALS:
         labels = labels.split("|")
         if not settled.isdisjoint(labels):
             continue
@@ -810,7 +820,7 @@ def write_texts(rng, findings):
         if luck < chance:
             phrase = choose(phrases.split("|"))
             sentence = phrase if phrase.endswith(".") else choose(DENIED).format(phrase)
-            said[region].append(sentence)
+            said[KINDS[labels[0]].region].append(sentence)
             if denies:
                 settled.update(labels)
                 states |= dict.fromkeys(labels, 2)
