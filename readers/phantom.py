@@ -5,9 +5,9 @@ first use of its `image`. A long tail of findings, half of all studies normal, s
 or not mentioned: what makes real reports hard to learn.
 
 All shapes are drawn in the thorax frame. Its origin is in mid-chest and the side of the image is 1.
-A place is its distance from the midline and its height, which grows downwards; side_sign is -1 on
-the patient's right, 1 on the left. So distance 0.2 and height -0.21 with side_sign 1 are in the
-left upper lobe, which is at the upper right of the image.
+A point is a complex number, side_sign * distance + 1j * height: the distance from the midline, with
+side_sign -1 on the patient's right and 1 on the left, and the height, which grows downwards. So
+0.2 - 0.21j is in the left upper lobe, which is at the upper right of the image.
 
 To add a finding, or to change one, write a function that yields the polygons of each box, and give
 it a row in KINDS, a chance in PICTURES and, if normal reports deny it, a place in NORMALS. With
@@ -15,7 +15,7 @@ cavities, which are darker than a lung:
 
     def cavity(finding, side_sign, anatomy, rng):
         radius = (0.04, 0.05, 0.06)[finding.severity]
-        yield [ellipse(finding.distance, finding.height, radius, radius, side_sign)]
+        yield [ellipse(finding.center, radius, radius)]
 
     "Lung Lesion": Kind("lungs", "zone", cavity, "a cavity in the {side} {zone}", 0.06),
 """
@@ -190,42 +190,41 @@ def sample_anatomy(rng):
 
 
 def to_image(points, anatomy):
-    """Thorax frame -> fractions of the image, (N, 2) -> (N, 2)."""
+    """Thorax frame -> fractions of the image, complex (N,) -> (N, 2)."""
     cos = anatomy.scale * anatomy.cos
     sin = anatomy.scale * anatomy.sin
     matrix = (cos, sin), (-sin, cos)
-    return points @ matrix + (anatomy.x, anatomy.y)
+    return np.stack([points.real, points.imag], 1) @ matrix + (anatomy.x, anatomy.y)
 
 
 def polyline(text):
-    """Points as in SVG, "u,v u,v ..." -> (N, 2)."""
-    return np.array([point.split(",") for point in text.split()], float)
+    return np.array(text.split(), complex)
 
 
-def loop(distance, height, back_distance, back_height, side_sign=1):
+def loop(there, back):
     """Polygon along one curve and back along another."""
-    there = np.stack([side_sign * distance, height], 1)
-    back = np.stack([side_sign * back_distance, back_height], 1)
-    return np.concatenate([there, back[::-1]])
+    return np.append(there, back[::-1])
 
 
-def ellipse(distance, height, width, tall, side_sign=1, tilt=0.0):
+def ellipse(center, width, tall, tilt=0.0):
     turn = np.linspace(0, 2 * np.pi, 24)
     cos, sin = np.cos(turn), np.sin(turn)
-    u = side_sign * distance + width * cos
-    v = height + tall * sin + tilt * cos
-    return np.stack([u, v], 1)
+    return center + width * cos + 1j * tall * sin + 1j * tilt * cos
 
 
 def stroke(path, width, side_sign=1):
-    """Polyline -> one quad per segment."""
-    path = np.asarray(path) * (side_sign, 1)
+    """Polyline -> one quad per segment. side_sign -1 mirrors it."""
+    path = mirrored(np.array(path), side_sign)
     start, end = path[:-1], path[1:]
     step = end - start
-    half = width / 2 / np.hypot(*step.T)
-    across = step[:, ::-1] * (-1, 1) * half[:, None]
+    # 1j turns it by a right angle.
+    across = 1j * step * (width / 2 / np.hypot(step.real, step.imag))
     corners = [start - across, end - across, end + across, start + across]
     return list(np.stack(corners, 1))
+
+
+def mirrored(points, side_sign=-1):
+    return side_sign * points.real + 1j * points.imag
 
 
 def floor_at(distance, side_sign, anatomy):
@@ -247,7 +246,8 @@ def rim(top, bottom, thick, side_sign, anatomy):
     inner = np.maximum(inner, anatomy.middle)
     # Below the apex.
     inner_height = np.maximum(height, height * (1 - 1.2 * thick / anatomy.height))
-    return loop(wall, height, inner, inner_height, side_sign)
+    shape = loop(wall + 1j * height, inner + 1j * inner_height)
+    return mirrored(shape, side_sign)
 
 
 def heart_shape(share, anatomy):
@@ -255,9 +255,10 @@ def heart_shape(share, anatomy):
     half = anatomy.lung * share
     distance = 0.055 + 0.3 * (half - 0.16)
     height = anatomy.dome[-1] - 0.06
-    shape = ellipse(distance, height, half, 0.78 * half, tilt=0.2 * half)
+    shape = ellipse(distance + 1j * height, half, 0.78 * half, 0.2 * half)
     # It lies on the diaphragm.
-    return np.minimum(shape, (1, anatomy.dome[1] + 0.03))
+    shape.imag = np.minimum(shape.imag, anatomy.dome[1] + 0.03)
+    return shape
 
 
 # ------------------------------------------------------------------------------- findings
@@ -318,8 +319,7 @@ class Finding:
     side: str  # of the patient: "left", "right", "both" or ""
     zone: str  # a key of ZONES, or ""
     severity: int  # 0, 1, 2
-    height: float  # of the centre of its zone
-    distance: float
+    center: complex  # of its zone
     hides: tuple  # zones where no other finding can be seen
     shapes: list  # one per box: polygons in the thorax frame
     what: str = ""  # its noun phrase, where the label alone does not tell
@@ -359,7 +359,8 @@ def sample_finding(label, places, rng, anatomy):
     side, zone = pick(rng, places)
     height = ZONES.get(zone, 0) + rng.uniform(-0.02, 0.02)
     distance = rng.uniform(0.17, 0.23) + 0.06 * (zone == "lower lobe")
-    finding = Finding(label, side, zone, severity, height, distance, (zone,), [])
+    center = SIGNS[side][0] * distance + 1j * height
+    finding = Finding(label, side, zone, severity, center, (zone,), [])
     for side_sign in SIGNS[side]:
         finding.shapes += kind.draw(finding, side_sign, anatomy, rng)
     finding.boxes = [box_of(shape, kind.blur, anatomy) for shape in finding.shapes]
@@ -387,8 +388,8 @@ def cardiomegaly(finding, side_sign, anatomy, rng):
 
 def wide_mediastinum(finding, side_sign, anatomy, rng):
     half = rng.uniform(0.12, 0.15) * np.array((0.8, 1, 1, 0.95, 0.85, 0.7))
-    rows = np.linspace(-0.36, 0.06, 6)
-    yield [loop(half, rows, -half, rows)]
+    edge = half + 1j * np.linspace(-0.36, 0.06, 6)
+    yield [loop(edge, mirrored(edge))]
 
 
 def effusion(finding, side_sign, anatomy, rng):
@@ -408,8 +409,8 @@ def effusion(finding, side_sign, anatomy, rng):
     # The meniscus climbs the wall.
     surface = top + 0.11 * (1 - np.exp((distance - anatomy.lung) / 0.08))
     shown = surface < floor - 0.015
-    distance = distance[shown]
-    yield [loop(distance, surface[shown], distance, floor[shown] + 0.01, side_sign)]
+    u = side_sign * distance[shown]
+    yield [loop(u + 1j * surface[shown], u + 1j * (floor[shown] + 0.01))]
 
 
 def pneumothorax(finding, side_sign, anatomy, rng):
@@ -426,39 +427,38 @@ def atelectasis(finding, side_sign, anatomy, rng):
     height = anatomy.bases[side_sign] - rng.uniform(0, 0.03)
     inner_height = height + rng.uniform(-0.03, 0.05)
     inner = 0.13 if side_sign < 0 else 0.20
-    path = (inner, inner_height), (anatomy.lung - 0.03, height)
-    bands = stroke(path, 0.034, side_sign)
+    start, end = inner + 1j * inner_height, anatomy.lung + 1j * height
+    bands = stroke((start, end - 0.03), 0.034, side_sign)
     if finding.severity:
-        path = (inner + 0.03, inner_height - 0.06), (anatomy.lung - 0.07, height - 0.05)
+        path = start + (0.03 - 0.06j), end - (0.07 + 0.05j)
         bands += stroke(path, 0.026, side_sign)
     yield bands
 
 
 def edema(finding, side_sign, anatomy, rng):
-    yield [ellipse(0.17, -0.02, 0.12, 0.20, side_sign)]
+    yield [ellipse(side_sign * 0.17 - 0.02j, 0.12, 0.20)]
 
 
 def consolidation(finding, side_sign, anatomy, rng):
     """It reaches from the hilum to the wall."""
-    height = finding.height
+    height = finding.center.imag
     distance = np.array((0.07, wall_at(height - 0.09, anatomy) - 0.01))
     edge = height + rng.uniform(-0.2, 0.2) * (distance - 0.2)
     top = edge - rng.uniform(0.07, 0.10)
     bottom = edge + rng.uniform(0.07, 0.09)
-    yield [loop(distance, top, distance, bottom, side_sign)]
+    u = side_sign * distance
+    yield [loop(u + 1j * top, u + 1j * bottom)]
 
 
 def pneumonia(finding, side_sign, anatomy, rng):
     # Ten spots: offsets from the centre of the zone, and radii.
     least, most = (-0.08, -0.08, 0.028, 0.028), (0.08, 0.08, 0.042, 0.042)
     spots = rng.uniform(least, most, (10, 4))
-    spots[:, :2] += side_sign * finding.distance, finding.height
-    yield [ellipse(*spot) for spot in spots]
+    yield [ellipse(finding.center + complex(x, y), *radii) for x, y, *radii in spots]
 
 
 def opacity(finding, side_sign, anatomy, rng):
-    radii = rng.uniform(0.09, 0.11, 2)
-    yield [ellipse(finding.distance, finding.height, *radii, side_sign)]
+    yield [ellipse(finding.center, *rng.uniform(0.09, 0.11, 2))]
 
 
 def lesion(finding, side_sign, anatomy, rng):
@@ -470,10 +470,8 @@ def lesion(finding, side_sign, anatomy, rng):
         finding.what = "nodules"
     radius = (0.052, 0.062, 0.08)[finding.severity]
     for shift in shifts:
-        distance = finding.distance + shift
-        height = finding.height + shift
-        tall = radius * rng.uniform(0.9, 1.1)
-        yield [ellipse(distance, height, radius, tall, side_sign)]
+        center = finding.center + shift * (side_sign + 1j)
+        yield [ellipse(center, radius, radius * rng.uniform(0.9, 1.1))]
 
 
 PLEURA = {
@@ -488,26 +486,25 @@ def pleural_other(finding, side_sign, anatomy, rng):
     yield [rim(*PLEURA[finding.what], 0.06, side_sign, anatomy)]
 
 
-RIB_ENDS = polyline("-0.06,-0.015 -0.006,0 0.006,0.035 0.055,0.055")
+RIB_ENDS = polyline("-0.06-0.015j -0.006+0j 0.006+0.035j 0.055+0.055j")
 
 
 def fracture(finding, side_sign, anatomy, rng):
     """The ends of a broken rib are out of line. A severe fracture breaks two."""
-    distance = anatomy.lung - 0.09
-    height = rng.uniform(-0.22, 0.05)
-    for shift in (0, 0.11) if finding.severity == 2 else (0,):
-        ends = np.add(RIB_ENDS, (distance, height + shift))
+    place = anatomy.lung - 0.09 + 1j * rng.uniform(-0.22, 0.05)
+    for shift in (0, 0.11j) if finding.severity == 2 else (0,):
+        ends = RIB_ENDS + (place + shift)
         inner = stroke(ends[:2], 0.034, side_sign)
         yield inner + stroke(ends[2:], 0.034, side_sign)
 
 
-PACEMAKER = polyline("0.26,-0.25 0.34,-0.25")
+PACEMAKER = polyline("0.26-0.25j 0.34-0.25j")
 TUBES = {
-    "a pacemaker": polyline("0.30,-0.24 0.16,-0.30 0.01,-0.20 -0.03,0.05 0.08,0.17"),
-    "an endotracheal tube": polyline("0,-0.5 0.005,-0.35 0,-0.13"),
-    "a central venous catheter": polyline("-0.22,-0.40 -0.12,-0.36 -0.065,-0.28 -0.05,0"),
-    "an enteric tube": polyline("0,-0.5 0.01,-0.2 0.015,0.2 0.06,0.32 0.13,0.36"),
-    "a chest tube": polyline("0.46,0.16 0.33,0.08 0.27,-0.08 0.24,-0.27"),
+    "a pacemaker": polyline("0.30-0.24j 0.16-0.30j 0.01-0.20j -0.03+0.05j 0.08+0.17j"),
+    "an endotracheal tube": polyline("0-0.5j 0.005-0.35j 0-0.13j"),
+    "a central venous catheter": polyline("-0.22-0.40j -0.12-0.36j -0.065-0.28j -0.05+0j"),
+    "an enteric tube": polyline("0-0.5j 0.01-0.2j 0.015+0.2j 0.06+0.32j 0.13+0.36j"),
+    "a chest tube": polyline("0.46+0.16j 0.33+0.08j 0.27-0.08j 0.24-0.27j"),
 }
 
 
@@ -608,8 +605,8 @@ KINDS = {
 
 # ------------------------------------------------------------------------------- pixels
 
-CLAVICLE = polyline("0.04,-0.31 0.2,-0.35 0.38,-0.39")
-MEDIASTINUM = polyline("0.9,-0.5 0.9,-0.3 1,-0.24 1.25,-0.18 1.1,-0.10 1.4,0 1.7,0.3")
+CLAVICLE = polyline("0.04-0.31j 0.2-0.35j 0.38-0.39j")
+MEDIASTINUM = polyline("0.9-0.5j 0.9-0.3j 1-0.24j 1.25-0.18j 1.1-0.10j 1.4+0j 1.7+0.3j")
 
 
 def draw(phantom: Phantom, without: str | None = None) -> Image.Image:
@@ -630,8 +627,8 @@ def draw(phantom: Phantom, without: str | None = None) -> Image.Image:
     density += 0.08 * np.maximum(ribs - 0.1, 0) * lungs
 
     # Heart and mediastinum, then the belly.
-    half, rows = (MEDIASTINUM * (anatomy.middle, 1)).T
-    middle = [loop(half, rows, -half, rows), heart_shape(anatomy.heart, anatomy)]
+    edge = anatomy.middle * MEDIASTINUM.real + 1j * MEDIASTINUM.imag
+    middle = [loop(edge, mirrored(edge)), heart_shape(anatomy.heart, anatomy)]
     blend(density, 0.68, coverage(middle, anatomy))
     add_findings(density, findings, ("heart", "mediastinum"), anatomy)
     blend(density, 0.74 + uneven, belly)
@@ -699,15 +696,15 @@ def coverage(polygons, anatomy, blur=0):
 def belly_and_lungs(anatomy):
     """Their coverage of the pixels."""
     distance = np.linspace(0, 0.5, 20)
-    bottom = np.full(20, 0.7)
     rows = np.linspace(-anatomy.height, 0.36, 30)
     wall = wall_at(rows, anatomy)
-    inner = np.full(30, 0.03)
     below, chest = [], []
     for side_sign in (-1, 1):
         floor = floor_at(distance, side_sign, anatomy)
-        below.append(loop(distance, floor, distance, bottom, side_sign))
-        chest.append(loop(wall, rows, inner, rows, side_sign))
+        belly = loop(distance + 1j * floor, distance + 0.7j)
+        lung = loop(wall + 1j * rows, 0.03 + 1j * rows)
+        below.append(mirrored(belly, side_sign))
+        chest.append(mirrored(lung, side_sign))
     belly = coverage(below, anatomy)
     return belly, coverage(chest, anatomy) * (1 - belly)
 
@@ -716,10 +713,9 @@ def vessels(rng):
     """From the hilum outwards and back."""
     turn = rng.uniform(-1.5, 1.5, 18)
     reach = rng.uniform(0.12, 0.26, 18)
-    path = np.full((36, 2), (0.07, -0.02))
-    path[1::2, 0] += reach * np.cos(turn)
-    path[1::2, 1] = 1.2 * reach * np.sin(turn)
-    path[:18, 0] *= -1
+    path = np.full(36, 0.07 - 0.02j)
+    path[1::2] = 0.07 + reach * np.cos(turn) + 1.2j * reach * np.sin(turn)
+    path[:18] = mirrored(path[:18])
     return stroke(path, 0.009)
 
 
