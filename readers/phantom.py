@@ -198,6 +198,7 @@ def to_image(points, anatomy):
 
 
 def polyline(text):
+    """Points, "0.30-0.24j 0.16-0.30j ..." -> (N,)."""
     return np.array(text.split(), complex)
 
 
@@ -319,9 +320,9 @@ class Finding:
     side: str  # of the patient: "left", "right", "both" or ""
     zone: str  # a key of ZONES, or ""
     severity: int  # 0, 1, 2
-    center: complex  # of its zone
     hides: tuple  # zones where no other finding can be seen
     shapes: list  # one per box: polygons in the thorax frame
+    center: complex = 0  # of its zone, on the side that is drawn
     what: str = ""  # its noun phrase, where the label alone does not tell
     certain: bool = True
     mentioned: bool = True
@@ -359,9 +360,9 @@ def sample_finding(label, places, rng, anatomy):
     side, zone = pick(rng, places)
     height = ZONES.get(zone, 0) + rng.uniform(-0.02, 0.02)
     distance = rng.uniform(0.17, 0.23) + 0.06 * (zone == "lower lobe")
-    center = SIGNS[side][0] * distance + 1j * height
-    finding = Finding(label, side, zone, severity, center, (zone,), [])
+    finding = Finding(label, side, zone, severity, (zone,), [])
     for side_sign in SIGNS[side]:
+        finding.center = side_sign * distance + 1j * height
         finding.shapes += kind.draw(finding, side_sign, anatomy, rng)
     finding.boxes = [box_of(shape, kind.blur, anatomy) for shape in finding.shapes]
 
@@ -697,16 +698,14 @@ def belly_and_lungs(anatomy):
     """Their coverage of the pixels."""
     distance = np.linspace(0, 0.5, 20)
     rows = np.linspace(-anatomy.height, 0.36, 30)
-    wall = wall_at(rows, anatomy)
-    below, chest = [], []
+    lung = loop(wall_at(rows, anatomy) + 1j * rows, 0.03 + 1j * rows)
+    below = []
     for side_sign in (-1, 1):
         floor = floor_at(distance, side_sign, anatomy)
-        belly = loop(distance + 1j * floor, distance + 0.7j)
-        lung = loop(wall + 1j * rows, 0.03 + 1j * rows)
-        below.append(mirrored(belly, side_sign))
-        chest.append(mirrored(lung, side_sign))
+        half = loop(distance + 1j * floor, distance + 0.7j)
+        below.append(mirrored(half, side_sign))
     belly = coverage(below, anatomy)
-    return belly, coverage(chest, anatomy) * (1 - belly)
+    return belly, coverage([mirrored(lung), lung], anatomy) * (1 - belly)
 
 
 def vessels(rng):

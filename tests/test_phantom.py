@@ -1,12 +1,15 @@
 """The built-in phantoms: pure in (seed, index), plausible, true to their boxes and words."""
 
+import re
+import textwrap
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
+import readers.phantom
 from data import QUESTIONS
-from readers.phantom import QUESTION_NAMES, ask_boxes, draw, phantom
+from readers.phantom import KINDS, QUESTION_NAMES, ask_boxes, draw, phantom
 from readers.study import LABELS
 from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN, extract_labels
 
@@ -103,6 +106,30 @@ def test_prevalence_is_long_tailed(studies):
 def test_findings_keep_company(studies, one, other):
     both = np.mean([one in study.boxes and other in study.boxes for study in studies])
     assert both > 1.5 * share_of(one, studies) * share_of(other, studies)
+
+
+def test_a_finding_is_a_function_and_a_row(monkeypatch):
+    """The example of the docstring: cavities are darker than the lung, in their box."""
+    example = re.search(r"(    def cavity.*?)\n\n    (\S.*?)\n", readers.phantom.__doc__, re.S)
+    names = dict(vars(readers.phantom))
+    exec(textwrap.dedent(example[1]), names)
+    row = eval(f"{{{example[2]}}}", names)
+    monkeypatch.setitem(KINDS, "Lung Lesion", row["Lung Lesion"])
+
+    seen = 0
+    for index in range(200):
+        # Made anew, not the remembered one.
+        study = phantom.__wrapped__(8, index)
+        for x1, y1, x2, y2 in study.boxes.get("Lung Lesion", ()):
+            seen += 1
+            assert 0.06 < x2 - x1 < 0.16
+            change = pixels(study) - pixels(study, "Lung Lesion")
+            width, height = study.size
+            window = change[int(y1 * height) : int(y2 * height), int(x1 * width) : int(x2 * width)]
+            assert window.mean() < -5
+            if study.states[LABELS.index("Lung Lesion")]:
+                assert "cavity in the" in study.thinking
+    assert seen > 3
 
 
 # ------------------------------------------------------------------------------- boxes
