@@ -194,7 +194,7 @@ def to_image(points, anatomy):
     cos = anatomy.scale * anatomy.cos
     sin = anatomy.scale * anatomy.sin
     matrix = (cos, sin), (-sin, cos)
-    return np.stack([points.real, points.imag], 1) @ matrix + (anatomy.x, anatomy.y)
+    return points.view(float).reshape(-1, 2) @ matrix + (anatomy.x, anatomy.y)
 
 
 def polyline(text):
@@ -689,7 +689,7 @@ def coverage(polygons, anatomy, blur=0):
     pen = ImageDraw.Draw(canvas)
     for polygon in polygons:
         corners = to_image(polygon, anatomy) * canvas.size
-        pen.polygon(list(corners.flat), fill=255)
+        pen.polygon(corners.ravel().tolist(), fill=255)
     soft = canvas.reduce(2).filter(ImageFilter.GaussianBlur(blur * width))
     return np.float32(soft) / 255
 
