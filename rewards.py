@@ -15,7 +15,6 @@ import re
 import runpy
 import sys
 import traceback
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,8 @@ BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
 MAX_MATCHED = 64
 # Clauses and texts whose labels are kept.
 CACHED = 1 << 14
+# Characters of a clause. What is longer is no sentence.
+LONGEST = 1000
 
 # ------------------------------------------------------------------------------- labels
 
@@ -85,53 +86,47 @@ def iou(a: Box, b: Box) -> float:
     return both / union if union > 0 else 0.0
 
 
-def hungarian(cost: np.ndarray) -> list[tuple[int, int]]:
-    """[(row, column)] of the one-to-one assignment with the least total cost, (n, m).
-
-    The Hungarian method in O(n^2 m): each row grows the cheapest alternating path from itself to
-    a free column. The potentials u and v keep cost - u - v >= 0, and 0 where it is assigned.
-    """
-    n, m = cost.shape
-    if n > m:
-        return [(row, column) for column, row in hungarian(cost.T)]
-    u = np.zeros(n)
-    v = np.zeros(m + 1)
-    # Every path starts in column m, which is no real one.
-    row_of = np.full(m + 1, -1)
-    for row in range(n):
-        row_of[m] = row
-        column = m
-        slack = np.full(m + 1, np.inf)
-        previous = np.zeros(m + 1, int)
-        visited = np.zeros(m + 1, bool)
-
-        # Grow the path to a free column.
-        while row_of[column] >= 0:
-            visited[column] = True
-            i = row_of[column]
-            reduced = np.append(cost[i] - u[i] - v[:m], np.inf)
-            better = ~visited & (reduced < slack)
-            slack[better] = reduced[better]
-            previous[better] = column
-            column = np.where(visited, np.inf, slack).argmin()
-            step = slack[column]
-            u[row_of[visited]] += step
-            v[visited] -= step
-            slack[~visited] -= step
-
-        # Assign along the path, from its end to its start.
-        while column != m:
-            row_of[column] = row_of[previous[column]]
-            column = previous[column]
-    return [(row, column) for column, row in enumerate(row_of[:m].tolist()) if row >= 0]
-
-
-def match_boxes(predicted: list[Box], reference: list[Box]) -> list[tuple[int, int, float]]:
+def match_boxes(predicted: list[Box], reference: list[Box]) -> list[tuple]:
     """[(i, j, iou)] by i: the one-to-one assignment with the largest total IoU, all of it > 0."""
     overlaps = np.array([iou(a, b) for a in predicted for b in reference])
     overlaps = overlaps.reshape(len(predicted), len(reference))
-    pairs = [(i, j, float(overlaps[i, j])) for i, j in sorted(hungarian(-overlaps))]
+    pairs = [(i, j, float(overlaps[i, j])) for i, j in best_assignment(overlaps)]
     return [pair for pair in pairs if pair[2] > 0]
+
+
+def best_assignment(overlaps):
+    """[(row, column)] by row: the one-to-one assignment with the largest total, of (n, m) in 0..1.
+
+    Rows enter one by one. The new row takes a column, whose row moves on to another column, and so
+    on to a free one. Bellman and Ford's method finds the path that gains most.
+    """
+    # With whole numbers, rounding cannot lead a path in a circle.
+    value = np.rint(overlaps * 1e12).astype(int)
+    # The last column means to stay alone. It is always free.
+    value = np.pad(value, ((0, 0), (0, 1)))
+    row_of = np.full(value.shape[1], -1)
+    for row, gain in enumerate(value.copy()):
+        # gain: what the best path to each column gains; previous: the column before it.
+        previous = np.full_like(row_of, -1)
+        improved = True
+        while improved:
+            improved = False
+            for column in np.flatnonzero(row_of >= 0):
+                moving = value[row_of[column]]
+                through = gain[column] - moving[column] + moving
+                better = through > gain
+                gain[better] = through[better]
+                previous[better] = column
+                improved |= better.any()
+
+        # Move the rows along the path, from its end to its start.
+        column = np.where(row_of < 0, gain, -1).argmax()
+        while previous[column] >= 0:
+            row_of[column] = row_of[previous[column]]
+            column = previous[column]
+        row_of[column] = row
+        row_of[-1] = -1
+    return sorted((row, column) for column, row in enumerate(row_of.tolist()) if row >= 0)
 
 
 def soft_f1(
@@ -174,8 +169,8 @@ def ngrams(tokens: list[str], n: int) -> Counter:
     return Counter(zip(*(tokens[i:] for i in range(n))))
 
 
-def count_ngrams(a: list[str], b: list[str]) -> list[tuple[int, int, int]]:
-    """For n = 1..4, how many n-grams match, how many a has, and how many b has."""
+def count_ngrams(a: list[str], b: list[str]) -> list[tuple]:
+    """[(how many match, how many a has, how many b has)] of the n-grams, n = 1..4."""
     counts = []
     for n in range(1, 5):
         x, y = ngrams(a, n), ngrams(b, n)
@@ -193,54 +188,42 @@ def gleu(candidate: str, reference: str) -> float:
 def bleu4(candidate: str, reference: str) -> float:
     """Sentence BLEU-4 with add-one smoothing above unigrams (Lin & Och 2004), as nltk's method2."""
     a, b = tokenize(candidate), tokenize(reference)
-    if not set(a) & set(b):
+    matching, in_candidate, _ = np.array(count_ngrams(a, b)).T
+    if not matching[0]:
         return 0.0
-    log_precisions = []
-    smooth = 0
-    for matching, in_candidate, _ in count_ngrams(a, b):
-        precision = (matching + smooth) / (max(in_candidate, 1) + smooth)
-        log_precisions.append(math.log(precision))
-        smooth = 1
+    smooth = np.array([0, 1, 1, 1])
+    precision = (matching + smooth) / (np.maximum(in_candidate, 1) + smooth)
     brevity = min(0, 1 - len(b) / len(a))
-    return math.exp(brevity + sum(log_precisions) / 4)
+    return math.exp(brevity + np.log(precision).mean())
 
 
 def rouge_l(candidate: str, reference: str) -> float:
-    """ROUGE-L F1 (Lin 2004), from the longest common subsequence of tokens.
-
-    Its length comes from the usual table: L[i, j], of the first i tokens of b and the first j of a.
-    Along a row of the table, L grows by 0 or 1. `row` holds it as the bits of one integer, 0 where
-    L grows, and an addition, whose carry runs along the row, makes the next one (Hyyro 2004).
-    Plain loops over the table take 20 times as long.
-    """
-    a, b = sorted((tokenize(candidate), tokenize(reference)), key=len)
-    # The places of a token in a, as bits.
-    places = {}
-    for j, token in enumerate(a):
-        places[token] = places.get(token, 0) | 1 << j
-    full = row = (1 << len(a)) - 1
-    for token in b:
-        match = row & places.get(token, 0)
-        row = ((row + match) | (row - match)) & full
-    longest = len(a) - row.bit_count()
-    return 2 * longest / max(len(a) + len(b), 1)
+    """ROUGE-L F1 (Lin 2004), from the longest common subsequence of tokens."""
+    short, long = sorted((tokenize(candidate), tokenize(reference)), key=len)
+    words = np.array(short, object)
+    # longest[j]: of the tokens of `long` up to here and the first j of `short`.
+    longest = np.zeros(len(short) + 1, int)
+    for token in long:
+        extended = longest[:-1] + (words == token)
+        longest[1:] = np.maximum.accumulate(np.maximum(longest[1:], extended))
+    return 2 * int(longest[-1]) / max(len(short) + len(long), 1)
 
 
 # ------------------------------------------------------------------------------- the reward table
 
 
 @dataclass
-class Batch:
-    """N completions of one task, taken apart."""
+class Completion:
+    """A completion, taken apart, and its example."""
 
-    completions: list[str]  # whole texts
-    token_ids: list[list]  # their tokens
-    valid: list[bool]  # do they have the format?
-    answers: list[str]  # the report, or the text with the boxes
-    examples: list[Example]  # the references
+    text: str  # the whole text
+    token_ids: list
+    valid: bool  # has it the format?
+    answer: str  # the report, or the text with the boxes
+    example: Example  # with the reference
 
 
-def labeler(cfg: RewardsConfig) -> Callable[[list[str]], np.ndarray]:
+def labeler(cfg: RewardsConfig) -> Callable:
     """The function texts -> labels: CheXbert, if rewards.chexbert is set, or rules.
 
     Raises InputError.
@@ -255,9 +238,10 @@ def labeler(cfg: RewardsConfig) -> Callable[[list[str]], np.ndarray]:
 def label_reward(score, batch, cfg):
     """score(labels of the answers, labels of the references), 0 for an answer without a word."""
     label = labeler(cfg)
-    generated, reference = label(batch.answers), label([e.answer for e in batch.examples])
+    generated = label([c.answer for c in batch])
+    reference = label([c.example.answer for c in batch])
     # CheXbert may read labels in an empty text.
-    says_something = [has_words(answer) for answer in batch.answers]
+    says_something = [has_words(c.answer) for c in batch]
     return np.where(says_something, score(generated, reference), 0)
 
 
@@ -266,20 +250,20 @@ def mccs_reward(batch, cfg):
 
 
 def text_reward(score, batch, cfg):
-    return [score(answer, e.answer) for answer, e in zip(batch.answers, batch.examples)]
+    return [score(c.answer, c.example.answer) for c in batch]
 
 
 def soft_f1_reward(batch, cfg):
     scores = []
-    for answer, example in zip(batch.answers, batch.examples):
-        match_empty = cfg.match_empty and says_nothing_there(answer)
-        boxes = parse_boxes(answer)
-        scores.append(soft_f1(boxes, example.boxes, cfg.soft_f1_mode, match_empty))
+    for c in batch:
+        match_empty = cfg.match_empty and says_nothing_there(c.answer)
+        boxes = parse_boxes(c.answer)
+        scores.append(soft_f1(boxes, c.example.boxes, cfg.soft_f1_mode, match_empty))
     return scores
 
 
 def format_reward(batch, cfg):
-    return batch.valid
+    return [c.valid for c in batch]
 
 
 def overlong(length: int, start: int, end: int) -> float:
@@ -288,10 +272,10 @@ def overlong(length: int, start: int, end: int) -> float:
 
 
 def overlong_reward(batch, cfg):
-    return [overlong(len(ids), cfg.overlong_start, cfg.overlong_end) for ids in batch.token_ids]
+    return [overlong(len(c.token_ids), cfg.overlong_start, cfg.overlong_end) for c in batch]
 
 
-# name: f(batch, config.rewards) -> one number per completion
+# name: f(completions of one task, config.rewards) -> a number for each
 REWARDS = {
     "mccs": mccs_reward,
     "label_f1": partial(label_reward, label_f1),
@@ -324,7 +308,7 @@ def check_rewards(rewards_cfg: RewardsConfig) -> None:
     labeler(rewards_cfg)
 
 
-def score_batch(name: str, batch: Batch, cfg: RewardsConfig) -> np.ndarray:
+def score_batch(name: str, batch: list[Completion], cfg: RewardsConfig) -> np.ndarray:
     """(N,) values of one reward, NaN where it does not apply. InputError: one is not finite."""
     if ".py:" in name:
         return call_external(name, batch)
@@ -354,12 +338,10 @@ def score_completions(
         places = [i for i, example in enumerate(examples) if example.task == task]
         if not places:
             continue
-        rows = []
+        batch = []
         for i in places:
             valid, _, answer = parse_output(completions[i], task, style)
-            rows.append((completions[i], token_ids[i], valid, answer, examples[i]))
-        # A list for each field of Batch.
-        batch = Batch(*map(list, zip(*rows)))
+            batch.append(Completion(completions[i], token_ids[i], valid, answer, examples[i]))
         for name, weight in getattr(rewards_cfg, task).items():
             values = score_batch(name, batch, rewards_cfg)
             components.setdefault(name, np.full(len(examples), np.nan))[places] = values
@@ -387,21 +369,24 @@ def external_reward(name: str) -> Callable:
     return namespace[function]
 
 
-def call_external(name: str, batch: Batch) -> np.ndarray:
+def call_external(name: str, batch: list[Completion]) -> np.ndarray:
     """(N,) values of a reward of the user's, called as TRL calls one.
 
     It gets prompts, completions, completion_ids and the columns id, task, question, answer
     (parsed from the completion), reference, boxes, label, patient, each a list of N, and returns N
     numbers. None: does not apply (NaN here). InputError: it raises, or a number is not finite.
     """
-    columns = {"completion_ids": batch.token_ids, "answer": batch.answers}
+    columns = {}
     for key in ("id", "task", "question", "boxes", "label", "patient"):
-        columns[key] = [getattr(e, key) for e in batch.examples]
+        columns[key] = [getattr(c.example, key) for c in batch]
     columns["prompts"] = columns["question"]
-    columns["reference"] = [e.answer for e in batch.examples]
+    columns["reference"] = [c.example.answer for c in batch]
+    columns["answer"] = [c.answer for c in batch]
+    columns["completions"] = [c.text for c in batch]
+    columns["completion_ids"] = [c.token_ids for c in batch]
     try:
-        given = external_reward(name)(completions=batch.completions, **columns)
-        return finite_values(list(given), batch.completions)
+        given = external_reward(name)(**columns)
+        return finite_values(list(given), columns["completions"])
     except Exception as error:
         # The last line of the user's file that ran.
         place = ", which returns a number per completion and ends its arguments with **columns"
@@ -419,9 +404,9 @@ def finite_values(given, completions):
     values = np.array(given, float)  # None becomes NaN
     if values.shape != (len(completions),):
         raise ValueError(f"{values.shape} values for {len(completions)} completions")
-    for value, number, completion in zip(given, values, completions):
-        if value is not None and not math.isfinite(number):
-            raise ValueError(f"{number} for completion {completion!r}")
+    for value, completion in zip(given, completions):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{value} for completion {completion!r}")
     return values
 
 
@@ -448,48 +433,46 @@ def report_states(text):
     states = [BLANK] * len(LABELS)
     for label, state, *_ in find_mentions(text):
         states[label] = max(states[label], state, key=weakest_first.index)
-    other_finding = states[0] != BLANK
-    abnormal = other_finding or not {POSITIVE, UNCERTAIN}.isdisjoint(states[1:-1])
-    states[0] = POSITIVE if has_words(text) and not abnormal else BLANK
+    findings = {POSITIVE, UNCERTAIN} & {*states[1:-1]}
+    normal = has_words(text) and not findings and states[0] == BLANK
+    states[0] = POSITIVE if normal else BLANK
     return tuple(states)
 
 
 def find_mentions(text: str) -> list[tuple]:
     """[(label index, state, phrase, cue, clause)] of a report: what its labels are decided on."""
-    text = SPACES.sub(" ", text.lower().translate(ASCII))
-    text = ASKED.sub("\n\n", LINE_HYPHEN.sub("", text))
-    text = MASK.sub("xxxx", text)
+    text = re.sub(r"[^\S\n]+", " ", text.lower().translate(ASCII))
+    # A word that a line break divides at its hyphen.
+    text = re.sub(r"(?<=\w-) ?\n ?(?=\w)", "", text)
+    text = re.sub(ASKED, "\n\n", text)
+    # A word removed by de-identification.
+    text = re.sub(r"\bx{3,}\b|_{2,}", "xxxx", text)
+
     mentions = []
     for sentence in SENTENCE_END.split(text):
-        sentence = NO_CLAIM.sub("", " ".join(sentence.split()))
+        sentence = re.sub(NO_CLAIM, "", " ".join(sentence.split()))
         for clause in CLAUSE_END.split(sentence):
-            mentions += [(*mention, clause) for mention in clause_mentions(clause)]
+            # Pieces of bounded length keep all of this linear.
+            for start in range(0, len(clause), LONGEST):
+                piece = clause[start : start + LONGEST]
+                mentions += [(*mention, piece) for mention in clause_mentions(piece)]
     return mentions
 
 
 @lru_cache(CACHED)
 def clause_mentions(clause):
-    """[(label index, state, phrase, cue)] of a clause.
-
-    A finding outside the 13 observations counts against No Finding: (0, NEGATIVE, phrase, "").
-    """
-    cues = find_cues(clause)
+    """[(label index, state, phrase, cue)] of a clause."""
     mentions = []
-    for label, pattern in MENTION_PATTERNS:
-        for match in phrase_matches(pattern, clause):
-            state, cue = assertion_of(match, *cues)
-            mentions.append((label, state, match[0], cue))
-    for match in OTHER.finditer(clause):
-        if assertion_of(match, *cues)[0] != NEGATIVE:
-            mentions.append((0, NEGATIVE, match[0], ""))
-    return mentions + anatomy_mentions(clause, cues)
+    for label, pattern, judge in PATTERNS:
+        for match in pattern.finditer(clause):
+            # What only looks like a phrase lacks the group.
+            state, cue = judge(match) if match["phrase"] else (BLANK, "")
+            if state != BLANK:
+                mentions.append((label, state, match[0], cue))
+    return mentions
 
 
-def phrase_matches(pattern, clause):
-    """The matches that are no decoys: those lack the group `phrase`."""
-    return [match for match in pattern.finditer(clause) if match["phrase"]]
-
-
+@lru_cache(1)
 def find_cues(clause):
     """The first cue of each kind that acts on what follows, the last that acts on what precedes."""
     before, after = {}, {}
@@ -500,52 +483,49 @@ def find_cues(clause):
     return before, after
 
 
-def assertion_of(mention, before, after):
+def assertion_of(mention):
     """(state, cue) of a mention, by the first cue in this order that acts on it.
 
     "no focal opacity to suggest pneumonia"    pneumonia: (NEGATIVE, "no"), which comes first
     "a pneumothorax cannot be excluded"        pneumothorax: (UNCERTAIN, "cannot be excluded")
     "no change in the left effusion"           effusion: (POSITIVE, ""), as "no change" is no cue
     """
-    for kind, state in (("negation", NEGATIVE), ("hedge", UNCERTAIN)):
+    before, after = find_cues(mention.string)
+    for kind in ("negation", "hedge"):
         cue = before.get(kind)
         if cue and cue.end() <= mention.start():
-            return state, cue[0]
-    for kind, state in (("hedge", UNCERTAIN), ("negation", NEGATIVE)):
+            return CUE_STATES[kind], cue[0]
+    for kind in ("hedge", "negation"):
         cue = after.get(kind)
         if cue and cue.start() >= mention.end():
-            return state, cue[0]
+            return CUE_STATES[kind], cue[0]
     return POSITIVE, ""
+
+
+def other_finding(mention):
+    """A finding outside the 13 observations is negative evidence for No Finding."""
+    state, _ = assertion_of(mention)
+    return (BLANK if state == NEGATIVE else NEGATIVE), ""
+
+
+def size_of(label, part):
+    """(state, cue) of the heart or mediastinum, by the nearest word on size."""
+    sizes = list(SIZE.finditer(part.string))
+    # "Stable" only counts where nothing else is said.
+    sizes = [size for size in sizes if size.lastgroup != "same"] or sizes
+    size = min(sizes, key=partial(distance, part), default=None)
+    if not size:
+        return BLANK, ""
+    # A stable mediastinum says nothing about the heart.
+    if size.lastgroup == "same" and label == "Cardiomegaly" and "mediast" in part[0]:
+        return BLANK, ""
+    hedged = size.lastgroup == "large" and assertion_of(part)[0] == UNCERTAIN
+    return UNCERTAIN if hedged else SIZE_STATES[size.lastgroup], size[0]
 
 
 def distance(a, b):
     """Characters between two matches; below 0 if they overlap."""
     return max(a.start() - b.end(), b.start() - a.end())
-
-
-def anatomy_mentions(clause, cues):
-    """Mentions of heart and mediastinum, whose state is the nearest word on size."""
-    sizes = list(SIZE.finditer(clause))
-    # "Stable" only counts where nothing else is said.
-    sizes = [size for size in sizes if size.lastgroup != "same"] or sizes
-    if not sizes:
-        return []
-    starts = [size.start() for size in sizes]
-    mentions = []
-    for label, pattern in ANATOMY_PATTERNS:
-        for part in phrase_matches(pattern, clause):
-            # Only the sizes on both sides can be the nearest one.
-            place = bisect(starts, part.start())
-            around = sizes[max(place - 1, 0) : place + 1]
-            size = min(around, key=partial(distance, part))
-            kind = size.lastgroup
-            # A stable mediastinum says nothing about the heart.
-            if kind == "same" and LABELS[label] == "Cardiomegaly" and "mediast" in part[0]:
-                continue
-            hedged = kind == "large" and assertion_of(part, *cues)[0] == UNCERTAIN
-            state = UNCERTAIN if hedged else SIZE_STATES[kind]
-            mentions.append((label, state, part[0], size[0]))
-    return mentions
 
 
 # ------------------------------------------------------------------------------- its phrases
@@ -631,11 +611,12 @@ SIZE = re.compile(
 )
 SIZE_STATES = {"normal": NEGATIVE, "large": POSITIVE, "same": UNCERTAIN}
 # Findings outside the 13 observations: they only cancel No Finding.
-OTHER = re.compile(
-    r"\b(?:granulom|scolio|kypho|degenerat|spondyl|arthri|osteophyt|"
+OTHER = (
+    r"granulom|scolio|kypho|degenerat|spondyl|arthri|osteophyt|"
     r"hyper(?:inflat|expan|lucen|aerat)|emphysem|copd|chronic|scar|hernia|tortuo|atheroscl|"
-    r"ectasia|aneurysm|calcif|fibro|elevat|eventrat|bronchiect|osteopen|deformit|flatten)"
+    r"ectasia|aneurysm|calcif|fibro|elevat|eventrat|bronchiect|osteopen|deformit|flatten"
 )
+CUE_STATES = {"negation": NEGATIVE, "hedge": UNCERTAIN}
 # Cues before a mention. The first group that fits is taken: "not excluded" is a hedge and no
 # negation, "no change" is neither.
 CUES_BEFORE = re.compile(
@@ -660,22 +641,15 @@ CUES_AFTER = re.compile(
     r"absent|excluded|removed)|none\b|absent|resolved|"
     r"not (?:\w+ )?(?:seen|identified|present|visuali)|unlikely|negative))"
 )
-SPACES = re.compile(r"[^\S\n]+")
-LINE_HYPHEN = re.compile(r"(?<=\w-) ?\n ?(?=\w)")
 ASCII = str.maketrans("\u2019\u2010\u2011\u2012\u2013\u2014", "'-----")
-# A word removed by de-identification.
-MASK = re.compile(r"\bx{3,}\b|_{2,}")
 # Sections on what was asked, not on what was seen, up to the next section or paragraph.
-ASKED = re.compile(
-    r"(?:^|(?<=[\n.])|(?<=[\n.] ))"
+ASKED = (
+    r"(?s)(?:^|(?<=[\n.])|(?<=[\n.] ))"
     r"(?:indications?|(?:clinical )?(?:history|information)|reason for (?:the )?(?:exam|study)\w*):"
     r".*?(?=\b(?:exam\w*|comparison|technique|findings?|impressions?|conclusions?|report)\s?:|"
-    r"\n ?\n|\Z)",
-    re.S,
+    r"\n ?\n|\Z)"
 )
-NO_CLAIM = re.compile(
-    r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited"
-)
+NO_CLAIM = r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited"
 SENTENCE_END = re.compile(r"[.;!?]+(?!\d)|\n\s*\n|\n(?=[-*\u2022]|\d+[.)])")
 # Where cues stop: at a contrast, or a conjunction or comma that opens a new statement.
 CLAUSE_END = re.compile(
@@ -687,17 +661,18 @@ CLAUSE_END = re.compile(
 )
 
 
-def compile_table(table):
-    """[(label index, pattern)] of a table of phrases. What only looks like one is tried first."""
-    patterns = []
-    for label, (phrase, *decoys) in table.items():
-        alternatives = "|".join([*decoys, f"(?P<phrase>{phrase})"])
-        patterns.append((LABELS.index(label), re.compile(rf"\b(?:{alternatives})")))
-    return patterns
+def compile_phrases(label, judge, phrase, *decoys):
+    """(label index, pattern, judge). What only looks like a phrase is tried first."""
+    alternatives = "|".join([*decoys, f"(?P<phrase>{phrase})"])
+    return LABELS.index(label), re.compile(rf"\b(?:{alternatives})"), judge
 
 
-MENTION_PATTERNS = compile_table(MENTIONS)
-ANATOMY_PATTERNS = compile_table(ANATOMY)
+# Of phrases, judge: match -> (state, cue).
+PATTERNS = [compile_phrases(label, assertion_of, *MENTIONS[label]) for label in MENTIONS]
+PATTERNS.append(compile_phrases("No Finding", other_finding, OTHER))
+for label, phrases in ANATOMY.items():
+    PATTERNS.append(compile_phrases(label, partial(size_of, label), *phrases))
+
 if __name__ == "__main__":
     moved(
         "rewards.py",

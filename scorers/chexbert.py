@@ -32,6 +32,8 @@ def chexbert(path, bert):
     known = {}
 
     def label(texts):
+        # Tokenizers refuse lone surrogates.
+        texts = [text.encode("utf-8", "ignore").decode() for text in texts]
         # As in the published label.py, whitespace becomes single spaces.
         texts = [" ".join(text.split()) for text in texts]
         # Texts of about the same length together need little padding.
@@ -52,8 +54,6 @@ def chexbert(path, bert):
 def read_labels(texts, network, tokenizer):
     """The 14 states of each text, in the order of LABELS."""
     bert, heads = network["bert"], network["linear_heads"]
-    # Tokenizers refuse lone surrogates.
-    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
     # What exceeds BERT's positions is cut before [SEP].
     longest = bert.config.max_position_embeddings
     inputs = tokenizer(

@@ -71,7 +71,7 @@ BOX_PIECES = [
 ]
 
 
-def test_boxes():
+def test_parsed_boxes_are_finite():
     found = 0
     for text in texts(1, BOX_PIECES):
         boxes = data.parse_boxes(text)
@@ -83,7 +83,7 @@ def test_boxes():
     assert found > N / 4
 
 
-def test_outputs():
+def test_any_output_has_a_trace_and_an_answer():
     valid = 0
     whole = "<think>a</think><report>b</report>"
     pieces = [*data.TAGS, whole, "<think>", "word ", "\n", "<", ">", "</"]
@@ -103,7 +103,7 @@ LABEL_WORDS = (
 )
 
 
-def test_labels():
+def test_any_text_has_labels():
     pieces = [f"{word} " for word in LABEL_WORDS.split()]
     labels = rewards.extract_labels(list(texts(3, pieces)))
     assert labels.shape == (N, 14)

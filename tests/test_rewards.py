@@ -140,7 +140,7 @@ def row(**labels):
         ("...", {}),
     ],
 )
-def test_extract_labels(text, expected):
+def test_the_extractor_reads_the_states_of_a_text(text, expected):
     assert states(text) == expected
 
 
@@ -201,7 +201,7 @@ def test_mentions_have_phrase_cue_and_clause():
         ("no change in the left effusion", (POSITIVE, "")),
     ],
 )
-def test_assertion_of_worked_clauses(clause, expected):
+def test_worked_clauses_have_the_states_of_the_docstring(clause, expected):
     """Those of its docstring."""
     *_, (_, state, phrase, cue, _) = rewards.find_mentions(clause)
     assert (state, cue) == expected
@@ -257,7 +257,7 @@ def test_rewards_names_its_tools():
     assert "python -m tools.label" in done.stderr
 
 
-def test_extract_labels_shape_and_case():
+def test_labels_are_small_integers_and_do_not_depend_on_case():
     assert rewards.extract_labels([]).shape == (0, 14)
     upper, lower = out = rewards.extract_labels(["EDEMA.", "edema"])
     assert out.dtype == np.int8
@@ -301,7 +301,7 @@ P1N2 = dict(Edema=POSITIVE, Pneumothorax=NEGATIVE, Pleural_Effusion=NEGATIVE)
         (dict(No_Finding=POSITIVE), N3, 0, 0),
     ],
 )
-def test_mccs_worked_values(generated, reference, m05, m03):
+def test_mccs_has_the_worked_values(generated, reference, m05, m03):
     for margin, expected in ((0.5, m05), (0.3, m03)):
         score = rewards.mccs(row(**generated), row(**reference), margin)[0]
         assert score == pytest.approx(expected, abs=6e-4)
@@ -321,7 +321,7 @@ def mccs_by_hand(x, y, margin):
     return max((cosine - margin) / (1 - margin), 0)
 
 
-def test_mccs_and_label_f1_against_loops():
+def test_mccs_and_label_f1_equal_plain_loops():
     rng = np.random.default_rng(0)
     a, b = rng.choice(4, (2, 500, 14), p=[0.7, 0.1, 0.1, 0.1]).astype(np.int8)
     a[:100, 1:] = 0
@@ -345,11 +345,11 @@ PAIRS = [
 ]
 
 
-def test_tokenize():
+def test_tokens_are_words_and_single_marks():
     assert rewards.tokenize("No PTX, 1.5 cm.") == ["no", "ptx", ",", "1", ".", "5", "cm", "."]
 
 
-def test_text_rewards_against_nltk_and_rouge_score():
+def test_text_rewards_equal_those_of_nltk_and_rouge_score():
     smooth = bleu_score.SmoothingFunction().method2
     rouge = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=rewards.tokenize))
     for a, b in PAIRS:
@@ -405,11 +405,11 @@ def test_text_rewards_against_nltk_and_rouge_score():
         ("tags", "report", "", (False, "", "")),
     ],
 )
-def test_parse_output(style, task, text, expected):
+def test_an_output_has_a_format_a_trace_and_an_answer(style, task, text, expected):
     assert data.parse_output(text, task, style) == expected
 
 
-def test_tags_format_against_a_regular_expression():
+def test_the_tags_format_equals_a_regular_expression():
     rng = random.Random(0)
     pieces = ["a", " ", "\n", *data.TAGS[:4]]
     good = re.compile(r"\s*<think>[^<]*</think>\s*<report>[^<]*[^<\s][^<]*</report>\s*")
@@ -442,11 +442,11 @@ def test_tags_format_against_a_regular_expression():
         ("No box.", []),
     ],
 )
-def test_parse_boxes(text, expected):
+def test_boxes_are_four_finite_numbers_in_brackets(text, expected):
     assert data.parse_boxes(text) == expected
 
 
-def test_iou_against_pixel_counts():
+def test_iou_equals_a_count_of_pixels():
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:20, :20]
     # A quarter of them are inverted or empty.
@@ -464,7 +464,7 @@ SIZES = [*itertools.product(range(5), repeat=2), (1, 40), (40, 1), (30, 50), (50
 
 
 @pytest.mark.parametrize("n, m", SIZES)
-def test_match_boxes_against_brute_force_and_scipy(n, m):
+def test_matched_boxes_have_the_largest_total_iou(n, m):
     rng = np.random.default_rng([1, n, m])
     for _ in range(8 if n < 5 and m < 5 else 1):
         a, b = random_boxes(rng, n), random_boxes(rng, m)
@@ -501,7 +501,7 @@ def test_match_boxes_against_brute_force_and_scipy(n, m):
         ([], [], 0, 0),
     ],
 )
-def test_soft_f1_worked_values(predicted, reference, radvlm, pq):
+def test_soft_f1_has_the_worked_values(predicted, reference, radvlm, pq):
     assert rewards.soft_f1(predicted, reference) == pytest.approx(radvlm)
     assert rewards.soft_f1(predicted, reference, mode="pq") == pytest.approx(pq)
     assert rewards.soft_f1(predicted, reference, match_empty=True) == pytest.approx(
@@ -521,7 +521,7 @@ EVERYTHING = config(
 )
 
 
-def test_score_completions_mixes_tasks():
+def test_tasks_may_be_mixed_in_a_batch():
     cfg = config({"mccs": 0.75, "format": 0.25, "gleu": 0.0}, {"soft_f1": 1.0, "format": 0.5})
     examples = [
         example(answer="Mild edema."),
@@ -586,7 +586,7 @@ def test_settings_reach_the_rewards():
 
 
 def test_non_finite_reward_is_named(monkeypatch):
-    monkeypatch.setitem(rewards.REWARDS, "gleu", lambda batch, cfg: [math.nan] * len(batch.answers))
+    monkeypatch.setitem(rewards.REWARDS, "gleu", lambda batch, cfg: [math.nan] * len(batch))
     with pytest.raises(InputError, match="'gleu'"):
         rewards.score_completions(["a"], [example(answer="a")], config({"gleu": 1.0}, {}), "plain")
 
@@ -652,7 +652,7 @@ def test_a_reward_that_cannot_be_loaded_is_named(own, tmp_path):
             rewards.check_rewards(config({wrong: 1.0}, {}))
 
 
-def test_the_example_of_a_reward_file():
+def test_the_example_of_a_reward_file_works():
     name = str(ROOT / "configs" / "my_rewards.py")
     cfg = config({f"{name}:says_it_once": 2.0, f"{name}:as_long_as_the_reference": 1.0}, {})
     texts = ["No edema. no edema. Clear.", "", "One word."]
@@ -667,11 +667,11 @@ def test_the_example_of_a_reward_file():
 @pytest.mark.parametrize(
     "length, expected", [(0, 0), (10, 0), (11, -0.25), (13, -0.75), (14, -1), (1000, -1)]
 )
-def test_overlong_worked_values(length, expected):
+def test_overlong_has_the_worked_values(length, expected):
     assert rewards.overlong(length, 10, 14) == expected
 
 
-def test_check_rewards():
+def test_an_unknown_reward_is_refused_with_the_nearest_name():
     rewards.check_rewards(EVERYTHING)
     for cfg, message in (
         (config({"mcss": 1}, {}), "rewards.report.mcss.*'mccs'"),
