@@ -441,16 +441,24 @@ def report_states(text):
 
 def find_mentions(text: str) -> list[tuple]:
     """[(label index, state, phrase, cue, clause)] of a report: what its labels are decided on."""
-    text = re.sub(r"[^\S\n]+", " ", text.lower().translate(ASCII))
+    text = "\n" + text.lower().translate(ASCII)
+    # Single spaces. Most are, and need no change.
+    text = re.sub(r"(?! \S)[^\S\n]+", " ", text)
+    # "**Edema:** no" and "| Edema | no |" become "edema: no".
+    text = text.replace("**", "").replace(" - ", ", ")
+    text = re.sub(r"\n ?\|([^|\n]*\w) ?\|", r"\n\1:", text).replace("|", ".")
     # A word that a line break divides at its hyphen.
     text = re.sub(r"(?<=\w-) ?\n ?(?=\w)", "", text)
     text = re.sub(ASKED, "\n\n", text)
+    text = re.sub(VALUE, r"\1. ", text)
     # A word removed by de-identification.
     text = re.sub(r"\bx{3,}\b|_{2,}", "xxxx", text)
 
     mentions = []
     for sentence in SENTENCE_END.split(text):
-        sentence = re.sub(NO_CLAIM, "", " ".join(sentence.split()))
+        sentence = " ".join(sentence.split())
+        if "limited" in sentence:
+            sentence = re.sub(NO_CLAIM, "", sentence)
         for clause in CLAUSE_END.split(sentence):
             # Pieces of bounded length keep all of this linear.
             for start in range(0, len(clause), LONGEST):
@@ -512,7 +520,8 @@ def size_of(label, part):
     """(state, cue) of the heart or mediastinum, by the nearest word on size."""
     sizes = list(SIZE.finditer(part.string))
     # "Stable" only counts where nothing else is said.
-    sizes = [size for size in sizes if size.lastgroup != "same"] or sizes
+    sizes = [size for size in sizes if size.lastgroup not in ("same", "other")] or sizes
+    sizes = [size for size in sizes if size.lastgroup != "other"]
     size = min(sizes, key=partial(distance, part), default=None)
     if not size:
         return BLANK, ""
@@ -533,6 +542,11 @@ def distance(a, b):
 # Regular expressions on lower-cased text, tried at the start of a word. A stem without \b takes
 # any ending. Gaps are bounded, which keeps matching linear.
 
+# Organs whose masses are no lesions of the lung, "history of breast cancer".
+ORGANS = (
+    r"(?:breast|body|renal|kidney|liver|hepatic|prostat\w+|colon\w*|gastric|pancrea\w+|thyroid|"
+    r"adrenal|ovarian|bladder|brain|bone|bony|osseous|skin|soft tissue|chest wall|abdominal|pelvic|uterine)"
+)
 # label: what names it, and, if there is, what only looks like it
 MENTIONS = {
     "Enlarged Cardiomediastinum": (
@@ -543,12 +557,26 @@ MENTIONS = {
         r"cardiomegaly|cardiac enlargement|enlarge(?:d|ment of the) (?:heart|cardiac)",
     ),
     "Lung Lesion": (
-        r"mass(?:es)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|carcinoma|"
+        r"mass(?:es|-?like)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|carcinoma|"
         r"neoplas|tumou?r|malignan|metasta|cancer",
-        r"(?:breast|body) mass|mass effect|nipple",
+        r"mass effect|nipple",
+        # "CT is more sensitive in detecting small nodules"
+        r"(?:detect|identify)\w* (?:\w+ ){0,3}nodul",
+        # "history of metastatic breast cancer"
+        rf"(?:metasta\w+ )?{ORGANS} (?:\w+ )?(?:mass|nodul|carcinoma|neoplas|tumou?r|malignan|"
+        r"metasta|cancer)",
+        # "cancer of the breast"
+        rf"(?:cancer|carcinoma|malignancy|tumou?r|mass) (?:of|in) the {ORGANS}",
+        # "calcified lung nodule"
+        r"calcified(?<!non-calcified) (?:(?!and\b|or\b)[\w-]+ )?(?:mm )?(?:nodul|mass|lesion)",
+        # "the nodules are calcified"
+        r"nodul\w* (?:is|are|appears?) (?:\w+ )?calcified",
+        # "nodular density compatible with a nipple shadow"
+        r"nodul\w* (?:(?!and\b|or\b)[\w-]+ ){0,8}nipple",
     ),
     "Lung Opacity": (
-        r"opaci|(?:decreased|reduced) translucency|(?:increased|hazy|patchy|streaky) densit|"
+        r"opaci|(?:decreased|reduced) translucency|ggos?\b|"
+        r"(?:increased|hazy|patchy|streaky) (?:(?:left|right|retrocardiac|basilar) ){0,2}densit|"
         r"infiltrat|haziness|scar(?:s|red|ring)?\b|air ?-?space (?:\w+ )?(?:disease|process)|"
         r"reticul(?:ation|ar (?:pattern|marking))|interstitial (?:\w+ )?"
         r"(?:marking|pattern|lung|promin|thicken|disease|change)|"
@@ -557,36 +585,54 @@ MENTIONS = {
     "Edema": (
         r"o?edema|(?:heart|cardiac) failure|chf\b|(?:vascular|venous|pulmonary) congestion|"
         r"congestive|kerley|cephalization|vascular (?:indistinctness|prominence)",
-        r"(?:soft tissue|peripheral|ankle|leg) edema",
+        r"(?:soft tissue|peripheral|ankle|leg|pedal|cerebral|brain|bowel wall|laryngeal) o?edema",
     ),
     "Consolidation": (r"consolidat",),
     "Pneumonia": (
-        r"(?:broncho)?pneumonia|infecti|pneumonitis",
-        r"(?:granulomatous|prior|previous|old) (?:\w+ )?infec",
+        r"(?:broncho)?pneumonia|pna\b|infecti|pneumonitis",
+        r"(?:granulomatous|prior|previous|old|urinary tract|wound) (?:\w+ )?infec",
     ),
     "Atelectasis": (
         r"(?:micro)?ateleca?t|collapse|volume loss",
-        r"collapsed? (?:of (?:the |a )?)?vertebra",
+        # "collapse of T8", "collapsed vertebra"
+        r"collapsed? (?:of (?:the |a )?)?(?:\w+ )?(?:vertebra|[tl]-?\d)",
+        # "vertebral body collapse"
+        r"(?:vertebra\w*|[tl]-?\d+|wedge|spinal|femoral head) (?:body |bodies |compression )?collaps",
     ),
-    "Pneumothorax": (r"(?:hydro)?pneumothora",),
+    "Pneumothorax": (r"(?:hydro|hemo|haemo|hydrohemo)?pneumothora|ptx\b|pleural air\b",),
     "Pleural Effusion": (
-        r"effusion|pleural fluid|hydrothorax|blunt\w* of (?:\w+ ){0,4}costophrenic|"
+        r"effusion|pleural fluid|(?:hydro|hemo|haemo)thorax|"
+        r"blunt\w* of (?:\w+ ){0,4}costophrenic|"
         r"costophrenic (?:\w+ ){0,2}blunt|blunted (?:\w+ ){0,2}costophrenic",
-        r"(?:pericardial|joint) effusion",
+        r"(?:pericardial|joint|knee) effusion",
     ),
     "Pleural Other": (
         r"pleural (?:\w+ ){0,2}(?:thickening|scar|plaque|calcif|mass|abnormalit)|fibrothorax|"
         r"fibrosis|pleur(?:al|o)[ -]?(?:parenchymal|peripheral|based)|"
         r"thickening of (?:\w+ ){0,2}pleura|(?:bi)?apical (?:cap|thickening)",
     ),
-    "Fracture": (r"fractur|compression deformit|(?:rib|clavic\w+|wedge) deformit",),
+    "Fracture": (
+        r"fractur|compression deformit|(?:rib|clavic\w+|wedge) deformit|(?:rib|clavic\w+) fx",
+        # "fractured sternotomy wire", "fracture of the second sternal wire"
+        r"fractur\w* (?:of )?(?:the )?(?:(?!rib|beside|near|and\b|with\b)\w+ ){0,3}"
+        r"(?:wire|lead|catheter|hardware|screw|rod|plate)",
+        # "the lower wire is fractured"
+        r"(?:wire|lead|catheter|hardware|screw|rod|plate)s? (?:(?:is|are|has|have) )?(?:\w+ )?fractur",
+    ),
     "Support Devices": (
         r"pace(?:r\b|maker)|(?:\w+ )?(?:lines?|tubes?|tubing)\b|picc|valve|(?:porta)?catheter|"
-        r"hardware|arthroplast|defib|drain\b|icd\b|device|plates?\b|screw|cannula|coil|mediport|"
+        r"hardware|arthroplast|defib|drain\b|a?icd\b|device|plates?\b|screw|cannula|coil|mediport|"
         r"port\b|wires?\b|shunt|leads?\b|stimulator|generator|tracheostomy|xxxx-a-xxxx|"
-        r"tips?\b (?:[\w-]+ ){0,6}(?:svc|cavoatrial|carina|atri|ventric)",
+        r"tips?\b (?:[\w-]+ ){0,6}(?:svc|cavoatrial|carina|atri|ventric)|"
+        r"swan|dobb?hoff|iabp|balloon pump|ett\b|[no]gt\b|cv[cl]s?\b|port-?a-?cath|"
+        r"pigtail|lvad|impella|ecmo|permcath|hickman|loop recorder|internal fixation",
         r"(?:air|fat|mid|base|(?:kerley )?b|midclavicular|fissur\w*|pleural|paratracheal|"
-        r"fracture|lung)[ -]lines?\b|end ?plate|plate ?-?like",
+        r"fracture|lung|skin|skin ?fold|fold|septal|suture|joint|hair)[ -]lines?\b",
+        # "growth plates", "platelike atelectasis"
+        r"(?:end ?|growth |physeal )plate|plate ?-?like",
+        # "may lead to"
+        r"(?:to|may|might|can|could|will|would) lead|leads? to\b",
+        r"catheteriz|valv\w+ (?:annul\w+ )?calcif",
     ),
 }
 # What has a size.
@@ -598,66 +644,126 @@ ANATOMY = {
     "Cardiomegaly": (
         r"heart\b|cardiac (?:silhouette|size|contour|shadow|and)|"
         r"cardio(?: ?-?mediastin|pulmonary silh)",
+        # "the right lung is clear behind the heart"
+        r"(?:behind|over|overlying|obscur\w*|beside|around) (?:the )?(?:left |right )?heart",
     ),
 }
-# A normal size is negative, an enlarged one positive. "Stable" hedges, as in the CheXpert labeler.
-SIZE = re.compile(
-    r"\b(?:"
-    r"(?P<normal>normal|unremarkable|within|clear|intact|maintained|upper limit|"
-    r"not? (?:\w+ ){0,3}(?:enlarge|widen|promin))|"
-    r"(?P<large>not (?:\w+ )?normal|above normal|borderline|enlarge|prominent|increased|widen|"
-    r"large\b|big\b)|"
-    r"(?P<same>stable|unchanged|similar))"
-)
-SIZE_STATES = {"normal": NEGATIVE, "large": POSITIVE, "same": UNCERTAIN}
 # Findings outside the 13 observations: they only cancel No Finding.
 OTHER = (
     r"granulom|scolio|kypho|degenerat|spondyl|arthri|osteophyt|"
     r"hyper(?:inflat|expan|lucen|aerat)|emphysem|copd|chronic|scar|hernia|tortuo|atheroscl|"
     r"ectasia|aneurysm|calcif|fibro|elevat|eventrat|bronchiect|osteopen|deformit|flatten"
 )
+
+
+def one_of(**rules):
+    """The rules as one pattern, tried in this order at the start of a word, with a group each."""
+    groups = (f"(?P<{name}>{rule})" for name, rule in rules.items())
+    return re.compile(rf"\b(?:{'|'.join(groups)})")
+
+
+# What is large, where it is no heart.
+LARGE = r"(?:large|big|enlarged|prominent|increased|widened)"
+OTHER_NOUN = (
+    r"(?:effusion|pneumothora|ptx|hernia|mass|opaci|densit|consolidat|nodul|marking|vessel|vascul|"
+    r"hila|lymph|node|aort|arter|vein|volume|fluid|collection|atelecta|bulla|stomach|bubble|"
+    r"hemidiaphragm|azygos|thyroid|goiter)"
+)
+# A normal size is negative, an enlarged one positive. "Stable" hedges, as in the CheXpert labeler.
+SIZE = one_of(
+    # "a large left effusion obscures the heart", "the effusion has increased"
+    other=rf"{LARGE} (?:(?!heart|cardi|mediast|silh|is\b|are\b|and\b|or\b|with\b|in\b|by\b)[\w-]+ ){{0,3}}"
+    rf"{OTHER_NOUN}|{OTHER_NOUN}\w* (?:is|are|has|have) (?:\w+ )?{LARGE}",
+    normal=r"normal|unremarkable|within|clear|intact|maintained|upper limit|"
+    r"not? (?:\w+ ){0,3}(?:enlarge|widen|promin)",
+    # "borderline heart size"
+    borderline=r"borderline(?! (?:cardiac )?enlarge)",
+    large=r"not (?:\w+ )?normal|above normal|increase in (?:heart )?size|enlarge|prominent|increased|widen|large\b|big\b",
+    same=r"stable|unchanged|similar",
+)
+SIZE_STATES = {
+    "other": BLANK,
+    "normal": NEGATIVE,
+    "borderline": UNCERTAIN,
+    "large": POSITIVE,
+    "same": UNCERTAIN,
+}
 CUE_STATES = {"negation": NEGATIVE, "hedge": UNCERTAIN}
-# Cues before a mention. The first group that fits is taken: "not excluded" is a hedge and no
-# negation, "no change" is neither.
-CUES_BEFORE = re.compile(
-    r"\b(?:"
-    r"(?P<skip>(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease)|"
-    r"not (?:\w+ )?(?:change|only|increas|decreas))|"
-    r"(?P<hedge>(?:can ?not|can't|could not|difficult to|not|never|to) (?:\w+ ){0,2}"
+BE = r"(?:is|are|was|were|has|have|been)"
+# Cues before a mention.
+CUES_BEFORE = one_of(
+    # Neither negates: "no change in the effusion", "partial clearing of the edema"
+    skip=r"(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease)|"
+    r"not (?:\w+ )?(?:change|only|increas|decreas|resolv|clear)|"
+    r"no longer (?:seen|visuali|present|identif|evident|appar)|"
+    r"(?:partial|incomplete|near|some|slight)\w* (?:\w+ )?(?:resolution|clearing)",
+    # "cannot exclude edema", "suspicious for pneumonia", "favor atelectasis"
+    hedge=r"(?:can ?not|can't|could not|difficult to|not|never|to) (?:\w+ ){0,2}"
     r"(?:exclude|rule out|be excluded)|may\b|might|could|possib|probab|question|suspect|"
     r"suspicious (?:for|of)|concern|worrisome|suggest|likely|vs\b|versus|presum|equivocal|"
-    r"differential|potential|perhaps|apparent|rule out|"
-    r"(?:evaluat|assess|correlat)\w* (?:\w+ )?for)|"
-    r"(?P<negation>no\b|not\b|without|free (?:of|from)|negative for|absence of|absent|never|"
-    r"neither|nor\b|denies|resolution of|clear of|rather than|ruled? out|exclude[sd]?|"
-    r"remov(?:al|ed)))"
+    r"differential|potential|perhaps|apparent|rule out|favou?r|and/or|"
+    r"(?:evaluat|assess|correlat)\w* (?:\w+ )?for",
+    # "no edema", "nil effusion", "resolution of the effusion", "resolved pneumothorax"
+    negation=r"no\b|nil\b|not\b|without|free (?:of|from)|negative for|absence of|absent|never|"
+    r"neither|nor\b|denies|(?:resolution|clearing|removal) of|clear of|rather than|ruled? out|"
+    r"exclude[sd]?|(?:^|interval |completely )(?:resolved|removed)",
 )
-CUES_AFTER = re.compile(
-    r"\b(?:"
-    r"(?P<hedge>(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|"
+# Cues after a mention.
+CUES_AFTER = one_of(
+    # "has not resolved" leaves it there.
+    skip=r"(?:not|nearly|almost|partial\w*|incomplet\w*|mostly) (?:\w+ )?"
+    r"(?:resolv|clear|chang|remov|increas|decreas)",
+    # "cannot be excluded", "is not appreciated"
+    hedge=r"(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|and/or|"
+    r"not (?:well|clearly|appreciated)\b|"
     r"(?:is|are) (?:\w+ )?limited|consideration|in the differential|"
-    r"(?:is|are) (?:\w+ ){0,2}(?:possible|suspected|questioned|difficult))|"
-    r"(?P<negation>(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not\b|no longer|cleared|"
-    r"absent|excluded|removed)|none\b|absent|resolved|"
-    r"not (?:\w+ )?(?:seen|identified|present|visuali)|unlikely|negative))"
+    r"(?:is|are) (?:\w+ ){0,2}(?:questioned|difficult|favou?red(?! to))|possible|suspected",
+    # "is not seen", "has cleared", "removed", "edema: no"
+    negation=rf"{BE} (?:\w+ )?not\b(?! (?:yet|well|clear|apprec|exclu|ruled|resolv|chang|remov))|"
+    r"none\b|absent|resolved|removed|cleared|interval resolution|no longer|unlikely|negative|"
+    rf"{BE} (?:(?!not|near|almost|part)\w+ )?excluded|"
+    r"not (?:\w+ )?(?:seen|identified|present|visuali)|(?:no|nil)\W*$",
 )
 ASCII = str.maketrans("\u2019\u2010\u2011\u2012\u2013\u2014", "'-----")
 # Sections on what was asked, not on what was seen, up to the next section or paragraph.
 ASKED = (
-    r"(?s)(?:^|(?<=[\n.])|(?<=[\n.] ))"
+    r"(?s)[\n.] ?"
     r"(?:indications?|(?:clinical )?(?:history|information)|reason for (?:the )?(?:exam|study)\w*):"
     r".*?(?=\b(?:exam\w*|comparison|technique|findings?|impressions?|conclusions?|report)\s?:|"
     r"\n ?\n|\Z)"
 )
+# A value in a list, where another heading follows: "edema: no effusion: yes"
+VALUE = (
+    r"(: ?(?:yes|no|nil|none|absent|present|negative|positive|normal))[,\s]+"
+    r"(?=(?:[\w/]+\s){0,3}[\w/]+:)"
+)
 NO_CLAIM = r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited"
-SENTENCE_END = re.compile(r"[.;!?]+(?!\d)|\n\s*\n|\n(?=[-*\u2022]|\d+[.)])")
+SENTENCE_END = re.compile(
+    # "Edema? No." is one sentence.
+    r"[.;!?]+(?!\d)(?!\s*(?:no|nil)\s*(?:[.\n]|\Z))|"
+    # A paragraph, an item of a list, a headed line.
+    r"\n\s*\n|\n(?=[-*\u2022]|\d+[.)]|[\w /()]{1,40}:)"
+)
 # Where cues stop: at a contrast, or a conjunction or comma that opens a new statement.
 CLAUSE_END = re.compile(
     r"\b(?:but|however|although|though|which|that|otherwise|except|aside|apart|while|whereas|"
     r"given|(?:and|with) (?=(?:there|the|mild|small|bilateral|is|are|has|have|"
-    r"(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast))\b))|"
-    r", (?=(?:and )?(?:there|the|stable|mild|small|minimal|moderate|severe|persistent|bilateral|"
-    r"unchanged|old|healed|possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with)\b)"
+    r"(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast))\b)|"
+    # "no edema and basal atelectasis persists"
+    r"and (?=(?:\w+ ){1,4}persist))|"
+    r", (?:(?=(?:and )?(?:(?:there|the|stable|mild|small|minimal|moderate|severe|persistent|"
+    r"bilateral|unchanged|old|healed|possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with|only|"
+    # "without effusion, concerning for pneumonia"
+    r"yet|concern\w*|suspicious for|suggest\w*|consistent|compatible|worrisome|represent\w*|"
+    r"reflect\w*|favou?r\w*|question\w*)\b|"
+    # "no edema, left effusion", while "no edema, left effusion, or mass" is a list
+    r"(?:left|right|bibasilar) (?!.{0,60}\bor\b)|"
+    # "no edema, the left effusion persists", "no edema, PICC tip in the SVC"
+    r"(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){1,5}(?:persist|remain|unchanged|stable|improv|worse|"
+    r"resolv|removed|no longer|tips?\b|terminat|in place|in the (?:svc|stomach)|above the carina|"
+    rf"{BE} (?:\w+ )?(?:stable|unchanged|improv|worse|increas|decreas|resolv|clear|removed))))|"
+    # "no edema is seen, PICC in the SVC"
+    r"(?:(?<=seen, )|(?<=noted, )|(?<=identified, )|(?<=visualized, ))(?!or\b|nor\b|and\b))"
 )
 
 
