@@ -528,8 +528,9 @@ def size_of(label, part):
     # A stable mediastinum says nothing about the heart.
     if size.lastgroup == "same" and label == "Cardiomegaly" and "mediast" in part[0]:
         return BLANK, ""
-    hedged = size.lastgroup == "large" and assertion_of(part)[0] == UNCERTAIN
-    return UNCERTAIN if hedged else SIZE_STATES[size.lastgroup], size[0]
+    if size.lastgroup == "large":
+        return assertion_of(part)[0], size[0]
+    return SIZE_STATES[size.lastgroup], size[0]
 
 
 def distance(a, b):
@@ -559,14 +560,14 @@ MENTIONS = {
     "Lung Lesion": (
         r"mass(?:es|-?like)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|carcinoma|"
         r"neoplas|tumou?r|malignan|metasta|cancer",
-        r"mass effect|nipple",
+        r"mass effect|nipple(?: (?:\w+ ){1,4}nodul)?",
         # "CT is more sensitive in detecting small nodules"
         r"(?:detect|identify)\w* (?:\w+ ){0,3}nodul",
         # "history of metastatic breast cancer"
         rf"(?:metasta\w+ )?{ORGANS} (?:\w+ )?(?:mass|nodul|carcinoma|neoplas|tumou?r|malignan|"
         r"metasta|cancer)",
-        # "cancer of the breast"
-        rf"(?:cancer|carcinoma|malignancy|tumou?r|mass) (?:of|in) the {ORGANS}",
+        # "cancer of the breast", "metastatic disease in the liver"
+        rf"(?:cancer|carcinoma|malignancy|tumou?r|mass|metasta\w+)(?: disease)? (?:of|in|to) the {ORGANS}",
         # "calcified lung nodule"
         r"calcified(?<!non-calcified) (?:(?!and\b|or\b)[\w-]+ )?(?:mm )?(?:nodul|mass|lesion)",
         # "the nodules are calcified"
@@ -635,17 +636,22 @@ MENTIONS = {
         r"catheteriz|valv\w+ (?:annul\w+ )?calcif",
     ),
 }
+PLACE = (
+    r"(?:behind|over|overlying|obscur\w*|beside|around|near|next to|adjacent to|against|along|"
+    r"displac\w*|shift\w*(?: of)?)"
+)
 # What has a size.
 ANATOMY = {
     "Enlarged Cardiomediastinum": (
         r"(?:cardio ?-?)?mediastin|contours?\b|cardiopulmonary silhouette",
         r"mediastinal (?:and hilar )?lymph|hilar contour",
+        rf"{PLACE} (?:the )?mediastin",
     ),
     "Cardiomegaly": (
         r"heart\b|cardiac (?:silhouette|size|contour|shadow|and)|"
         r"cardio(?: ?-?mediastin|pulmonary silh)",
         # "the right lung is clear behind the heart"
-        r"(?:behind|over|overlying|obscur\w*|beside|around) (?:the )?(?:left |right )?heart",
+        rf"{PLACE} (?:the )?(?:left |right )?heart",
     ),
 }
 # Findings outside the 13 observations: they only cancel No Finding.
@@ -673,19 +679,21 @@ OTHER_NOUN = (
 SIZE = one_of(
     # "a large left effusion obscures the heart", "the effusion has increased"
     other=rf"{LARGE} (?:(?!heart|cardi|mediast|silh|is\b|are\b|and\b|or\b|with\b|in\b|by\b)[\w-]+ ){{0,3}}"
-    rf"{OTHER_NOUN}|{OTHER_NOUN}\w* (?:is|are|has|have) (?:\w+ )?{LARGE}",
+    rf"{OTHER_NOUN}|{LARGE} mediastinal (?:fat|mass|lymph)|{OTHER_NOUN}\w* (?:is|are|has|have) (?:\w+ )?{LARGE}",
     normal=r"normal|unremarkable|within|clear|intact|maintained|upper limit|"
     r"not? (?:\w+ ){0,3}(?:enlarge|widen|promin)",
     # "borderline heart size"
     borderline=r"borderline(?! (?:cardiac )?enlarge)",
-    large=r"not (?:\w+ )?normal|above normal|increase in (?:heart )?size|enlarge|prominent|increased|widen|large\b|big\b",
+    # "the heart is not of normal size"
+    abnormal=r"not (?:\w+ )?normal|above normal",
+    large=r"increase in (?:heart )?size|enlarge|prominent|increased|widen|large\b|big\b",
     same=r"stable|unchanged|similar",
 )
 SIZE_STATES = {
     "other": BLANK,
     "normal": NEGATIVE,
     "borderline": UNCERTAIN,
-    "large": POSITIVE,
+    "abnormal": POSITIVE,
     "same": UNCERTAIN,
 }
 CUE_STATES = {"negation": NEGATIVE, "hedge": UNCERTAIN}
@@ -695,7 +703,7 @@ CUES_BEFORE = one_of(
     # Neither negates: "no change in the effusion", "partial clearing of the edema"
     skip=r"(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease)|"
     r"not (?:\w+ )?(?:change|only|increas|decreas|resolv|clear)|"
-    r"no longer (?:seen|visuali|present|identif|evident|appar)|"
+    r"(?:not|no longer) (?:be )?(?:well |clearly )?(?:evaluat|assess|apprec|seen|visuali|present|identif|evident|appar)|"
     r"(?:partial|incomplete|near|some|slight)\w* (?:\w+ )?(?:resolution|clearing)",
     # "cannot exclude edema", "suspicious for pneumonia", "favor atelectasis"
     hedge=r"(?:can ?not|can't|could not|difficult to|not|never|to) (?:\w+ ){0,2}"
@@ -717,12 +725,13 @@ CUES_AFTER = one_of(
     hedge=r"(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|and/or|"
     r"not (?:well|clearly|appreciated)\b|"
     r"(?:is|are) (?:\w+ )?limited|consideration|in the differential|"
-    r"(?:is|are) (?:\w+ ){0,2}(?:questioned|difficult|favou?red(?! to))|possible|suspected",
+    r"(?:is|are) (?:\w+ ){0,2}(?:questioned|difficult|favou?red(?! to))|possible|suspected|favou?red over|"
+    r"(?:likely|probable|questionable)\W*$",
     # "is not seen", "has cleared", "removed", "edema: no"
     negation=rf"{BE} (?:\w+ )?not\b(?! (?:yet|well|clear|apprec|exclu|ruled|resolv|chang|remov))|"
     r"none\b|absent|resolved|removed|cleared|interval resolution|no longer|unlikely|negative|"
     rf"{BE} (?:(?!not|near|almost|part)\w+ )?excluded|"
-    r"not (?:\w+ )?(?:seen|identified|present|visuali)|(?:no|nil)\W*$",
+    r"not (?:\w+ )?(?:seen|identified|present|visuali)|: no evidence|(?:no|nil)(?:\W*$| \()",
 )
 ASCII = str.maketrans("\u2019\u2010\u2011\u2012\u2013\u2014", "'-----")
 # Sections on what was asked, not on what was seen, up to the next section or paragraph.
@@ -735,7 +744,7 @@ ASKED = (
 # A value in a list, where another heading follows: "edema: no effusion: yes"
 VALUE = (
     r"(: ?(?:yes|no|nil|none|absent|present|negative|positive|normal))[,\s]+"
-    r"(?=(?:[\w/]+\s){0,3}[\w/]+:)"
+    r"(?=(?:\d[.)]\s)?(?:[\w/]+\s){0,3}[\w/]+:)"
 )
 NO_CLAIM = r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited"
 SENTENCE_END = re.compile(
@@ -754,16 +763,16 @@ CLAUSE_END = re.compile(
     r", (?:(?=(?:and )?(?:(?:there|the|stable|mild|small|minimal|moderate|severe|persistent|"
     r"bilateral|unchanged|old|healed|possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with|only|"
     # "without effusion, concerning for pneumonia"
-    r"yet|concern\w*|suspicious for|suggest\w*|consistent|compatible|worrisome|represent\w*|"
+    r"yet|may|might|could|concern\w*|suspicious for|suggest\w*|consistent|compatible|worrisome|rais\w*|represent\w*|"
     r"reflect\w*|favou?r\w*|question\w*)\b|"
     # "no edema, left effusion", while "no edema, left effusion, or mass" is a list
-    r"(?:left|right|bibasilar) (?!.{0,60}\bor\b)|"
+    r"(?:left|right|bibasilar|new|residual|patchy|hazy|linear|increas\w*|decreas\w*|worsen\w*) (?!.{0,60}\bor\b)|"
     # "no edema, the left effusion persists", "no edema, PICC tip in the SVC"
-    r"(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){1,5}(?:persist|remain|unchanged|stable|improv|worse|"
+    r"(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){1,7}(?:persist|remain|unchanged|stable|improv|worse|"
     r"resolv|removed|no longer|tips?\b|terminat|in place|in the (?:svc|stomach)|above the carina|"
-    rf"{BE} (?:\w+ )?(?:stable|unchanged|improv|worse|increas|decreas|resolv|clear|removed))))|"
+    rf"{BE} (?:\w+ )?(?:again|present|stable|unchanged|improv|worse|increas|decreas|resolv|clear|removed))))|"
     # "no edema is seen, PICC in the SVC"
-    r"(?:(?<=seen, )|(?<=noted, )|(?<=identified, )|(?<=visualized, ))(?!or\b|nor\b|and\b))"
+    r"(?:(?<=seen, )|(?<=noted, )|(?<=identified, )|(?<=visualized, )|(?<=present, ))(?!or\b|nor\b|and\b))"
 )
 
 

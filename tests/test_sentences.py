@@ -4,6 +4,8 @@ Each kind has near misses, which look alike and must not flip. The wanted states
 P positive, N negative, U uncertain, B blank; several letters where each of them will do.
 """
 
+import time
+
 import pytest
 
 from data import LABELS
@@ -54,6 +56,65 @@ LISTS_TABLES_AND_HEADED_LINES = {
     "Heart: normal\nLungs: clear\nPleura: no effusion": "heart N, effusion N, normal P",
     "Support devices: none": "devices N",
     "Lines and tubes: None.": "devices N",
+    "Pneumothorax: Not present.": "ptx N",
+    "Pleural effusion: Not seen.": "effusion N",
+    "Consolidation: nil": "consolidation N",
+    "Pneumonia - No": "pneumonia N",
+    "1) Pneumothorax: No 2) Effusion: Yes": "ptx N, effusion P",
+    "* Atelectasis: No\n* Fracture: Yes": "atelectasis N, fracture P",
+    "- **Pneumothorax**: None\n- **Pleural Effusion**: Small right": "ptx N, effusion P",
+    "| Sign | Seen |\n| --- | --- |\n| Cardiomegaly | No |\n| Edema | Yes |": "heart N, edema P",
+    "|Edema|No|": "edema N",
+    "Findings: Cardiomegaly: no. Edema: mild.": "heart N, edema P",
+    "Enlarged Cardiomediastinum: No": "mediastinum N",
+    "Lung Opacity: Yes. Lung Lesion: No.": "opacity P, lesion N",
+    "Support Devices: Yes": "devices P",
+    "Fracture: No\nSupport Devices: No": "fracture N, devices N",
+    "Pleural Other: No": "normal PB",
+    "No: effusion, pneumothorax.": "effusion N, ptx N",
+    "Effusion none. Pneumothorax none.": "effusion N, ptx N",
+    "Nil focal consolidation, nil effusion.": "consolidation N, effusion N",
+    "Effusions: small bilateral.": "effusion P",
+    "Pneumonia: likely.": "pneumonia U",
+    "Pneumonia: possible": "pneumonia U",
+    "Pneumothorax: cannot be excluded.": "ptx U",
+    "Edema: No evidence.": "edema N",
+    "Edema: no evidence of edema.": "edema N",
+    "IMPRESSION:\n1. Cardiomegaly: no\n2. Pneumonia: yes": "heart N, pneumonia P",
+    "Lungs: Clear, no consolidation. Heart: Enlarged. Pleura: No effusion or pneumothorax.": (
+        "heart P, effusion N, ptx N, consolidation N"
+    ),
+    "Consolidation: None identified.": "consolidation N",
+    "Cardiomegaly - absent": "heart N",
+    "Pneumothorax: No evidence of pneumothorax": "ptx N",
+    "Edema: Not identified": "edema N",
+    "Lung lesion: none": "lesion N",
+    "Pleural effusion: trace left": "effusion P",
+    "Atelectasis: Yes (left base)": "atelectasis P",
+    "Pneumothorax: No (supine film)": "ptx N",
+    "Edema: No, Effusion: No, Fracture: No": "edema N, effusion N, fracture N",
+    "| Fracture | None |": "fracture N",
+    "| Support devices | PICC line |": "devices P",
+    "| Pneumonia | Possible |": "pneumonia U",
+    "| Cardiomegaly | Yes | Moderate |": "heart P",
+    "| Effusion | No | - |": "effusion N",
+    "**Impression:** No pneumonia.": "pneumonia N",
+    "**Heart:** Normal size. **Lungs:** Clear.": "heart N",
+    "### Findings\n- No pneumothorax\n- Left effusion": "ptx N, effusion P",
+    "Negative for effusion, pneumothorax, or fracture.": "effusion N, ptx N, fracture N",
+    "Nil pleural effusion seen.": "effusion N",
+    "Pneumothorax nil.": "ptx N",
+    "No cardiomegaly. Nil pneumonia.": "heart N, pneumonia N",
+    "Pleural effusion: no. Pneumothorax: no. Consolidation: yes.": (
+        "effusion N, ptx N, consolidation P"
+    ),
+    "Cardiomegaly : No": "heart N",
+    "Cardiomegaly=No": "heart N",
+    "Cardiomegaly (No)": "heart N",
+    "* **Edema:** No\n* **Cardiomegaly:** Yes": "edema N, heart P",
+    "Edema:\nNo": "edema N",
+    "Pleural effusion: Yes\nPneumothorax: No\nEdema: Yes": "effusion P, ptx N, edema P",
+    "Devices: Right IJ catheter. Pneumothorax: No.": "devices P, ptx N",
     # Near misses.
     "Pneumothorax: Yes.": "ptx P",
     "**Cardiomegaly:** Yes": "heart P",
@@ -75,7 +136,9 @@ SIZES_AND_THEIR_NOUNS = {
     "Cardiac size is difficult to evaluate given the large effusions.": "effusion P, heart BU",
     "Heart size is obscured by increased opacity at the left base.": "opacity P, heart BU",
     "The mediastinum is displaced to the left by a large effusion.": "effusion P, mediastinum BU",
-    "Large left pneumothorax with shift of the heart and mediastinum.": "ptx P, heart BU, mediastinum BU",
+    "Large left pneumothorax with shift of the heart and mediastinum.": (
+        "ptx P, heart BU, mediastinum BU"
+    ),
     "Increased retrocardiac density obscures the heart border.": "heart BU, opacity P",
     "Big left effusion, the heart is shifted to the right.": "effusion P, heart B",
     "Heart obscured by the effusion, which is large.": "effusion P, heart BU",
@@ -83,6 +146,45 @@ SIZES_AND_THEIR_NOUNS = {
     "Prominent pulmonary vessels around the heart.": "heart B",
     "Increased interstitial markings, with the heart partly obscured.": "opacity P, heart BU",
     "Enlarged hilar lymph nodes beside the mediastinum.": "mediastinum BU, heart B",
+    "Large left pneumothorax displaces the heart.": "ptx P, heart BU",
+    "The heart is obscured by a large left pleural effusion.": "heart BU, effusion P",
+    "The mediastinum is shifted by the large pneumothorax.": "mediastinum BU, ptx P",
+    "Large hiatal hernia with air-fluid level behind the heart.": "heart B",
+    "Cardiac silhouette is not well evaluated due to large bilateral effusions.": (
+        "heart BU, effusion P"
+    ),
+    "Large pericardial fat pad next to the heart.": "heart B",
+    "Heart size cannot be evaluated, large right effusion.": "heart BU, effusion P",
+    "Widened mediastinum.": "mediastinum P",
+    "Heart mildly enlarged.": "heart P",
+    "Mildly enlarged heart with large effusions.": "heart P, effusion P",
+    "Mediastinal contours are obscured by the large mass.": "mediastinum BU, lesion P",
+    "Enlarged right effusion obscures the right heart border.": "heart BU, effusion P",
+    "Large bulla adjacent to the mediastinum.": "mediastinum B",
+    "The heart is at the upper limits of normal, with a large hernia.": "heart NU",
+    "A large opacity silhouettes the right heart border.": "heart BU, opacity P",
+    "Tension pneumothorax with mediastinal shift.": "ptx P, mediastinum BU",
+    "The left effusion is large and obscures the heart.": "effusion P, heart BU",
+    "Large bilateral effusions limit evaluation of the heart.": "effusion P, heart BU",
+    "The cardiac silhouette is obscured by large bilateral pleural effusions.": (
+        "heart BU, effusion P"
+    ),
+    "Right heart border obscured by a large right middle lobe mass.": "heart BU, lesion P",
+    "Increased opacity overlying the heart.": "heart BU, opacity P",
+    "Heart size difficult to assess due to prominent mediastinal fat.": "heart BU",
+    "Mediastinal shift to the left due to a large right effusion.": "mediastinum BU, effusion P",
+    "The trachea and mediastinum are displaced by an enlarged thyroid.": "mediastinum BU",
+    "Large gastric bubble below the heart.": "heart B",
+    "Large anterior mediastinal mass.": "lesion P",
+    "Cardiomediastinal silhouette is enlarged.": "heart P",
+    "The heart appears large.": "heart P",
+    "Moderately enlarged cardiac silhouette with bilateral effusions.": "heart P, effusion P",
+    "The heart is top normal in size.": "heart NU",
+    "No large effusion, heart size is normal.": "effusion N, heart N",
+    "Heart size is normal, large left effusion.": "heart N, effusion P",
+    "Stable enlarged heart.": "heart P",
+    "Cardiac enlargement with increased pulmonary vascularity.": "heart P",
+    "Heart enlarged; lungs clear.": "heart P",
     # Near misses.
     "The heart is large.": "heart P",
     "Large heart with a small effusion.": "heart P, effusion P",
@@ -106,10 +208,16 @@ WHERE_NEGATION_ENDS = {
     "No pneumothorax, right lower lobe consolidation is unchanged.": "ptx N, consolidation P",
     "No pneumothorax, cardiomegaly is stable.": "ptx N, heart P",
     "No effusion or pneumothorax, edema has worsened.": "effusion N, ptx N, edema P",
-    "Left basal opacity without effusion, suspicious for pneumonia.": "opacity P, effusion N, pneumonia U",
-    "Basal opacity without effusion, consistent with pneumonia.": "opacity P, effusion N, pneumonia PU",
+    "Left basal opacity without effusion, suspicious for pneumonia.": (
+        "opacity P, effusion N, pneumonia U"
+    ),
+    "Basal opacity without effusion, consistent with pneumonia.": (
+        "opacity P, effusion N, pneumonia PU"
+    ),
     "Hazy opacity without pneumothorax, likely atelectasis.": "opacity P, ptx N, atelectasis U",
-    "No pneumothorax or effusion is seen, ET tube 4 cm above the carina.": "ptx N, effusion N, devices P",
+    "No pneumothorax or effusion is seen, ET tube 4 cm above the carina.": (
+        "ptx N, effusion N, devices P"
+    ),
     "No pneumothorax is identified, left chest tube in place.": "ptx N, devices P",
     "No effusion, NG tube tip in the stomach.": "effusion N, devices P",
     "No pneumothorax, left pleural effusion.": "ptx N, effusion P",
@@ -118,16 +226,89 @@ WHERE_NEGATION_ENDS = {
     "No effusion - right apical pneumothorax persists.": "effusion N, ptx P",
     "Left effusion persists, right pneumothorax has resolved.": "effusion P, ptx N",
     "No edema, yet a small effusion.": "edema N, effusion P",
+    "No pneumothorax, right pleural effusion persists.": "ptx N, effusion P",
+    "No pneumothorax, small left effusion is unchanged.": "ptx N, effusion P",
+    "No effusion, retrocardiac atelectasis is again seen.": "effusion N, atelectasis P",
+    "No pneumothorax, bibasilar atelectasis.": "ptx N, atelectasis P",
+    "No effusion, consolidation in the left lower lobe persists.": "effusion N, consolidation P",
+    "Left lower lobe opacity without effusion, worrisome for pneumonia.": (
+        "opacity P, effusion N, pneumonia U"
+    ),
+    "Opacity without pneumothorax, raising concern for pneumonia.": "ptx N, pneumonia U, opacity P",
+    "No pneumothorax is seen, left PICC tip in the SVC.": "ptx N, devices P",
+    "No pneumothorax or effusion, right IJ line terminates in the SVC.": (
+        "ptx N, effusion N, devices P"
+    ),
+    "No pneumothorax; right chest tube in place.": "ptx N, devices P",
+    "No pneumothorax, pacemaker leads in unchanged position.": "ptx N, devices P",
+    "No pneumothorax, effusion, consolidation, or edema.": (
+        "ptx N, effusion N, consolidation N, edema N"
+    ),
+    "No pneumothorax, effusion, consolidation.": "ptx N, effusion N, consolidation N",
+    "No evidence of pneumothorax, pleural effusion, or acute fracture.": (
+        "ptx N, effusion N, fracture N"
+    ),
+    "No pneumothorax or effusion, and no consolidation.": "ptx N, effusion N, consolidation N",
+    "No focal consolidation, pulmonary edema, pleural effusion, or pneumothorax is identified.": (
+        "consolidation N, edema N, effusion N, ptx N"
+    ),
+    "There is no right pneumothorax, left effusion or right effusion.": "ptx N, effusion N",
+    "No pneumothorax, stable cardiomegaly.": "ptx N, heart P",
+    "No edema, cardiomegaly is present.": "edema N, heart P",
+    "No effusion, moderate cardiomegaly.": "effusion N, heart P",
+    "No pneumothorax, new right basilar consolidation.": "ptx N, consolidation P",
+    "No pneumothorax following chest tube removal, residual effusion remains.": "ptx N, effusion P",
+    "Without effusion, atelectasis at the left base is unchanged.": "effusion N, atelectasis P",
+    "No pneumothorax, bilateral pleural effusions are stable.": "ptx N, effusion P",
+    "No pneumothorax, the left effusion persists.": "ptx N, effusion P",
+    "No pneumothorax, persistent left basilar opacity.": "ptx N, opacity P",
+    "No pneumothorax, unchanged cardiomegaly.": "ptx N, heart P",
+    "No effusion, increased left basilar opacity.": "effusion N, opacity P",
+    "No focal consolidation, linear atelectasis at the left base.": "consolidation N",
+    "Consolidation without effusion, compatible with pneumonia.": (
+        "consolidation P, effusion N, pneumonia PU"
+    ),
+    "Left base opacity without pneumothorax, may represent pneumonia.": (
+        "opacity P, ptx N, pneumonia U"
+    ),
+    "No pneumothorax or effusion is seen, endotracheal tube in good position.": (
+        "ptx N, effusion N, devices P"
+    ),
+    "No pneumothorax is present, Swan-Ganz catheter in the pulmonary artery.": "ptx N, devices P",
+    "No pneumothorax status post chest tube placement.": "ptx N",
+    "No pleural effusion, pneumothorax, or focal airspace disease.": "effusion N, ptx N, opacity N",
+    "No acute fracture, dislocation, or pneumothorax.": "fracture N, ptx N",
+    "No effusions, infiltrates, or masses.": "effusion N, opacity N, lesion N",
+    "No new consolidation, pneumothorax or enlarging effusion.": (
+        "consolidation N, ptx N, effusion N"
+    ),
+    "There is no evidence of pneumothorax, pleural effusion, pulmonary edema, or pneumonia.": (
+        "ptx N, effusion N, edema N, pneumonia N"
+    ),
+    "No pneumothorax and no effusion; atelectasis remains.": "ptx N, effusion N, atelectasis P",
+    "No pneumothorax, although effusion remains.": "ptx N, effusion P",
+    "No longer any effusion.": "effusion N",
+    "There is no longer a pneumothorax.": "ptx N",
     # Near misses.
     "No pneumothorax, effusion, or edema.": "ptx N, effusion N, edema N, normal P",
-    "No pneumothorax, pleural effusion or focal consolidation is seen.": "ptx N, effusion N, consolidation N",
+    "No pneumothorax, pleural effusion or focal consolidation is seen.": (
+        "ptx N, effusion N, consolidation N"
+    ),
     "No consolidation, effusion, or pneumothorax is present.": "ptx N, effusion N, consolidation N",
-    "No focal consolidation, large effusion, or pneumothorax.": "ptx N, effusion N, consolidation N",
+    "No focal consolidation, large effusion, or pneumothorax.": (
+        "ptx N, effusion N, consolidation N"
+    ),
     "No focal consolidation, pleural effusion, pneumothorax.": "ptx N, effusion N, consolidation N",
-    "No focal consolidation, left effusion, or right pneumothorax.": "ptx N, effusion N, consolidation N",
+    "No focal consolidation, left effusion, or right pneumothorax.": (
+        "ptx N, effusion N, consolidation N"
+    ),
     "No focal opacity concerning for pneumonia.": "opacity N, pneumonia N",
-    "No consolidation, effusion, edema, or pneumothorax to suggest injury.": "ptx N, edema N, effusion N",
-    "There is no pneumothorax, pleural effusion, or displaced rib fracture.": "ptx N, effusion N, fracture N",
+    "No consolidation, effusion, edema, or pneumothorax to suggest injury.": (
+        "ptx N, edema N, effusion N"
+    ),
+    "There is no pneumothorax, pleural effusion, or displaced rib fracture.": (
+        "ptx N, effusion N, fracture N"
+    ),
     "Without pneumothorax, effusion or edema.": "ptx N, effusion N, edema N",
 }
 
@@ -147,6 +328,19 @@ DEVICES = {
     "ECMO cannulae.": "devices P",
     "Sternotomy wires are intact.": "devices P",
     "Dual-chamber pacer.": "devices P",
+    "AICD leads intact.": "devices P",
+    "Swan-Ganz tip in the right main pulmonary artery.": "devices P",
+    "Dobbhoff in place.": "devices P",
+    "IABP in good position.": "devices P",
+    "PICC line on the right.": "devices P",
+    "Feeding tube in the stomach.": "devices P",
+    "Hip fracture repaired with a plate.": "devices P",
+    "Left chest wall ICD.": "devices P",
+    "Biventricular pacemaker.": "devices P",
+    "OGT in the stomach.": "devices P",
+    "Right IJ central line.": "devices P",
+    "Intraaortic balloon pump.": "devices P",
+    "Open growth plates.": "devices B",
     # Near misses.
     "Portable AP view, clear lungs.": "devices B, normal P",
     "This leads to crowding of the vessels.": "devices B",
@@ -166,6 +360,36 @@ FINDINGS_BY_SHORT_NAMES = {
     "Left hemothorax.": "effusion PU",
     "Rib fx on the left.": "fracture P",
     "Bilateral GGO.": "opacity P",
+    "Tiny left ptx.": "ptx P",
+    "Bilateral hemopneumothoraces.": "ptx P",
+    "Status post mastectomy for breast cancer.": "lesion B",
+    "Colon cancer.": "lesion B",
+    "History of prostate cancer.": "lesion B",
+    "Collapse of a thoracic vertebra.": "atelectasis B",
+    "Vertebral collapse at T12.": "atelectasis B",
+    "Thoracic vertebral collapse.": "atelectasis B",
+    "Broken sternal wire.": "fracture B, devices P",
+    "Sternal wire fracture.": "fracture B, devices P",
+    "Fractured pacemaker lead.": "fracture B, devices P",
+    "The growth plates are normal.": "devices B",
+    "This may lead to misinterpretation.": "devices B",
+    "Right upper lobe collapse.": "atelectasis P",
+    "Lung cancer in the left hilum.": "lesion P",
+    "Fractured rib.": "fracture P",
+    "Metastatic disease in the liver.": "lesion B",
+    "Renal cell carcinoma.": "lesion B",
+    "Lymphoma and thyroid cancer in the history.": "lesion B",
+    "Osteoporotic collapse of L1.": "atelectasis B",
+    "Right-sided hydropneumothorax.": "ptx P",
+    "Breast cancer with lung metastases.": "lesion P",
+    "Hepatic mass.": "lesion B",
+    "Ovarian carcinoma.": "lesion B",
+    "Bladder tumor.": "lesion B",
+    "Collapse of the T7 vertebral body.": "atelectasis B",
+    "Compression fracture with vertebral collapse.": "fracture P, atelectasis B",
+    "Fractured median sternotomy wires.": "fracture B, devices P",
+    "Fracture of the second sternal wire.": "fracture B, devices P",
+    "Rib fracture.": "fracture P",
     # Near misses.
     "History of breast carcinoma.": "lesion B",
     "Prostate cancer.": "lesion B",
@@ -199,6 +423,23 @@ WHAT_IS_GONE = {
     "Previous consolidation has completely resolved.": "consolidation N",
     "NG tube removed, PICC unchanged.": "devices P",
     "Interval clearing of the pneumonia.": "pneumonia N",
+    "Hemopneumothorax has resolved.": "ptx N",
+    "Endotracheal tube has been removed.": "devices NB",
+    "Swan-Ganz catheter removed.": "devices NB",
+    "Pulmonary edema has resolved.": "edema N",
+    "The previously seen pneumonia has cleared.": "pneumonia N",
+    "The left effusion is no longer visualized.": "effusion N",
+    "Pneumothorax no longer present.": "ptx N",
+    "Atelectasis is no longer evident.": "atelectasis N",
+    "Right pleural effusion has completely cleared.": "effusion N",
+    "Pleural drain removed.": "devices NB",
+    "PICC has been removed.": "devices NB",
+    "Previously noted nodule is no longer visualized.": "lesion N",
+    "Pneumonia has resolved.": "pneumonia N",
+    "Effusion has decreased but not resolved.": "effusion P",
+    "Improved but persistent edema.": "edema P",
+    "Effusion cleared.": "effusion N",
+    "Tube removed, new pneumothorax.": "ptx P",
     # Near misses.
     "The effusion has not resolved.": "effusion P",
     "The pneumothorax has nearly resolved.": "ptx PU",
@@ -215,6 +456,18 @@ CALCIFIED_AND_NIPPLES = {
     "Calcified granuloma.": "lesion BN",
     "Nodular density compatible with a nipple shadow.": "lesion BN",
     "Bilateral nipple shadows.": "lesion BN",
+    "Calcified granulomas in the left lung.": "lesion BN",
+    "Calcified nodule, likely a granuloma.": "lesion BN",
+    "Small calcified nodule in the left base.": "lesion BN",
+    "Calcified pulmonary nodule.": "lesion BN",
+    "Nodular opacities at the bases are nipple shadows.": "lesion BN",
+    "Prominent nipple shadow simulates a nodule.": "lesion BNU",
+    "Granuloma in the right upper lobe.": "lesion BN",
+    "Nodule is unchanged, not calcified.": "lesion P",
+    "Multiple calcified granulomata.": "lesion BN",
+    "Calcified lung granulomas are present.": "lesion BN",
+    "Rounded density is a nipple shadow.": "lesion BN",
+    "Calcified 4 mm nodule in the lingula.": "lesion BN",
     # Near misses.
     "Noncalcified nodule in the left lung.": "lesion P",
     "Nodule without calcification.": "lesion P",
@@ -234,29 +487,95 @@ HEDGES = {
     "Effusion not appreciated.": "effusion U",
     "Pneumonia is not excluded.": "pneumonia U",
     "Question small left effusion.": "effusion U",
+    "Favor pneumonia.": "pneumonia U",
+    "Findings favor edema over infection.": "edema U",
+    "Cardiac size is borderline.": "heart U",
+    "Heart is borderline in size.": "heart U",
+    "Pleural effusion is not appreciated.": "effusion U",
+    "Pneumothorax not appreciated.": "ptx U",
+    "Opacity favored to represent atelectasis.": "opacity P, atelectasis U",
+    "Favor atelectasis rather than pneumonia.": "atelectasis U, pneumonia NU",
+    "Effusion favored over atelectasis.": "effusion U",
+    "Consolidation is not appreciated.": "consolidation U",
+    "Heart size borderline.": "heart U",
+    "Borderline enlarged heart size.": "heart PU",
+    "Possible pneumonia, favor atelectasis.": "pneumonia U, atelectasis U",
     # Near misses.
     "No pneumothorax is appreciated.": "ptx N",
     "No appreciable effusion.": "effusion N",
     "A pneumothorax is not seen.": "ptx N",
 }
 
-KINDS = [
-    LISTS_TABLES_AND_HEADED_LINES,
-    SIZES_AND_THEIR_NOUNS,
-    WHERE_NEGATION_ENDS,
-    DEVICES,
-    FINDINGS_BY_SHORT_NAMES,
-    WHAT_IS_GONE,
-    CALCIFIED_AND_NIPPLES,
-    HEDGES,
-]
-CASES = [case for kind in KINDS for case in kind.items()]
+KINDS = {
+    "lists tables and headed lines": LISTS_TABLES_AND_HEADED_LINES,
+    "sizes and their nouns": SIZES_AND_THEIR_NOUNS,
+    "where negation ends": WHERE_NEGATION_ENDS,
+    "devices": DEVICES,
+    "findings by short names": FINDINGS_BY_SHORT_NAMES,
+    "what is gone": WHAT_IS_GONE,
+    "calcified and nipples": CALCIFIED_AND_NIPPLES,
+    "hedges": HEDGES,
+}
 
 
-@pytest.mark.parametrize("text, wanted", CASES)
-def test_a_sentence_has_the_wanted_states(text, wanted):
+def states_of(text):
+    """{label: letter}"""
     (states,) = extract_labels([text]).tolist()
-    found = {label: "BPNU"[state] for label, state in zip(LABELS, states)}
+    return {label: "BPNU"[state] for label, state in zip(LABELS, states)}
+
+
+def wrong_claims(text, wanted):
+    """What the extractor does not read as wanted: [(text, name, wanted letters, letter)]."""
+    found = states_of(text)
+    wrong = []
     for claim in wanted.split(", "):
         name, accepted = claim.split()
-        assert found[NAMES[name]] in accepted, name
+        letter = found[NAMES[name]]
+        if letter not in accepted:
+            wrong.append((text, name, accepted, letter))
+    return wrong
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentences_have_the_wanted_states(kind):
+    wrong = []
+    for text, wanted in KINDS[kind].items():
+        wrong += wrong_claims(text, wanted)
+    assert not wrong
+
+
+def test_case_spaces_and_numbers_change_nothing():
+    for table in KINDS.values():
+        for text in table:
+            assert states_of(text.upper()) == states_of(text)
+            assert states_of(text.replace(" ", "  ")) == states_of(text)
+            # Items of a list or a table have no number.
+            if text[0].isalpha():
+                assert states_of("1. " + text) == states_of(text)
+
+
+def test_line_breaks_between_words_change_nothing():
+    for text in WHERE_NEGATION_ENDS | SIZES_AND_THEIR_NOUNS | WHAT_IS_GONE | HEDGES:
+        assert states_of(text.replace(" ", "\n")) == states_of(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "| edema " * 12_000,
+        "\n|" + "edema " * 16_000,
+        "\n|edema|" * 12_000,
+        "edema: no " * 10_000,
+        ": no" + "\n" * 100_000,
+        "no edema, large " * 6_000,
+        "large a " * 12_000,
+        "heart large calcified " * 4_000,
+        "no edema, " + "a-" * 50_000,
+        "edema. no" * 10_000,
+    ],
+    ids=range(10),
+)
+def test_lists_and_tables_take_linear_time(text):
+    start = time.process_time()
+    extract_labels([text])
+    assert time.process_time() - start < 3
