@@ -546,7 +546,7 @@ def distance(a, b):
 # Organs whose masses are no lesions of the lung, "history of breast cancer".
 ORGANS = (
     r"(?:breast|body|renal|kidney|liver|hepatic|prostat\w+|colon\w*|gastric|pancrea\w+|thyroid|"
-    r"adrenal|ovarian|bladder|brain|bone|bony|osseous|skin|soft tissue|chest wall|abdominal|pelvic|uterine)"
+    r"adrenal|ovarian|bladder|brain|bone|bony|osseous|skin|neck|axillary|soft tissue|chest wall|abdominal|pelvic|uterine)"
 )
 # label: what names it, and, if there is, what only looks like it
 MENTIONS = {
@@ -567,7 +567,7 @@ MENTIONS = {
         rf"(?:metasta\w+ )?{ORGANS} (?:\w+ )?(?:mass|nodul|carcinoma|neoplas|tumou?r|malignan|"
         r"metasta|cancer)",
         # "cancer of the breast", "metastatic disease in the liver"
-        rf"(?:cancer|carcinoma|malignancy|tumou?r|mass|metasta\w+)(?: disease)? (?:of|in|to) the {ORGANS}",
+        rf"(?:cancer|carcinoma|malignancy|tumou?r|mass|metasta\w+)(?: disease)? (?:of|in|to) (?:the )?(?:left |right )?{ORGANS}",
         # "calcified lung nodule"
         r"calcified(?<!non-calcified) (?:(?!and\b|or\b)[\w-]+ )?(?:mm )?(?:nodul|mass|lesion)",
         # "the nodules are calcified"
@@ -586,7 +586,7 @@ MENTIONS = {
     "Edema": (
         r"o?edema|(?:heart|cardiac) failure|chf\b|(?:vascular|venous|pulmonary) congestion|"
         r"congestive|kerley|cephalization|vascular (?:indistinctness|prominence)",
-        r"(?:soft tissue|peripheral|ankle|leg|pedal|cerebral|brain|bowel wall|laryngeal) o?edema",
+        r"(?:soft tissue|peripheral|ankle|leg|pedal|cerebral|brain|bowel|bowel wall|laryngeal) o?edema",
     ),
     "Consolidation": (r"consolidat",),
     "Pneumonia": (
@@ -626,14 +626,14 @@ MENTIONS = {
         r"port\b|wires?\b|shunt|leads?\b|stimulator|generator|tracheostomy|xxxx-a-xxxx|"
         r"tips?\b (?:[\w-]+ ){0,6}(?:svc|cavoatrial|carina|atri|ventric)|"
         r"swan|dobb?hoff|iabp|balloon pump|ett\b|[no]gt\b|cv[cl]s?\b|port-?a-?cath|"
-        r"pigtail|lvad|impella|ecmo|permcath|hickman|loop recorder|internal fixation",
+        r"pigtail|lvad|impella|ecmo|permcath|hickman|loop recorder|internal fixation|sheath|pleurx|cordis|quinton",
         r"(?:air|fat|mid|base|(?:kerley )?b|midclavicular|fissur\w*|pleural|paratracheal|"
-        r"fracture|lung|skin|skin ?fold|fold|septal|suture|joint|hair)[ -]lines?\b",
+        r"fracture|lung|skin|skin ?fold|fold|septal|suture|joint|hair|in)[ -]lines?\b",
         # "growth plates", "platelike atelectasis"
-        r"(?:end ?|growth |physeal )plate|plate ?-?like",
+        r"(?:end ?|growth |physeal )plate|plate ?-?like|plates? (?:of )?atelect",
         # "may lead to"
         r"(?:to|may|might|can|could|will|would) lead|leads? to\b",
-        r"catheteriz|valv\w+ (?:annul\w+ )?calcif",
+        r"catheteriz|valv\w+ (?:annul\w+ )?(?:calcif|stenosis|disease|regurg|insuff)",
     ),
 }
 PLACE = (
@@ -671,7 +671,7 @@ def one_of(**rules):
 # What is large, where it is no heart.
 LARGE = r"(?:large|big|enlarged|prominent|increased|widened)"
 OTHER_NOUN = (
-    r"(?:effusion|pneumothora|ptx|hernia|mass|opaci|densit|consolidat|nodul|marking|vessel|vascul|"
+    r"(?:effusion|pneumothora|ptx|hernia|mass|opaci|densit|lucen|consolidat|nodul|marking|vessel|vascul|"
     r"hila|lymph|node|aort|arter|vein|volume|fluid|collection|atelecta|bulla|stomach|bubble|"
     r"hemidiaphragm|azygos|thyroid|goiter)"
 )
@@ -686,7 +686,7 @@ SIZE = one_of(
     borderline=r"borderline(?! (?:cardiac )?enlarge)",
     # "the heart is not of normal size"
     abnormal=r"not (?:\w+ )?normal|above normal",
-    large=r"increase in (?:heart )?size|enlarge|prominent|increased|widen|large\b|big\b",
+    large=r"increase in (?:heart )?size|enlarge|prominen|increased|widen|large\b|big\b",
     same=r"stable|unchanged|similar",
 )
 SIZE_STATES = {
@@ -708,7 +708,7 @@ CUES_BEFORE = one_of(
     # "cannot exclude edema", "suspicious for pneumonia", "favor atelectasis"
     hedge=r"(?:can ?not|can't|could not|difficult to|not|never|to) (?:\w+ ){0,2}"
     r"(?:exclude|rule out|be excluded)|may\b|might|could|possib|probab|question|suspect|"
-    r"suspicious (?:for|of)|concern|worrisome|suggest|likely|vs\b|versus|presum|equivocal|"
+    r"suspicious (?:for|of)|concern|worrisome|suggest|(?:un)?likely|vs\b|versus|presum|equivocal|"
     r"differential|potential|perhaps|apparent|rule out|favou?r|and/or|"
     r"(?:evaluat|assess|correlat)\w* (?:\w+ )?for",
     # "no edema", "nil effusion", "resolution of the effusion", "resolved pneumothorax"
@@ -729,9 +729,9 @@ CUES_AFTER = one_of(
     r"(?:likely|probable|questionable)\W*$",
     # "is not seen", "has cleared", "removed", "edema: no"
     negation=rf"{BE} (?:\w+ )?not\b(?! (?:yet|well|clear|apprec|exclu|ruled|resolv|chang|remov))|"
-    r"none\b|absent|resolved|removed|cleared|interval resolution|no longer|unlikely|negative|"
+    r"none\b|absent|resolved|removed|cleared|disappeared|gone\b|interval resolution|no longer|unlikely|negative|"
     rf"{BE} (?:(?!not|near|almost|part)\w+ )?excluded|"
-    r"not (?:\w+ )?(?:seen|identified|present|visuali)|: no evidence|(?:no|nil)(?:\W*$| \()",
+    r"not (?:\w+ )?(?:seen|identified|present|visuali)|: no (?:evidence|significant|definite|focal|acute|new|large|obvious|visible)|(?:no|nil)(?:\W*$| \()",
 )
 ASCII = str.maketrans("\u2019\u2010\u2011\u2012\u2013\u2014", "'-----")
 # Sections on what was asked, not on what was seen, up to the next section or paragraph.
@@ -749,7 +749,7 @@ VALUE = (
 NO_CLAIM = r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited"
 SENTENCE_END = re.compile(
     # "Edema? No." is one sentence.
-    r"[.;!?]+(?!\d)(?!\s*(?:no|nil)\s*(?:[.\n]|\Z))|"
+    r"[.;!?]+(?!\d)(?!\s*(?:no|nil|none)\s*(?:[.\n]|\Z))|"
     # A paragraph, an item of a list, a headed line.
     r"\n\s*\n|\n(?=[-*\u2022]|\d+[.)]|[\w /()]{1,40}:)"
 )
@@ -766,9 +766,9 @@ CLAUSE_END = re.compile(
     r"yet|may|might|could|concern\w*|suspicious for|suggest\w*|consistent|compatible|worrisome|rais\w*|represent\w*|"
     r"reflect\w*|favou?r\w*|question\w*)\b|"
     # "no edema, left effusion", while "no edema, left effusion, or mass" is a list
-    r"(?:left|right|bibasilar|new|residual|patchy|hazy|linear|increas\w*|decreas\w*|worsen\w*) (?!.{0,60}\bor\b)|"
+    r"(?:(?:left|right)(?:-sided)?|bibasilar|new|interval|residual|patchy|hazy|linear|increas\w*|decreas\w*|worsen\w*) (?!.{0,60}\bor\b)|"
     # "no edema, the left effusion persists", "no edema, PICC tip in the SVC"
-    r"(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){1,7}(?:persist|remain|unchanged|stable|improv|worse|"
+    r"(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){1,7}(?:persist|remain|unchanged|stable|again|improv|worse|"
     r"resolv|removed|no longer|tips?\b|terminat|in place|in the (?:svc|stomach)|above the carina|"
     rf"{BE} (?:\w+ )?(?:again|present|stable|unchanged|improv|worse|increas|decreas|resolv|clear|removed))))|"
     # "no edema is seen, PICC in the SVC"
