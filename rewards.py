@@ -66,8 +66,10 @@ def label_f1(generated: np.ndarray, reference: np.ndarray) -> np.ndarray:
     0 if none is on either side, as in scikit-learn. So normal studies have no say, which weighs
     against the pull of MCCS to the normal template.
     """
-    a, b = present(generated), present(reference)
-    return 2 * (a & b).sum(1) / np.maximum(a.sum(1) + b.sum(1), 1)
+    a = present(generated)
+    b = present(reference)
+    both = (a & b).sum(1)
+    return 2 * both / np.maximum(a.sum(1) + b.sum(1), 1)
 
 
 # ------------------------------------------------------------------------------- boxes
@@ -144,7 +146,8 @@ def soft_f1(
     total = sum(overlap for _, _, overlap in pairs)
     if mode == "pq":
         return 2 * total / (len(predicted) + len(reference))
-    return 2 * total / (len(reference) + total + len(predicted) - len(pairs))
+    false_positives = len(predicted) - len(pairs)
+    return 2 * total / (len(reference) + total + false_positives)
 
 
 def has_words(text):
@@ -187,12 +190,14 @@ def gleu(candidate: str, reference: str) -> float:
 
 def bleu4(candidate: str, reference: str) -> float:
     """Sentence BLEU-4 with add-one smoothing above unigrams (Lin & Och 2004), as nltk's method2."""
-    a, b = tokenize(candidate), tokenize(reference)
+    a = tokenize(candidate)
+    b = tokenize(reference)
     matching, in_candidate, _ = np.array(count_ngrams(a, b)).T
     if not matching[0]:
         return 0.0
     smooth = np.array([0, 1, 1, 1])
     precision = (matching + smooth) / (np.maximum(in_candidate, 1) + smooth)
+    # A shorter text than the reference's pays for it.
     brevity = min(0, 1 - len(b) / len(a))
     return math.exp(brevity + np.log(precision).mean())
 
@@ -268,7 +273,8 @@ def format_reward(batch, cfg):
 
 def overlong(length: int, start: int, end: int) -> float:
     """0 up to `start` tokens, then down to -1 at `end` (DAPO, Yu et al. 2025, eq. 13)."""
-    return -min(max(length - start, 0) / max(end - start, 1), 1.0)
+    excess = max(length - start, 0)
+    return -min(excess / max(end - start, 1), 1.0)
 
 
 def overlong_reward(batch, cfg):
@@ -518,10 +524,9 @@ def other_finding(mention):
 
 def size_of(label, part):
     """(state, cue) of the heart or mediastinum, by the nearest word on size."""
-    sizes = list(SIZE.finditer(part.string))
+    sizes = [size for size in SIZE.finditer(part.string) if size.lastgroup != "other"]
     # "Stable" only counts where nothing else is said.
-    sizes = [size for size in sizes if size.lastgroup not in ("same", "other")] or sizes
-    sizes = [size for size in sizes if size.lastgroup != "other"]
+    sizes = [size for size in sizes if size.lastgroup != "same"] or sizes
     size = min(sizes, key=partial(distance, part), default=None)
     if not size:
         return BLANK, ""
@@ -529,7 +534,8 @@ def size_of(label, part):
     if size.lastgroup == "same" and label == "Cardiomegaly" and "mediast" in part[0]:
         return BLANK, ""
     if size.lastgroup == "large":
-        return assertion_of(part)[0], size[0]
+        state, _ = assertion_of(part)
+        return state, size[0]
     return SIZE_STATES[size.lastgroup], size[0]
 
 
@@ -538,16 +544,31 @@ def distance(a, b):
     return max(a.start() - b.end(), b.start() - a.end())
 
 
+def one_of(**rules):
+    """The rules as one pattern, tried in this order at the start of a word, with a group each."""
+    groups = (f"(?P<{name}>{rule})" for name, rule in rules.items())
+    return re.compile(rf"\b(?:{'|'.join(groups)})")
+
+
+def compile_phrases(label, judge, phrase, *decoys):
+    """(label index, pattern, judge). What only looks like a phrase is tried first."""
+    alternatives = "|".join([*decoys, f"(?P<phrase>{phrase})"])
+    return LABELS.index(label), re.compile(rf"\b(?:{alternatives})"), judge
+
+
 # ------------------------------------------------------------------------------- its phrases
 
 # Regular expressions on lower-cased text, tried at the start of a word. A stem without \b takes
 # any ending. Gaps are bounded, which keeps matching linear.
 
-# Organs whose masses are no lesions of the lung, "history of breast cancer".
+# Organs whose masses are no lesions of the lung.
 ORGANS = (
     r"(?:breast|body|renal|kidney|liver|hepatic|prostat\w+|colon\w*|gastric|pancrea\w+|thyroid|"
-    r"adrenal|ovarian|bladder|brain|bone|bony|osseous|skin|neck|axillary|soft tissue|chest wall|abdominal|pelvic|uterine)"
+    r"adrenal|ovarian|uterine|bladder|brain|bone|bony|osseous|skin|neck|axillary|soft tissue|"
+    r"chest wall|abdominal|pelvic)"
 )
+# What breaks, beside bones.
+BROKEN = r"(?:wire|lead|catheter|hardware|screw|rod|plate)"
 # label: what names it, and, if there is, what only looks like it
 MENTIONS = {
     "Enlarged Cardiomediastinum": (
@@ -558,22 +579,23 @@ MENTIONS = {
         r"cardiomegaly|cardiac enlargement|enlarge(?:d|ment of the) (?:heart|cardiac)",
     ),
     "Lung Lesion": (
-        r"mass(?:es|-?like)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|carcinoma|"
-        r"neoplas|tumou?r|malignan|metasta|cancer",
-        r"mass effect|nipple(?: (?:\w+ ){1,4}nodul)?",
+        r"mass(?:es|-?like)?\b|nodul|lump\b|(?:cavitary|lung|pulmonary|parenchymal) lesion|"
+        r"carcinoma|neoplas|tumou?r|malignan|metasta|cancer",
+        r"mass effect",
         # "CT is more sensitive in detecting small nodules"
         r"(?:detect|identify)\w* (?:\w+ ){0,3}nodul",
         # "history of metastatic breast cancer"
         rf"(?:metasta\w+ )?{ORGANS} (?:\w+ )?(?:mass|nodul|carcinoma|neoplas|tumou?r|malignan|"
         r"metasta|cancer)",
-        # "cancer of the breast", "metastatic disease in the liver"
-        rf"(?:cancer|carcinoma|malignancy|tumou?r|mass|metasta\w+)(?: disease)? (?:of|in|to) (?:the )?(?:left |right )?{ORGANS}",
+        # "mass in the left breast", "metastatic disease in the liver"
+        r"(?:cancer|carcinoma|malignancy|tumou?r|mass|metasta\w+)(?: disease)? (?:of|in|to) "
+        rf"(?:the )?(?:left |right )?{ORGANS}",
         # "calcified lung nodule"
         r"calcified(?<!non-calcified) (?:(?!and\b|or\b)[\w-]+ )?(?:mm )?(?:nodul|mass|lesion)",
         # "the nodules are calcified"
         r"nodul\w* (?:is|are|appears?) (?:\w+ )?calcified",
-        # "nodular density compatible with a nipple shadow"
-        r"nodul\w* (?:(?!and\b|or\b)[\w-]+ ){0,8}nipple",
+        # "nodular density compatible with a nipple shadow", and the other way round
+        r"nodul\w* (?:(?!and\b|or\b)[\w-]+ ){0,8}nipple|nipple(?: (?:\w+ ){1,4}nodul)?",
     ),
     "Lung Opacity": (
         r"opaci|(?:decreased|reduced) translucency|ggos?\b|"
@@ -586,7 +608,7 @@ MENTIONS = {
     "Edema": (
         r"o?edema|(?:heart|cardiac) failure|chf\b|(?:vascular|venous|pulmonary) congestion|"
         r"congestive|kerley|cephalization|vascular (?:indistinctness|prominence)",
-        r"(?:soft tissue|peripheral|ankle|leg|pedal|cerebral|brain|bowel|bowel wall|laryngeal) o?edema",
+        r"(?:soft tissue|peripheral|ankle|leg|pedal|cerebral|brain|bowel|laryngeal) o?edema",
     ),
     "Consolidation": (r"consolidat",),
     "Pneumonia": (
@@ -598,7 +620,7 @@ MENTIONS = {
         # "collapse of T8", "collapsed vertebra"
         r"collapsed? (?:of (?:the |a )?)?(?:\w+ )?(?:vertebra|[tl]-?\d)",
         # "vertebral body collapse"
-        r"(?:vertebra\w*|[tl]-?\d+|wedge|spinal|femoral head) (?:body |bodies |compression )?collaps",
+        r"(?:vertebra\w*|[tl]-?\d+|wedge|spinal|femoral head) (?:body |bodies )?collaps",
     ),
     "Pneumothorax": (r"(?:hydro|hemo|haemo|hydrohemo)?pneumothora|ptx\b|pleural air\b",),
     "Pleural Effusion": (
@@ -615,10 +637,9 @@ MENTIONS = {
     "Fracture": (
         r"fractur|compression deformit|(?:rib|clavic\w+|wedge) deformit|(?:rib|clavic\w+) fx",
         # "fractured sternotomy wire", "fracture of the second sternal wire"
-        r"fractur\w* (?:of )?(?:the )?(?:(?!rib|beside|near|and\b|with\b)\w+ ){0,3}"
-        r"(?:wire|lead|catheter|hardware|screw|rod|plate)",
+        rf"fractur\w* (?:of )?(?:the )?(?:(?!rib|beside|near|and\b|with\b)\w+ ){{0,3}}{BROKEN}",
         # "the lower wire is fractured"
-        r"(?:wire|lead|catheter|hardware|screw|rod|plate)s? (?:(?:is|are|has|have) )?(?:\w+ )?fractur",
+        rf"{BROKEN}s? (?:(?:is|are|has|have) )?(?:\w+ )?fractur",
     ),
     "Support Devices": (
         r"pace(?:r\b|maker)|(?:\w+ )?(?:lines?|tubes?|tubing)\b|picc|valve|(?:porta)?catheter|"
@@ -626,7 +647,8 @@ MENTIONS = {
         r"port\b|wires?\b|shunt|leads?\b|stimulator|generator|tracheostomy|xxxx-a-xxxx|"
         r"tips?\b (?:[\w-]+ ){0,6}(?:svc|cavoatrial|carina|atri|ventric)|"
         r"swan|dobb?hoff|iabp|balloon pump|ett\b|[no]gt\b|cv[cl]s?\b|port-?a-?cath|"
-        r"pigtail|lvad|impella|ecmo|permcath|hickman|loop recorder|internal fixation|sheath|pleurx|cordis|quinton",
+        r"pigtail|lvad|impella|ecmo|permcath|hickman|loop recorder|internal fixation|"
+        r"sheath|pleurx|cordis|quinton",
         r"(?:air|fat|mid|base|(?:kerley )?b|midclavicular|fissur\w*|pleural|paratracheal|"
         r"fracture|lung|skin|skin ?fold|fold|septal|suture|joint|hair|in)[ -]lines?\b",
         # "growth plates", "platelike atelectasis"
@@ -636,6 +658,7 @@ MENTIONS = {
         r"catheteriz|valv\w+ (?:annul\w+ )?(?:calcif|stenosis|disease|regurg|insuff)",
     ),
 }
+# What heart and mediastinum are only a place for.
 PLACE = (
     r"(?:behind|over|overlying|obscur\w*|beside|around|near|next to|adjacent to|against|along|"
     r"displac\w*|shift\w*(?: of)?)"
@@ -662,24 +685,21 @@ OTHER = (
 )
 
 
-def one_of(**rules):
-    """The rules as one pattern, tried in this order at the start of a word, with a group each."""
-    groups = (f"(?P<{name}>{rule})" for name, rule in rules.items())
-    return re.compile(rf"\b(?:{'|'.join(groups)})")
-
-
-# What is large, where it is no heart.
 LARGE = r"(?:large|big|enlarged|prominent|increased|widened)"
+# Nouns that have a size besides heart and mediastinum, and words that end a group of words.
 OTHER_NOUN = (
-    r"(?:effusion|pneumothora|ptx|hernia|mass|opaci|densit|lucen|consolidat|nodul|marking|vessel|vascul|"
-    r"hila|lymph|node|aort|arter|vein|volume|fluid|collection|atelecta|bulla|stomach|bubble|"
-    r"hemidiaphragm|azygos|thyroid|goiter)"
+    r"(?:effusion|pneumothora|ptx|hernia|mass|opaci|densit|lucen|consolidat|nodul|marking|vessel|"
+    r"vascul|hila|lymph|node|aort|arter|vein|volume|fluid|collection|atelecta|bulla|stomach|"
+    r"bubble|hemidiaphragm|azygos|thyroid|goiter)"
 )
+GROUP_END = r"heart|cardi|mediast|silh|is\b|are\b|and\b|or\b|with\b|in\b|by\b"
 # A normal size is negative, an enlarged one positive. "Stable" hedges, as in the CheXpert labeler.
 SIZE = one_of(
-    # "a large left effusion obscures the heart", "the effusion has increased"
-    other=rf"{LARGE} (?:(?!heart|cardi|mediast|silh|is\b|are\b|and\b|or\b|with\b|in\b|by\b)[\w-]+ ){{0,3}}"
-    rf"{OTHER_NOUN}|{LARGE} mediastinal (?:fat|mass|lymph)|{OTHER_NOUN}\w* (?:is|are|has|have) (?:\w+ )?{LARGE}",
+    # "a large left effusion obscures the heart", "prominent mediastinal fat"
+    other=rf"{LARGE} (?:(?!{GROUP_END})[\w-]+ ){{0,3}}{OTHER_NOUN}|"
+    rf"{LARGE} mediastinal (?:fat|mass|lymph)|"
+    # "the effusion has increased"
+    rf"{OTHER_NOUN}\w* (?:is|are|has|have) (?:\w+ )?{LARGE}",
     normal=r"normal|unremarkable|within|clear|intact|maintained|upper limit|"
     r"not? (?:\w+ ){0,3}(?:enlarge|widen|promin)",
     # "borderline heart size"
@@ -689,13 +709,7 @@ SIZE = one_of(
     large=r"increase in (?:heart )?size|enlarge|prominen|increased|widen|large\b|big\b",
     same=r"stable|unchanged|similar",
 )
-SIZE_STATES = {
-    "other": BLANK,
-    "normal": NEGATIVE,
-    "borderline": UNCERTAIN,
-    "abnormal": POSITIVE,
-    "same": UNCERTAIN,
-}
+SIZE_STATES = {"normal": NEGATIVE, "borderline": UNCERTAIN, "abnormal": POSITIVE, "same": UNCERTAIN}
 CUE_STATES = {"negation": NEGATIVE, "hedge": UNCERTAIN}
 BE = r"(?:is|are|was|were|has|have|been)"
 # Cues before a mention.
@@ -703,7 +717,9 @@ CUES_BEFORE = one_of(
     # Neither negates: "no change in the effusion", "partial clearing of the edema"
     skip=r"(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease)|"
     r"not (?:\w+ )?(?:change|only|increas|decreas|resolv|clear)|"
-    r"(?:not|no longer) (?:be )?(?:well |clearly )?(?:evaluat|assess|apprec|seen|visuali|present|identif|evident|appar)|"
+    # "no longer seen", of what stands before
+    r"(?:not|no longer) (?:be )?(?:well |clearly )?"
+    r"(?:evaluat|assess|apprec|seen|visuali|present|identif|evident|appar)|"
     r"(?:partial|incomplete|near|some|slight)\w* (?:\w+ )?(?:resolution|clearing)",
     # "cannot exclude edema", "suspicious for pneumonia", "favor atelectasis"
     hedge=r"(?:can ?not|can't|could not|difficult to|not|never|to) (?:\w+ ){0,2}"
@@ -725,13 +741,16 @@ CUES_AFTER = one_of(
     hedge=r"(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|and/or|"
     r"not (?:well|clearly|appreciated)\b|"
     r"(?:is|are) (?:\w+ )?limited|consideration|in the differential|"
-    r"(?:is|are) (?:\w+ ){0,2}(?:questioned|difficult|favou?red(?! to))|possible|suspected|favou?red over|"
-    r"(?:likely|probable|questionable)\W*$",
-    # "is not seen", "has cleared", "removed", "edema: no"
+    r"(?:is|are) (?:\w+ ){0,2}(?:questioned|difficult|favou?red(?! to))|favou?red over|"
+    r"possible|suspected|(?:likely|probable|questionable)\W*$",
+    # "is not seen", "has cleared", "removed"
     negation=rf"{BE} (?:\w+ )?not\b(?! (?:yet|well|clear|apprec|exclu|ruled|resolv|chang|remov))|"
-    r"none\b|absent|resolved|removed|cleared|disappeared|gone\b|interval resolution|no longer|unlikely|negative|"
+    r"none\b|absent|resolved|removed|cleared|disappeared|gone\b|interval resolution|no longer|"
+    r"unlikely|negative|not (?:\w+ )?(?:seen|identified|present|visuali)|"
     rf"{BE} (?:(?!not|near|almost|part)\w+ )?excluded|"
-    r"not (?:\w+ )?(?:seen|identified|present|visuali)|: no (?:evidence|significant|definite|focal|acute|new|large|obvious|visible)|(?:no|nil)(?:\W*$| \()",
+    # "edema: no significant edema", "edema: no", "edema: no (supine)"
+    r": no (?:evidence|significant|definite|focal|acute|new|large|obvious|visible)|"
+    r"(?:no|nil)(?:\W*$| \()",
 )
 ASCII = str.maketrans("\u2019\u2010\u2011\u2012\u2013\u2014", "'-----")
 # Sections on what was asked, not on what was seen, up to the next section or paragraph.
@@ -753,6 +772,24 @@ SENTENCE_END = re.compile(
     # A paragraph, an item of a list, a headed line.
     r"\n\s*\n|\n(?=[-*\u2022]|\d+[.)]|[\w /()]{1,40}:)"
 )
+# What opens a new statement after a comma.
+OPENING = (
+    # "no edema, small effusion"
+    r"(?:there|the|stable|mild|small|minimal|moderate|severe|persistent|bilateral|unchanged|old|"
+    r"healed|possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with|only|yet|may|might|could|"
+    # "opacity without effusion, concerning for pneumonia"
+    r"concern\w*|suspicious for|suggest\w*|consistent|compatible|worrisome|rais\w*|represent\w*|"
+    r"reflect\w*|favou?r\w*|question\w*)\b|"
+    # "no edema, left effusion", while "no edema, left effusion, or mass" is a list
+    r"(?:(?:left|right)(?:-sided)?|bibasilar|new|interval|residual|patchy|hazy|linear|increas\w*|"
+    r"decreas\w*|worsen\w*) (?!.{0,60}\bor\b)|"
+    # "no edema, the left effusion persists"
+    r"(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){1,7}(?:persist|remain|unchanged|stable|again|improv|"
+    r"worse|resolv|removed|no longer|"
+    rf"{BE} (?:\w+ )?(?:present|increas|decreas|clear)|"
+    # "no edema, PICC tip in the SVC"
+    r"tips?\b|terminat|in place|in the (?:svc|stomach)|above the carina)"
+)
 # Where cues stop: at a contrast, or a conjunction or comma that opens a new statement.
 CLAUSE_END = re.compile(
     r"\b(?:but|however|although|though|which|that|otherwise|except|aside|apart|while|whereas|"
@@ -760,27 +797,11 @@ CLAUSE_END = re.compile(
     r"(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast))\b)|"
     # "no edema and basal atelectasis persists"
     r"and (?=(?:\w+ ){1,4}persist))|"
-    r", (?:(?=(?:and )?(?:(?:there|the|stable|mild|small|minimal|moderate|severe|persistent|"
-    r"bilateral|unchanged|old|healed|possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with|only|"
-    # "without effusion, concerning for pneumonia"
-    r"yet|may|might|could|concern\w*|suspicious for|suggest\w*|consistent|compatible|worrisome|rais\w*|represent\w*|"
-    r"reflect\w*|favou?r\w*|question\w*)\b|"
-    # "no edema, left effusion", while "no edema, left effusion, or mass" is a list
-    r"(?:(?:left|right)(?:-sided)?|bibasilar|new|interval|residual|patchy|hazy|linear|increas\w*|decreas\w*|worsen\w*) (?!.{0,60}\bor\b)|"
-    # "no edema, the left effusion persists", "no edema, PICC tip in the SVC"
-    r"(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){1,7}(?:persist|remain|unchanged|stable|again|improv|worse|"
-    r"resolv|removed|no longer|tips?\b|terminat|in place|in the (?:svc|stomach)|above the carina|"
-    rf"{BE} (?:\w+ )?(?:again|present|stable|unchanged|improv|worse|increas|decreas|resolv|clear|removed))))|"
+    rf", (?:(?=(?:and )?(?:{OPENING}))|"
     # "no edema is seen, PICC in the SVC"
-    r"(?:(?<=seen, )|(?<=noted, )|(?<=identified, )|(?<=visualized, )|(?<=present, ))(?!or\b|nor\b|and\b))"
+    r"(?:(?<=seen, )|(?<=noted, )|(?<=identified, )|(?<=visualized, )|(?<=present, ))"
+    r"(?!or\b|nor\b|and\b))"
 )
-
-
-def compile_phrases(label, judge, phrase, *decoys):
-    """(label index, pattern, judge). What only looks like a phrase is tried first."""
-    alternatives = "|".join([*decoys, f"(?P<phrase>{phrase})"])
-    return LABELS.index(label), re.compile(rf"\b(?:{alternatives})"), judge
-
 
 # Of phrases, judge: match -> (state, cue).
 PATTERNS = [compile_phrases(label, assertion_of, *MENTIONS[label]) for label in MENTIONS]
