@@ -451,12 +451,14 @@ def find_mentions(text: str) -> list[tuple]:
     # Single spaces. Most are, and need no change.
     text = re.sub(r"(?! \S)[^\S\n]+", " ", text)
     # "**Edema:** no" and "| Edema | no |" become "edema: no".
-    text = text.replace("**", "").replace(" - ", ", ")
+    text = re.sub(rf" - (?={VALUE}\b)", ": ", text.replace("**", "")).replace(" - ", ", ")
     text = re.sub(r"\n ?\|([^|\n]*\w) ?\|", r"\n\1:", text).replace("|", ".")
     # A word that a line break divides at its hyphen.
     text = re.sub(r"(?<=\w-) ?\n ?(?=\w)", "", text)
     text = re.sub(ASKED, "\n\n", text)
-    text = re.sub(VALUE, r"\1. ", text)
+    text = re.sub(VALUE_END, r"\1. ", text)
+    if ": n" in text:
+        text = re.sub(REPEATED_HEAD, "", text)
     # A word removed by de-identification.
     text = re.sub(r"\bx{3,}\b|_{2,}", "xxxx", text)
 
@@ -673,6 +675,8 @@ ANATOMY = {
     "Cardiomegaly": (
         r"heart\b|cardiac (?:silhouette|size|contour|shadow|and)|"
         r"cardio(?: ?-?mediastin|pulmonary silh)",
+        # "enlarged cardiomediastinum", a label by itself
+        r"cardiomediastinum\b",
         # "the right lung is clear behind the heart"
         rf"{PLACE} (?:the )?(?:left |right )?heart",
     ),
@@ -760,11 +764,12 @@ ASKED = (
     r".*?(?=\b(?:exam\w*|comparison|technique|findings?|impressions?|conclusions?|report)\s?:|"
     r"\n ?\n|\Z)"
 )
-# A value in a list, where another heading follows: "edema: no effusion: yes"
-VALUE = (
-    r"(: ?(?:yes|no|nil|none|absent|present|negative|positive|normal))[,\s]+"
-    r"(?=(?:\d[.)]\s)?(?:[\w/]+\s){0,3}[\w/]+:)"
-)
+# Values in lists and tables.
+VALUE = r"(?:yes|no|nil|none|absent|present|negative|positive|normal)"
+# Before a further heading, "edema: no effusion: yes".
+VALUE_END = rf"(: ?{VALUE})[,\s]+(?=(?:\d[.)]\s)?(?:[\w/]+\s){{0,3}}[\w/]+:)"
+# "edema: no pulmonary edema" is "no pulmonary edema".
+REPEATED_HEAD = r"\b(\w[\w ]{2,30}): (?=(?:no|nil) (?:\w+ ){0,3}\1)"
 NO_CLAIM = r"\b(?:evaluation|assessment) (?:for|of) (?:\w+ ){1,4}(?:is |was )?(?:\w+ )?limited"
 SENTENCE_END = re.compile(
     # "Edema? No." is one sentence.
@@ -784,8 +789,8 @@ OPENING = (
     r"(?:(?:left|right)(?:-sided)?|bibasilar|new|interval|residual|patchy|hazy|linear|increas\w*|"
     r"decreas\w*|worsen\w*) (?!.{0,60}\bor\b)|"
     # "no edema, the left effusion persists"
-    r"(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){1,7}(?:persist|remain|unchanged|stable|again|improv|"
-    r"worse|resolv|removed|no longer|"
+    rf"(?!now|since|{BE} )(?:(?!or\b|and\b|nor\b|no\b)[\w-]+ ){{1,7}}(?:persist|remain|unchanged|"
+    r"stable|again|improv|worse|resolv|removed|no longer|"
     rf"{BE} (?:\w+ )?(?:present|increas|decreas|clear)|"
     # "no edema, PICC tip in the SVC"
     r"tips?\b|terminat|in place|in the (?:svc|stomach)|above the carina)"

@@ -4,6 +4,7 @@ Each kind has near misses, which look alike and must not flip. The wanted states
 P positive, N negative, U uncertain, B blank; several letters where each of them will do.
 """
 
+import random
 import time
 
 import pytest
@@ -152,6 +153,22 @@ LISTS_TABLES_AND_HEADED_LINES = {
     "Pneumothorax: No\n\nPleural effusion: Yes": "ptx N, effusion P",
     "Lung lesion: No. Lung opacity: No. Fracture: No.": "lesion N, opacity N, fracture N",
     "Findings:\n| Pneumothorax | No |\n| Edema | Yes |": "ptx N, edema P",
+    "FINDINGS:\nLungs: No consolidation. Pleura: Small left effusion. Heart: Normal in size.": (
+        "consolidation N, effusion P, heart N"
+    ),
+    "Support devices: Endotracheal tube.\nPneumothorax: None.": "devices P, ptx N",
+    "Pneumothorax: no\nImpression: No acute disease.": "ptx N",
+    "The patient has no effusion: the costophrenic angles are sharp.": "effusion N",
+    "Edema - mild": "edema P",
+    "Effusions: Bilateral, small. Edema: None.": "effusion P, edema N",
+    "Cardiomegaly: mild. Edema: no. Effusion: no.": "heart P, edema N, effusion N",
+    "Pleural thickening: No": "pleura N",
+    "Rib fractures: No": "fracture N",
+    "Lung nodule: No": "lesion N",
+    "Nodule: Yes, right upper lobe": "lesion P",
+    "| Consolidation | Right lower lobe |": "consolidation P",
+    "* No pneumothorax\n* No effusion\n* Mild edema": "ptx N, effusion N, edema P",
+    "Nil edema, small effusion.": "edema N, effusion P",
     # Near misses.
     "Pneumothorax: Yes.": "ptx P",
     "**Cardiomegaly:** Yes": "heart P",
@@ -246,6 +263,20 @@ SIZES_AND_THEIR_NOUNS = {
     "The mediastinum is not widened.": "mediastinum N",
     "Globular enlarged heart.": "heart P",
     "Grossly enlarged heart with effusions.": "heart P",
+    "Very large right pleural effusion, obscuring the heart.": "effusion P, heart BU",
+    "Large mass in the right lung abutting the mediastinum.": "lesion P, mediastinum B",
+    "Massive left effusion with the heart displaced to the right.": "effusion P, heart B",
+    "The heart is hidden by a large opacity.": "heart BU, opacity P",
+    "Enlarged pulmonary arteries, normal heart.": "heart N",
+    "Heart normal. Large left hilar mass.": "heart N, lesion P",
+    "Heart size upper normal; large hernia.": "heart N",
+    "Large cardiac silhouette.": "heart P",
+    "Large heart.": "heart P",
+    "Cardiac silhouette enlarged, no effusion.": "heart P, effusion N",
+    "The cardiomediastinal silhouette is obscured by the large right effusion.": (
+        "heart BU, mediastinum BU, effusion P"
+    ),
+    "Lungs are well expanded with a large left nodule near the heart.": "lesion P, heart B",
     # Near misses.
     "The heart is large.": "heart P",
     "Large heart with a small effusion.": "heart P, effusion P",
@@ -400,6 +431,32 @@ WHERE_NEGATION_ENDS = {
     ),
     "Pneumothorax or effusion is not seen.": "ptx N, effusion N",
     "No pneumothorax, and the effusion is unchanged.": "ptx N, effusion P",
+    "No pneumothorax, left chest tube remains in place.": "ptx N, devices P",
+    "No pneumothorax, stable appearance of right effusion.": "ptx N, effusion P",
+    "No acute fracture, mild atelectasis is seen at the bases.": "fracture N, atelectasis P",
+    "No effusion, nodule in the right upper lobe is unchanged.": "effusion N, lesion P",
+    "No pneumothorax, subcutaneous emphysema persists.": "ptx N",
+    "No pneumothorax, retrocardiac consolidation has improved.": "ptx N, consolidation P",
+    "Opacity at the right base without effusion, which could be pneumonia.": (
+        "opacity P, effusion N, pneumonia U"
+    ),
+    "Bilateral opacities without pneumothorax, representing edema.": "opacity P, ptx N, edema PU",
+    "No pneumothorax seen, ETT tip 3 cm above the carina.": "ptx N, devices P",
+    "No pleural effusion seen, right-sided port in place.": "effusion N, devices P",
+    "No pneumothorax, effusion, fracture, or foreign body is identified.": (
+        "ptx N, effusion N, fracture N"
+    ),
+    "No pneumothorax, pleural effusion, pulmonary edema, consolidation, or mass.": (
+        "ptx N, effusion N, edema N, consolidation N, lesion N"
+    ),
+    "No evidence for pneumothorax, pneumonia, or congestive heart failure.": (
+        "ptx N, pneumonia N, edema N"
+    ),
+    "No large effusion, large pneumothorax, or large mass.": "effusion N, ptx N, lesion N",
+    "No consolidation, collapse, or effusion.": "consolidation N, atelectasis N, effusion N",
+    "No pneumothorax, large or small.": "ptx N",
+    "Free of consolidation, effusion, and pneumothorax.": "consolidation N, effusion N, ptx N",
+    "No pneumothorax or effusion; nodule persists.": "ptx N, effusion N, lesion P",
     # Near misses.
     "No pneumothorax, effusion, or edema.": "ptx N, effusion N, edema N, normal P",
     "No pneumothorax, pleural effusion or focal consolidation is seen.": (
@@ -465,6 +522,12 @@ DEVICES = {
     "Dobbhoff terminates in the stomach.": "devices P",
     "ETT and NGT in place.": "devices P",
     "PICC tip at the cavoatrial junction.": "devices P",
+    "Bi-V ICD in place.": "devices P",
+    "Left PPM.": "devices PB",
+    "Two PICCs.": "devices P",
+    "ET tube, NG tube, and Swan-Ganz catheter are unchanged.": "devices P",
+    "Pacer leads terminate in the right atrium.": "devices P",
+    "Epiphyseal growth plates are open.": "devices B",
     # Near misses.
     "Portable AP view, clear lungs.": "devices B, normal P",
     "This leads to crowding of the vessels.": "devices B",
@@ -536,6 +599,17 @@ FINDINGS_BY_SHORT_NAMES = {
     "Unfused growth plates.": "devices B",
     "Left lung collapse.": "atelectasis P",
     "Known breast cancer with a new lung nodule.": "lesion P",
+    "Bilateral ptx.": "ptx P",
+    "Hydropneumothorax on the right.": "ptx P",
+    "History of lung cancer.": "lesion PU",
+    "History of colon carcinoma.": "lesion B",
+    "Prior mastectomy for cancer of the breast.": "lesion B",
+    "L1 vertebral body collapse.": "atelectasis B",
+    "Collapse of the right middle lobe.": "atelectasis P",
+    "The third sternotomy wire is fractured.": "fracture B, devices P",
+    "Fractured clavicle.": "fracture P",
+    "Sternal fracture.": "fracture P",
+    "Poor inspiration may lead to crowding.": "devices B",
     # Near misses.
     "History of breast carcinoma.": "lesion B",
     "Prostate cancer.": "lesion B",
@@ -605,6 +679,16 @@ WHAT_IS_GONE = {
     "Chest tube removed without pneumothorax.": "devices NB, ptx N",
     "PICC removed.": "devices NB",
     "Feeding tube no longer present.": "devices NB",
+    "Intra-aortic balloon pump removed.": "devices NB",
+    "Right pneumothorax, now resolved.": "ptx N",
+    "Resolution of edema.": "edema N",
+    "Lines removed.": "devices NB",
+    "Drains have been removed.": "devices NB",
+    "Effusion not visualized.": "effusion N",
+    "Previously described opacity is not visualized.": "opacity N",
+    "Atelectasis has cleared.": "atelectasis N",
+    "Edema almost completely resolved.": "edema PU",
+    "Pneumothorax not resolved.": "ptx P",
     # Near misses.
     "The effusion has not resolved.": "effusion P",
     "The pneumothorax has nearly resolved.": "ptx PU",
@@ -643,6 +727,12 @@ CALCIFIED_AND_NIPPLES = {
     "Nipple shadows project over the bases.": "lesion BN",
     "Lung nodule.": "lesion P",
     "New nodule in the left upper lobe.": "lesion P",
+    "Calcified lesion in the right lung.": "lesion BN",
+    "Partially calcified mass in the left lung.": "lesion PBN",
+    "Noncalcified lung nodule.": "lesion P",
+    "Non-calcified nodule.": "lesion P",
+    "Granulomas and a nodule.": "lesion P",
+    "Nipple markers are in place.": "lesion B",
     # Near misses.
     "Noncalcified nodule in the left lung.": "lesion P",
     "Nodule without calcification.": "lesion P",
@@ -689,6 +779,13 @@ HEDGES = {
     "Opacities favor infection over edema.": "opacity P, pneumonia U",
     "Fracture is not appreciated.": "fracture U",
     "No effusion appreciated.": "effusion N",
+    "Findings favour heart failure.": "edema U",
+    "We favor atelectasis.": "atelectasis U",
+    "Favored atelectasis at the base.": "atelectasis U",
+    "No nodule is appreciated.": "lesion N",
+    "A nodule is not appreciated.": "lesion U",
+    "The heart is borderline.": "heart U",
+    "Borderline cardiac size.": "heart U",
     # Near misses.
     "No pneumothorax is appreciated.": "ptx N",
     "No appreciable effusion.": "effusion N",
@@ -742,6 +839,37 @@ def test_sentences_have_the_wanted_states(kind):
         for version in rewritten(text):
             wrong += wrong_claims(version, wanted)
     assert not wrong
+
+
+# A line of a list and what separates its lines.
+LAYOUTS = {
+    "lines": ("{}: {}", "\n"),
+    "items": ("- {}: {}", "\n"),
+    "bold items": ("* **{}**: {}", "\n"),
+    "bold headings": ("**{}:** {}", "\n\n"),
+    "numbers": ("1. {}: {}.", "\n"),
+    "dashes": ("{} - {}", "\n"),
+    "table": ("| {} | {} |", "\n"),
+    "sentences": ("{}: {}.", " "),
+    "commas": ("{}: {}", ", "),
+    "semicolons": ("{}: {}", "; "),
+    "nothing": ("{}: {}", " "),
+}
+VALUES = {"Yes": "P", "Present": "P", "No": "N", "no": "N", "None": "N", "Absent": "N"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lists_of_labels_have_their_values(layout):
+    """Pleural Other is the name of no finding."""
+    line, separator = LAYOUTS[layout]
+    rng = random.Random(3)
+    for _ in range(40):
+        labels = rng.sample([*LABELS[1:11], *LABELS[12:]], 6)
+        values = {label: rng.choice(list(VALUES)) for label in labels}
+        text = separator.join(line.format(*pair) for pair in values.items())
+        found = states_of(text)
+        for label, value in values.items():
+            assert found[label] == VALUES[value], (label, text)
 
 
 def test_line_breaks_between_words_do_not_change_labels():
