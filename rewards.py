@@ -450,15 +450,11 @@ def find_mentions(text: str) -> list[tuple]:
     text = "\n" + text.lower().translate(ASCII)
     # Single spaces. Most are, and need no change.
     text = re.sub(r"(?! \S)[^\S\n]+", " ", text)
-    # "**Edema:** no" and "| Edema | no |" become "edema: no".
-    text = re.sub(rf" - (?={VALUE}\b)", ": ", text.replace("**", "")).replace(" - ", ", ")
-    text = re.sub(r"\n ?\|([^|\n]*\w) ?\|", r"\n\1:", text).replace("|", ".")
     # A word that a line break divides at its hyphen.
     text = re.sub(r"(?<=\w-) ?\n ?(?=\w)", "", text)
     text = re.sub(ASKED, "\n\n", text)
-    text = re.sub(VALUE_END, r"\1. ", text)
-    if ": n" in text:
-        text = re.sub(REPEATED_HEAD, "", text)
+    if re.search(r"[:*|]| - ", text):
+        text = plain_lists(text)
     # A word removed by de-identification.
     text = re.sub(r"\bx{3,}\b|_{2,}", "xxxx", text)
 
@@ -473,6 +469,15 @@ def find_mentions(text: str) -> list[tuple]:
                 piece = clause[start : start + LONGEST]
                 mentions += [(*mention, piece) for mention in clause_mentions(piece)]
     return mentions
+
+
+def plain_lists(text):
+    """Lists and tables as sentences: "**Edema:** no" and "| Edema | no |" become "edema: no"."""
+    text = re.sub(rf" - (?={VALUE}\b)", ": ", text.replace("**", ""))
+    text = text.replace(" - ", ", ")
+    text = re.sub(r"\n ?\|([^|\n]*\w) ?\|", r"\n\1:", text).replace("|", ".")
+    text = re.sub(VALUE_END, r"\1. ", text)
+    return re.sub(REPEATED_HEAD, "", text) if ": n" in text else text
 
 
 @lru_cache(CACHED)
