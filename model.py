@@ -13,7 +13,7 @@
   Optimizer              AdamW, or Muon beside it
   save_checkpoint, resume
 
-Sampling and scoring stand here in their plain form, PlainDecoder and Policy.plain_hidden. With
+Sampling and scoring stand here in their plain form, Policy.plain_decode and plain_hidden. With
 model.shared_prefix, fast/ replaces these two by equal ones that run every prompt once.
 
 Shapes: B prompts, G completions of each, R = B * G rows, P prompt tokens, T completion tokens,
@@ -133,6 +133,16 @@ class Rollout:
         return [len(ids) for ids in self.tokens]
 
 
+@dataclass
+class Prefill:
+    """B prompts after their forward pass, ready for decoding."""
+
+    cache: Any  # keys and values (B, h, P, d) of each layer
+    mask: Tensor  # (B, P)
+    start: Tensor  # (B,) the position that follows each prompt
+    hidden: Tensor  # (B, H) of the last tokens, which predict the first tokens
+
+
 def pad_rows(rows: list[Tensor]) -> Tensor:
     """R tensors (T_r,) -> (R, T), with zeros at the end."""
     return pad_sequence(rows, batch_first=True)
@@ -207,6 +217,7 @@ class Policy:
         self.sharded, self.vision_frozen = False, False
         self.adapted: dict[str, LoRALinear] = {}  # by the name of the layer
         self.dummy_prompt: Prompt | None = None  # for dummy_step
+        self.decoder: Any = None  # of fast/, which keeps its buffers
 
         self.shared = config.model.shared_prefix and self.can_share()
         if config.model.gradient_checkpointing:
@@ -278,9 +289,14 @@ class Policy:
         """Those that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the operands of matrix products."""
+        return getattr(torch, self.config.model.precision)
+
     def autocast(self) -> Any:
-        if self.config.model.precision == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
+        if self.dtype != torch.float32:
+            return torch.autocast(self.device.type, self.dtype)
         return nullcontext()
 
     @contextmanager
@@ -501,9 +517,7 @@ class Policy:
 
         prompts = [prompt for _, prompt in pairs]
         with self.autocast(), self.cast_once():
-            tokens, logprobs, finished = self.decode_groups(
-                prompts, group_size, uniform, temperature
-            )
+            tokens, logprobs, finished = self.decode_groups(prompts, uniform, temperature)
         rollouts = []
         for i, (example, prompt) in enumerate(pairs):
             group = slice(i * group_size, (i + 1) * group_size)
@@ -516,38 +530,24 @@ class Policy:
 
     @in_fsdp_forward
     def decode_groups(
-        self, prompts: list[Prompt], group_size: int, uniform: Tensor, temperature: float
+        self, prompts: list[Prompt], uniform: Tensor, temperature: float
     ) -> tuple[list[Tensor], list[Tensor], list[bool]]:
-        """The decoding loop: one prefill per prompt, then all R rows together.
+        """One prefill per prompt, then the R rows together, a token at a time.
 
         uniform (R, T) are the random numbers. Returns for each row its tokens and their
-        log-probabilities (T_r,), and whether it ended by itself. Rows that have ended are dropped.
+        log-probabilities (T_r,), and whether it ended by itself.
         """
-        hidden, decoder = self.prefill(prompts, group_size)  # (R, H)
-        count, length = uniform.shape
-        rows = torch.arange(count, device=self.device)  # which completion a live row is
-        tokens = torch.zeros(uniform.shape, dtype=torch.long, device=self.device)
-        logprobs = torch.zeros(uniform.shape, device=self.device)
-        lengths = torch.full_like(rows, length)
-        finished = torch.zeros_like(rows, dtype=torch.bool)
-        for t in range(length):
-            with torch.autocast(self.device.type, enabled=False):
-                logits = head_logits(hidden.float(), *self.head, temperature or 1, self.banned)
-            token, logp = sample_tokens(logits, uniform[rows, t] if temperature else None)
-            tokens[rows, t] = token
-            logprobs[rows, t] = logp
-            ended = rows[torch.isin(token, self.stop_ids) & ~finished[rows]]
-            lengths[ended] = t + 1
-            finished[ended] = True
+        decode = self.plain_decode
+        if self.shared:
+            from fast.shared_decode import shared_decode  # noqa: PLC0415
 
-            live = ~finished[rows]
-            if t + 1 == length or not live.any():
-                break
-            if live.sum() <= 0.8 * len(rows):
-                decoder.keep_rows(live)
-                rows, token = rows[live], token[live]
-            hidden = decoder.step(token)
+            decode = functools.partial(shared_decode, self)
+        tokens, logprobs = decode(self.prefill(prompts), uniform, temperature)  # (R, T)
 
+        # A row ends with its first stop token.
+        stops = torch.isin(tokens, self.stop_ids)
+        finished = stops.any(1)
+        lengths = torch.where(finished, stops.int().argmax(1) + 1, tokens.shape[1])
         if not logprobs.isfinite().all():
             raise InputError(
                 "the model's logits are not finite: its weights have overflowed. Go back to an "
@@ -558,18 +558,60 @@ class Policy:
         logprobs = [row[:size] for row, size in zip(logprobs, sizes)]
         return tokens, logprobs, finished.tolist()
 
-    def prefill(self, prompts: list[Prompt], group_size: int) -> tuple[Tensor, Any]:
-        """Run B prompts once: last hidden states of their R rows, (R, H), and the decoder."""
+    def prefill(self, prompts: list[Prompt]) -> Prefill:
+        """Run B prompts once."""
         tokens, images = self.batch(prompts)
         positions, start = self.positions(tokens, images)
         out = self.base(**tokens, **images, position_ids=positions, use_cache=True)
-        decoder_class = PlainDecoder
-        if self.shared:
-            from fast.shared_decode import SharedDecoder as decoder_class  # noqa: N813, PLC0415
+        hidden = out.last_hidden_state[:, -1]
+        return Prefill(out.past_key_values, tokens["attention_mask"], start, hidden)
 
-        mask = tokens["attention_mask"]
-        decoder = decoder_class(self.base, out.past_key_values, mask, start, group_size)
-        return out.last_hidden_state[:, -1].repeat_interleave(group_size, 0), decoder
+    def plain_decode(
+        self, prefill: Prefill, uniform: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Sample R rows by the model's own forward, each with its own copy of its prompt.
+
+        uniform (R, T). Returns tokens and log-probabilities (R, T). What follows a row's first stop
+        token means nothing.
+        """
+        group_size = len(uniform) // len(prefill.mask)
+        prefill.cache.batch_repeat_interleave(group_size)
+        mask = prefill.mask.repeat_interleave(group_size, 0)
+        start = prefill.start.repeat_interleave(group_size)
+        hidden = prefill.hidden.repeat_interleave(group_size, 0)  # (R, H)
+        weight = self.head[0].to(self.dtype)
+        tokens = torch.zeros_like(uniform, dtype=torch.long)
+        logprobs = torch.zeros_like(uniform, dtype=torch.float)
+        ended = torch.zeros_like(start, dtype=torch.bool)
+        for t in range(uniform.shape[1]):
+            token, logp = self.next_token(hidden, weight, uniform[:, t], temperature)
+            tokens[:, t] = token
+            logprobs[:, t] = logp
+            ended |= torch.isin(token, self.stop_ids)
+            if ended.all():
+                break
+            mask = F.pad(mask, (0, 1), value=1)
+            out = self.base(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=self.later_positions(start, torch.full_like(start[:1], t)),
+                past_key_values=prefill.cache,
+                use_cache=True,
+            )
+            hidden = out.last_hidden_state[:, 0]
+        return tokens, logprobs
+
+    def next_token(
+        self, hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Sample from hidden states (R, H) by uniform (R,): tokens and log-probabilities (R,).
+
+        weight (V, H): of the head, in the type that products take. Temperature 0 is greedy.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            operands = hidden.to(weight.dtype), weight, self.head[1]
+            logits = head_logits(*operands, temperature or 1, self.banned)
+        return sample_tokens(logits, uniform if temperature else None)
 
     def decode(self, ids: Tensor) -> str:
         """The text without the end-of-turn token. Other special tokens stay visible to rewards."""
@@ -801,38 +843,6 @@ class Policy:
         (folder / "adapter_config.json").write_text(json.dumps(peft))
 
 
-class PlainDecoder:
-    """Decoding by the model's own forward and cache, with a copy of the prompt for every row."""
-
-    def __init__(self, base: nn.Module, cache: Any, mask: Tensor, start: Tensor, group_size: int):
-        """The cache of B prompts, their mask (B, P), and the position that follows each, (B,)."""
-        cache.batch_repeat_interleave(group_size)
-        self.base, self.cache, self.length = base, cache, 0
-        self.mask = mask.repeat_interleave(group_size, 0)
-        self.start = start.repeat_interleave(group_size)
-
-    def keep_rows(self, live: Tensor):
-        """Drop all rows but `live` (R,)."""
-        self.cache.batch_select_indices(live.nonzero().squeeze(-1))
-        self.mask, self.start = self.mask[live], self.start[live]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """The last hidden states (R, H) after tokens (R,)."""
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        positions = (self.start + self.length)[:, None]
-        if hasattr(self.base, "get_rope_index"):
-            positions = positions.expand(3, -1, -1)
-        self.length += 1
-        out = self.base(
-            input_ids=tokens[:, None],
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            position_ids=positions,
-        )
-        return out.last_hidden_state[:, 0]
-
-
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / r) B A x with a frozen W (Hu et al. 2021, equation 3); alpha = 2 r."""
 
@@ -857,6 +867,13 @@ TILE_SIZE = 1 << 22  # logits in a tile: 16 MiB in float32
 BANNED_LOGIT = -1e30  # its probability is 0, and so is 0 * BANNED_LOGIT
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with sums in float32, of operands of any one type."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 def head_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -865,15 +882,17 @@ def head_logits(
     banned: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """(n, v) logits / temperature, in `out` if it is given.
+    """(n, v) logits / temperature in float32, on the CPU in `out` if it is given.
 
-    hidden (n, H), weight (v, H), bias (v,), all float32; banned (k,) ids.
+    hidden (n, H), weight (v, H) of one type, bias (v,), banned (k,) ids.
     """
-    logits = hidden.new_empty(len(hidden), len(weight)) if out is None else out
-    # MKL copies the weights of a wide product first.
-    width = 4096 if hidden.is_cpu else len(weight)
-    for z, w in zip(logits.split(width, 1), weight.split(width)):
-        torch.mm(hidden, w.T, out=z)
+    if hidden.is_cuda:
+        logits = product(hidden, weight.T)
+    else:
+        logits = torch.empty(len(hidden), len(weight)) if out is None else out
+        # MKL copies the weights of a wide product first.
+        for z, w in zip(logits.split(4096, 1), weight.split(4096)):
+            torch.mm(hidden.float(), w.float().T, out=z)
     if bias is not None:
         logits += bias
     if temperature != 1:

@@ -1,134 +1,317 @@
-"""Sampling with every prompt's keys and values once: equal to PlainDecoder in model.py.
+"""Sampling with tensors of fixed size: equal to Policy.plain_decode in model.py.
 
-Compared in tests/test_model.py. The rows of a prompt meet its keys in one product, so rows are laid
-out in a grid of slots, as many for each prompt as the one with the most rows needs. Two prompts
-with 3 and 1 rows left, R = 4:
+Compared in tests/test_decode.py. A prompt's keys and values are held once for its group of G rows,
+and every row has room for T tokens of its own. Two prompts, G = 3, T = 4, after two tokens:
 
-  rows   owner     slots                       group_by_prompt: (R, h, n, d) -> (B, h, 3 n, d)
-  c1     0         | c1 | c2 | c3 |            ungroup:         the way back
-  c2     0         | d1 | -  | -  |
-  c3     0
-  d1     1         empty slots hold zeros
+  past (B, h, P, d)     own (R, h, T, d)      place in the grid of prompts and groups
+  a  [ p p p p ]        a1 [ t t . . ]        a1 0      The queries of a group meet the keys of
+  b  [ . p p p ]        a2 [ t t . . ]        a2 1      their prompt in one product,
+                        a3 [ t t . . ]        a3 2      (B, h, G g, d) @ (B, h, d, P).
+  . is masked           b1 [ t t . . ]        b1 3
+                        b2 [ t t . . ]        b2 4      When a2, b1 and b3 have ended, a1, a3 and
+                        b3 [ t t . . ]        b3 5      b2 move to the front: place = 0, 2, 4.
+
+On a GPU, launching the thousand small operations of a step takes longer than computing them. No
+shape changes from token to token, so a step is captured as a CUDA graph once and then replayed.
+Graphs and buffers serve all later batches that fit into them.
+
+Numbers are rounded where autocast rounds them in scoring: products have operands in half precision;
+norms, rotations and the residual stream stay in float32.
+
+Shapes: B prompts of P tokens, R = B * G rows of which n go on, H hidden width, h heads of keys and
+values, g query heads for each of them, d their width.
 """
 
+import copy
+
 import torch
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-KV_GROWTH = 64  # tokens by which the keys and values of the completions grow at a time
+MIN_ROOM = 32  # a step reads at least so many of a row's own tokens
+CHECK_EVERY = 16  # tokens between two looks at the rows that have ended, with graphs
 
 
-def rms_norm(layer, x):
-    """A normalisation layer of a Qwen-VL model, in one call."""
-    return F.rms_norm(x.float(), x.shape[-1:], layer.weight.float(), layer.variance_epsilon)
+def shared_decode(policy, prefill, uniform, temperature):
+    """Tokens and log-probabilities (R, T), as Policy.plain_decode gives them."""
+    decoder = policy.decoder
+    if decoder is None or not decoder.fits(policy, prefill, uniform, temperature):
+        # Free the old buffers first.
+        policy.decoder = None
+        decoder = SharedDecoder(policy, prefill, uniform, temperature)
+        policy.decoder = decoder
 
-
-def autocast_once(tensor):
-    """As autocast casts an operand: what many products read is better cast once."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return tensor.to(torch.get_autocast_dtype(device))
-    return tensor
+    rows, length = uniform.shape
+    # A look at the rows waits for the GPU, so there it is rare.
+    every = CHECK_EVERY if decoder.uses_graphs else 1
+    with torch.autocast(uniform.device.type, enabled=False):
+        decoder.begin(prefill, uniform)
+        for t in range(1, length):
+            if t % every == 0 and not decoder.drop_ended_rows():
+                break
+            decoder.advance(t)
+    tokens = decoder.tokens[:rows, :length]
+    logprobs = decoder.logprobs[:rows, :length]
+    return tokens.clone(), logprobs.clone()
 
 
 class SharedDecoder:
-    """One new token for each of R completions through the text layers of a Qwen-VL model.
+    """The buffers of R rows of up to T tokens, and the step that adds a token to each row."""
 
-    That is all that its forward does once the images are in.
-    """
+    def __init__(self, policy, prefill, uniform, temperature):
+        self.policy = policy
+        self.text = policy.base.language_model
+        self.stop_ids = policy.stop_ids
+        self.temperature = temperature
+        self.dtype = policy.dtype
+        # Sharded weights lie elsewhere each time, so a graph would not find them.
+        self.uses_graphs = policy.device.type == "cuda" and not policy.sharded
+        self.graphs = {}  # by the number of rows and of visible tokens
 
-    def __init__(self, base, cache, mask, start, group_size):
-        """The prompts' cache, (B, h, P, d) a layer, mask (B, P) and next positions start (B,)."""
-        self.text, self.length = base.language_model, 0
-        self.start = start.repeat_interleave(group_size)  # (R,)
-        self.prompts = [
-            (autocast_once(layer.keys), autocast_once(layer.values)) for layer in cache.layers
-        ]
-        self.own = [
-            tuple(t[:, :, :0].repeat_interleave(group_size, 0) for t in layer)
-            for layer in self.prompts
-        ]  # (R, h, 0, d)
-        bias = torch.zeros(mask.shape, device=mask.device)
-        self.bias = bias.masked_fill(mask == 0, -torch.inf)[:, None, None]  # (B, 1, 1, P)
-        prompts = torch.arange(len(mask), device=mask.device)
-        self.assign_slots(prompts.repeat_interleave(group_size))
+        # Sharded weights have this type already while they are gathered.
+        self.layers = self.text.layers
+        self.copied = self.dtype != torch.float32 and not policy.sharded
+        if self.copied:
+            copies = [half_copy(layer, self.dtype) for layer in self.layers]
+            self.layers = nn.ModuleList(copies)
+            self.head = policy.head[0].to(self.dtype, copy=True)
 
-    def assign_slots(self, owner):
-        """owner (R,), ascending: the prompt of each row."""
-        # Which of its prompt's rows a row is.
-        place = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
-        self.owner = owner
-        self.slots = int(place.max()) + 1
-        full = len(owner) == len(self.bias) * self.slots
-        self.slot_of_row = None if full else owner * self.slots + place
+        # Keys and values of each layer.
+        self.prompts, length = prefill.mask.shape
+        rows, self.room = uniform.shape
+        self.group_size = rows // self.prompts
+        keys = prefill.cache.layers[0].keys
+        _, heads, _, width = keys.shape
+        past = 2, self.prompts, heads, length, width
+        own = 2, rows, heads, self.room, width
+        self.past = [keys.new_zeros(past, dtype=self.dtype) for _ in self.layers]
+        self.all_own = [keys.new_zeros(own, dtype=self.dtype) for _ in self.layers]
+        self.past_mask = uniform.new_zeros(self.prompts, 1, 1, length, dtype=torch.float)
 
-    def keep_rows(self, live):
-        """Drop all rows but `live` (R,), and prompts without any."""
-        rows = live.nonzero()[:, 0]
-        self.start = self.start[rows]
-        self.own = [tuple(t.index_select(0, rows) for t in layer) for layer in self.own]
-        prompts, owner = self.owner[rows].unique(return_inverse=True)
-        if len(prompts) < len(self.bias):
-            self.prompts = [
-                tuple(t.index_select(0, prompts) for t in layer) for layer in self.prompts
-            ]
-            self.bias = self.bias[prompts]
-        self.assign_slots(owner)
+        # What goes in and comes out, (R, T).
+        self.uniform = torch.zeros_like(uniform)
+        self.tokens = torch.zeros_like(uniform, dtype=torch.long)
+        self.logprobs = torch.zeros_like(uniform, dtype=torch.float)
+        # Five numbers of each row, see `keep`, and the index of the newest tokens.
+        self.state = self.tokens.new_zeros(5, rows)
+        self.t = self.tokens.new_zeros(1)
 
-    def group_by_prompt(self, rows):
-        """(R, h, n, d) -> (B, h, slots * n, d)"""
-        if self.slot_of_row is not None:
-            empty = rows.new_zeros(len(self.bias) * self.slots, *rows.shape[1:])
-            rows = empty.index_copy_(0, self.slot_of_row, rows)
-        return rows.unflatten(0, (-1, self.slots)).transpose(1, 2).flatten(2, 3)
+    def __deepcopy__(self, memo):
+        """A copy of a policy has no decoder: its graphs would read the weights of the original."""
 
-    def ungroup(self, slots):
-        """(B, h, slots * n, d) -> (R, h, n, d)"""
-        rows = slots.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
-        return rows if self.slot_of_row is None else rows.index_select(0, self.slot_of_row)
+    def fits(self, policy, prefill, uniform, temperature) -> bool:
+        """Can this batch use these buffers and graphs?"""
+        prompts, length = prefill.mask.shape
+        rows, room = uniform.shape
+        return (
+            prompts <= self.prompts
+            and length <= self.past_mask.shape[-1]
+            and room <= self.room
+            and rows == prompts * self.group_size
+            and temperature == self.temperature
+            and policy.dtype == self.dtype
+            and policy.stop_ids is self.stop_ids
+        )
 
-    def step(self, tokens):
-        """The last hidden states (R, H) after tokens (R,)."""
+    def keep(self, count: int):
+        """Use the first `count` rows of the buffers."""
+        self.count = count
+        self.own = [own[:, :count] for own in self.all_own]
+        # Which completion a row is, its place in the grid, the position that follows its prompt,
+        # its newest token, and whether it has ended.
+        self.row, self.place, self.start, self.token, self.ended = self.state[:, :count]
+
+    def begin(self, prefill, uniform):
+        """Take over the prompts of a batch and sample the first token of each row."""
+        self.refresh_weights()
+        prompts, length = prefill.mask.shape
+        for past, layer in zip(self.past, prefill.cache.layers):
+            keys, values = past[:, :prompts, :, -length:]
+            keys.copy_(layer.keys)
+            values.copy_(layer.values)
+        self.past_mask.fill_(-torch.inf)
+        real = prefill.mask.bool()
+        self.past_mask[:prompts, 0, 0, -length:].masked_fill_(real, 0)
+
+        rows, room = uniform.shape
+        self.uniform[:rows, :room] = uniform
+        self.t.zero_()
+        self.visible = 0
+        self.state.zero_()
+        self.keep(rows)
+        torch.arange(rows, out=self.row)
+        self.place.copy_(self.row)
+        self.start.copy_(prefill.start.repeat_interleave(self.group_size))
+        self.sample_next(prefill.hidden.repeat_interleave(self.group_size, 0))
+
+    def refresh_weights(self):
+        """Weights may have been trained since the last batch."""
+        weight = self.policy.head[0]
+        if not self.copied:
+            self.head = weight
+            return
+        self.head.copy_(weight)
+        for half, weight in zip(self.layers.parameters(), self.text.layers.parameters()):
+            if half is not weight:
+                half.copy_(weight)
+
+    def advance(self, t: int):
+        """Sample token t of each row."""
+        # Rows read the first 32, 64, 128 .. tokens of their room: a graph for each of these.
+        self.visible = min(self.room, max(MIN_ROOM, 1 << (t - 1).bit_length()))
+        if not self.uses_graphs:
+            self.step()
+            return
+        key = self.count, self.visible
+        if key not in self.graphs:
+            self.graphs[key] = self.capture()
+        self.graphs[key].replay()
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """Record a step. Another runs before it, so that libraries are loaded, and is undone."""
+        state = self.state.clone()
+        t = self.t.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.state.copy_(state)
+        self.t.copy_(t)
+
+        # All graphs use one piece of memory, because nothing inside outlives a replay.
+        pool = None
+        if self.graphs:
+            first, *_ = self.graphs.values()
+            pool = first.pool()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self.step()
+        return graph
+
+    def step(self):
+        """Run the newest tokens through the layers, then sample the next ones."""
+        rotation = self.rotation()
+        own_mask = self.own_mask()
+        x = self.text.embed_tokens(self.token)  # (n, H)
+        for layer, past, own in zip(self.layers, self.past, self.own):
+            normed = rms_norm(layer.input_layernorm, x)
+            q, k, v = project(layer.self_attn, normed.to(self.dtype), rotation)
+            keys, values = own
+            keys.index_copy_(2, self.t, k.to(self.dtype)[:, :, None])
+            values.index_copy_(2, self.t, v[:, :, None])
+            out = self.attend(q.to(self.dtype), past, own, own_mask)
+            x = x + layer.self_attn.o_proj(out)
+            normed = rms_norm(layer.post_attention_layernorm, x)
+            x = x + layer.mlp(normed.to(self.dtype))
+        self.t += 1
+        self.sample_next(rms_norm(self.text.norm, x))
+
+    def rotation(self):
+        """Cosines and signed sines (n, 1, d) of the newest tokens' positions.
+
+        Text has the same position on all axes of M-RoPE.
+        """
         rotary = self.text.rotary_emb
-        # Text has the same position on all axes of M-RoPE.
-        positions = self.start + self.length
-        angles = positions[:, None, None] * rotary.inv_freq  # (R, 1, d / 2)
+        positions = self.start + self.t
+        angles = positions[:, None, None] * rotary.inv_freq  # (n, 1, d / 2)
         cos = angles.cos() * rotary.attention_scaling
         sin = angles.sin() * rotary.attention_scaling
-        rotation = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        x = self.text.embed_tokens(tokens)
-        for i, layer in enumerate(self.text.layers):
-            x = x + self.attend(i, layer.self_attn, rms_norm(layer.input_layernorm, x), *rotation)
-            x = x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
-        self.length += 1
-        return rms_norm(self.text.norm, x)
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
-    def attend(self, i, layer, x, cos, sin):
-        """x (R, H) -> (R, H). The new keys and values join those of layer i."""
-        size = layer.head_dim
-        q, k, v = (
-            project(x).view(len(x), -1, size)
-            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )  # (R, H | h, d)
-        if hasattr(layer, "q_norm"):  # Qwen3
-            q = rms_norm(layer.q_norm, q)
-            k = rms_norm(layer.k_norm, k)
-        q, k = (torch.addcmul(t * cos, t.roll(size // 2, -1), sin) for t in (q, k))
-        own_k, own_v = self.append(i, k, v)
-        past_k, past_v = self.prompts[i]
+    def own_mask(self):
+        """0 for tokens up to the newest, -inf for places that are not filled yet."""
+        places = torch.arange(self.visible, device=self.t.device)
+        mask = torch.zeros_like(places, dtype=torch.float)
+        return mask.masked_fill(places > self.t, -torch.inf)
 
-        # Heads that share keys together: (R, h, H / h, d).
-        q = (q * layer.scaling).view(len(x), k.shape[1], -1, size)
-        past = self.ungroup(self.group_by_prompt(q) @ past_k.mT + self.bias)
-        scores = torch.cat([past, q @ own_k.mT], -1)  # (R, h, H / h, P + t)
-        weights = scores.softmax(-1, torch.float32).to(q.dtype)
-        past, own = weights.split([past_k.shape[2], own_k.shape[2]], -1)
-        out = self.ungroup(self.group_by_prompt(past) @ past_v) + own @ own_v
-        return layer.o_proj(out.flatten(1))
+    def sample_next(self, hidden):
+        """Sample token t of each row from its hidden state, (n, H)."""
+        uniform = self.uniform[self.row, self.t]
+        token, logp = self.policy.next_token(hidden, self.head, uniform, self.temperature)
+        self.tokens[self.row, self.t] = token
+        self.logprobs[self.row, self.t] = logp
+        self.token.copy_(token)
+        stopped = token[:, None] == self.stop_ids
+        self.ended |= stopped.any(1)
 
-    def append(self, i, k, v):
-        """Add k and v (R, h, d) to those of the completions in layer i; return all of them."""
-        if self.own[i][0].shape[2] == self.length:
-            self.own[i] = tuple(F.pad(t, (0, 0, 0, KV_GROWTH)) for t in self.own[i])
-        for buffer, new in zip(self.own[i], (k, v)):
-            buffer[:, :, self.length] = new
-        return tuple(buffer[:, :, : self.length + 1] for buffer in self.own[i])
+    def attend(self, q, past, own, own_mask):
+        """Attention of q (n, h, g, d) to the prompts and to the rows' own tokens: (n, h g d)."""
+        past_k, past_v = past
+        own_k, own_v = own[..., : self.visible, :]
+        to_past = self.rows(self.groups(q) @ past_k.mT + self.past_mask)  # (n, h, g, P)
+        to_own = q @ own_k.mT + own_mask  # (n, h, g, visible)
+        weights = torch.cat([to_past, to_own], -1).softmax(-1, torch.float32)
+        sizes = [to_past.shape[-1], self.visible]
+        to_past, to_own = weights.to(self.dtype).split(sizes, -1)
+        out = self.rows(self.groups(to_past) @ past_v) + to_own @ own_v
+        return out.flatten(1)
+
+    def groups(self, rows):
+        """(n, h, g, d) -> (B, h, G g, d): rows of each prompt together, ended ones zero."""
+        cells = self.prompts * self.group_size
+        if self.count < cells:
+            empty = rows.new_zeros(cells, *rows.shape[1:])
+            rows = empty.index_copy(0, self.place, rows)
+        groups = rows.unflatten(0, (self.prompts, -1))
+        return groups.transpose(1, 2).flatten(2, 3)
+
+    def rows(self, groups):
+        """The way back: (B, h, G g, d) -> (n, h, g, d)."""
+        groups = groups.unflatten(2, (self.group_size, -1))
+        rows = groups.transpose(1, 2).flatten(0, 1)
+        if self.count < len(rows):
+            rows = rows.index_select(0, self.place)
+        return rows
+
+    def drop_ended_rows(self) -> bool:
+        """Once half of the rows have ended, move the others to the front. False if none is left."""
+        left = self.count - int(self.ended.sum())
+        # Half, and not only as many as are left: there is a graph for each number of rows.
+        kept = self.count // 2
+        if left > kept:
+            return True
+        rows = self.ended.argsort(stable=True)[:kept]
+        self.state[:, :kept] = self.state[:, rows]
+        for own in self.own:
+            filled = own[..., : self.visible, :]
+            filled[:, :kept] = filled[:, rows]
+        self.keep(kept)
+        return left > 0
+
+
+def half_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose linear layers are held in `dtype`. Weights that have it already are shared."""
+    shared = {id(p): p for p in layer.parameters() if p.dtype == dtype}
+    half = copy.deepcopy(layer, shared)
+    for module in half.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return half
+
+
+def rms_norm(norm, x):
+    """A normalisation layer of a Qwen-VL model, in one call and in float32."""
+    weight = norm.weight.float()
+    return F.rms_norm(x.float(), weight.shape, weight, norm.variance_epsilon)
+
+
+def project(layer, x, rotation):
+    """x (n, H) -> q (n, h, g, d), k (n, h, d), v (n, h, d) of an attention layer."""
+    head = -1, layer.head_dim
+    q = layer.q_proj(x).unflatten(1, head)
+    k = layer.k_proj(x).unflatten(1, head)
+    v = layer.v_proj(x).unflatten(1, head)
+    if hasattr(layer, "q_norm"):  # Qwen3
+        q = rms_norm(layer.q_norm, q)
+        k = rms_norm(layer.k_norm, k)
+    q = rotate(q, *rotation) * layer.scaling
+    k = rotate(k, *rotation)
+    # Queries that share a head of keys stand together.
+    return q.unflatten(1, (k.shape[1], -1)), k, v
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + d / 2}) by their angles (Su et al. 2021). sin is signed."""
+    partner = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, partner, sin)

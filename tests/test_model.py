@@ -225,47 +225,6 @@ def test_bfloat16_forward_stays_close(policy, mixed, monkeypatch):
     assert distance(half, recorded(rollouts)) < 0.3
 
 
-class Casts(TorchDispatchMode):
-    """Counts the numbers that are cast to bfloat16 out of something at least as large as `size`."""
-
-    size = 4096
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        half = (kwargs or {}).get("dtype") == torch.bfloat16
-        cast = half and function is torch.ops.aten._to_copy.default
-        if cast and args[0].numel() >= self.size:
-            self.total += args[0].numel()
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_bfloat16_casts_weights_and_keys_once(examples, lora_rank):
-    """Not once more for every token, trained or frozen; the prompts' keys and values are kept in
-    half precision."""
-    policy = load_policy(load(*SMALL, "model.precision=bfloat16"))
-    if lora_rank:
-        policy.add_lora(lora_rank)
-    policy.stop_ids = policy.stop_ids[:0]
-    needed = [p.requires_grad for p in policy.model.parameters()]
-    counts = []
-    for length in (2, 9):
-        with Casts() as casts:
-            policy.sample(examples[:1], 2, length, 1.0)
-        counts.append(casts.total)
-    assert counts[0] == counts[1] > 0
-    assert [p.requires_grad for p in policy.model.parameters()] == needed
-
-    with torch.no_grad(), policy.autocast():
-        _, decoder = policy.prefill([policy.encode(examples[0])], 2)
-        decoder.step(torch.tensor([5, 6], device=policy.device))
-    layers = decoder.prompts + decoder.own
-    assert {t.dtype for layer in layers for t in layer} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_overflowed_weights_are_an_error(config, examples, temperature):
     policy = load_policy(config)
