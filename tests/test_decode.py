@@ -1,4 +1,4 @@
-"""Sampling with tensors of fixed size, fast/shared_decode.py, against the plain loop of model.py."""
+"""The fixed-size decoder, fast/shared_decode.py, against the plain loop of model.py."""
 
 import copy
 import dataclasses
