@@ -22,7 +22,6 @@ H hidden width, V vocabulary.
 
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import os
@@ -87,21 +86,15 @@ TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_
 
 
 @dataclass
-class ImageFeatures:
-    """What a vision tower makes of images, in the form of its own output: lists by image."""
-
-    pooler_output: list[Tensor]
-    deepstack_features: list[list[Tensor]]  # of each level
-
-
-@dataclass
 class Prompt:
     """The model inputs of one prompt."""
 
     tokens: dict[str, Tensor]  # (1, P) each, see TOKEN_INPUTS
+    positions: Tensor  # (1, P); with M-RoPE (3, 1, P)
+    next_position: int
     images: dict[str, Tensor]  # pixels and their sizes; the first dimension counts images or parts
-    # What a frozen vision tower made of the images, by level, once it is known.
-    features: list[Sequence[Tensor]] | None = None
+    # What a frozen vision tower makes of the images, once it is known: see fast/frozen_tower.py.
+    features: Sequence[Tensor] | None = None
 
     @property
     def input_ids(self) -> Tensor:
@@ -148,19 +141,21 @@ def pad_rows(rows: list[Tensor]) -> Tensor:
     return pad_sequence(rows, batch_first=True)
 
 
-def unpad_rows(padded: Tensor, mask: Tensor, group_size: int) -> list[list[Tensor]]:
+def unpad_rows(padded: Tensor, lengths: list[int], group_size: int) -> list[list[Tensor]]:
     """(R, T) -> for each group G tensors (T_g,)."""
-    rows = [row[real] for row, real in zip(padded, mask)]
+    rows = [row[:length] for row, length in zip(padded, lengths)]
     return data.batched(rows, group_size)
 
 
 def pad_images(tensors: list[Tensor]) -> Tensor:
-    """Concatenate along the first dimension. Others are padded with zeros at the end: crops of an
-    image, its height."""
-    shapes = [t.shape[1:] for t in tensors]
-    out = tensors[0].new_zeros(sum(map(len, tensors)), *map(max, zip(*shapes)))
+    """Concatenate along the first dimension. The others, such as the crops of an image or its
+    height, are padded with zeros at the end."""
+    sizes = zip(*(t.shape[1:] for t in tensors))
+    largest = [max(size) for size in sizes]
+    out = tensors[0].new_zeros(sum(map(len, tensors)), *largest)
     for part, t in zip(out.split([len(t) for t in tensors]), tensors):
-        part[(slice(None), *map(slice, t.shape[1:]))] = t
+        corner = [slice(size) for size in t.shape]
+        part[corner] = t
     return out
 
 
@@ -176,6 +171,11 @@ PROJECTORS = (
     "image_newline",
 )
 TOWERS = ("visual", "vision_tower", "vision_model")
+
+
+def chat_turn(role: str, text: str) -> dict[str, Any]:
+    """A turn of a conversation, as chat templates take it."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def part_of(name: str) -> str | None:
@@ -205,16 +205,19 @@ class Policy:
     """A Hugging Face vision-language model with its processor."""
 
     def __init__(self, model: nn.Module, processor: Any, config: Config, path: str = ""):
-        self.config, self.path = config, path
+        self.config = config
+        self.path = path
         self.start = ""  # the checkpoint that training began at
         self.model = model.float().eval().requires_grad_(True)
-        self.processor, self.tokenizer = processor, processor.tokenizer
         self.base = model.model  # without the language-model head
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
         cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = torch.device(cuda if torch.cuda.is_available() else "cpu")
         if not self.head[0].is_meta:
             self.model.to(self.device)
-        self.sharded, self.vision_frozen = False, False
+        self.sharded = False
+        self.vision_frozen = False
         self.adapted: dict[str, LoRALinear] = {}  # by the name of the layer
         self.dummy_prompt: Prompt | None = None  # for dummy_step
         self.decoder: Any = None  # of fast/, which keeps its buffers
@@ -225,7 +228,7 @@ class Policy:
         self.end_id = self.end_of_turn()
         eos = model.generation_config.eos_token_id
         stop_ids = {self.end_id, self.tokenizer.eos_token_id}
-        stop_ids |= {eos} if isinstance(eos, int) else set(eos or ())
+        stop_ids.update([eos] if isinstance(eos, int) else eos or [])
         self.stop_ids = torch.tensor(sorted(stop_ids), device=self.device)
         self.banned = torch.tensor(self.vision_ids(), dtype=torch.long, device=self.device)
 
@@ -243,8 +246,11 @@ class Policy:
                 f"windowed attention or a rotation by length: each completion runs its prompt"
             )
             return False
-        import fast.shared_prefix  # noqa: F401, PLC0415
+        import fast.patches  # noqa: PLC0415
+        import fast.shared_prefix  # noqa: PLC0415
 
+        if self.device.type == "cuda":
+            fast.patches.use_products(self.model)
         self.model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
         return True
 
@@ -259,10 +265,7 @@ class Policy:
 
     def end_of_turn(self) -> int:
         """The token after an answer in the chat template. Gemma's is not its end of text."""
-        turns = [
-            {"role": role, "content": [{"type": "text", "text": "ANSWER"}]}
-            for role in ("user", "assistant")
-        ]
+        turns = [chat_turn("user", "QUESTION"), chat_turn("assistant", "ANSWER")]
         chat = self.processor.apply_chat_template(turns, tokenize=False)
         after = self.tokenizer(chat.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
         added = self.tokenizer.added_tokens_decoder
@@ -299,39 +302,17 @@ class Policy:
             return torch.autocast(self.device.type, self.dtype)
         return nullcontext()
 
-    @contextmanager
-    def cast_once(self) -> Iterator[None]:
-        """While sampling, autocast keeps a half-precision copy of every weight.
-
-        By itself it keeps those of weights that require gradients, and would cast frozen ones anew
-        for every token.
-        """
-        frozen = [p for p in self.model.parameters() if not p.requires_grad]
-        if self.sharded:
-            frozen = []
-        try:
-            for p in frozen:
-                p.requires_grad_(True)
-            yield
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
-
     # -- inputs: every stage builds its inputs here
 
     def chat(self, example: Example) -> str:
         """The text up to where the assistant's answer begins, with one placeholder per image."""
-        turns = [text for turn in example.history for text in turn]
-        turns.append(data.prompt_text(example))
-        messages = [
-            {"role": role, "content": [{"type": "text", "text": text}]}
-            for role, text in zip(itertools.cycle(["user", "assistant"]), turns)
-        ]
+        texts = list(itertools.chain.from_iterable(example.history))
+        texts.append(data.prompt_text(example))
+        roles = itertools.cycle(["user", "assistant"])
+        turns = [chat_turn(role, text) for role, text in zip(roles, texts)]
         images = [{"type": "image"}] * len(example.images)
-        messages[0]["content"] = images + messages[0]["content"]
-        return self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+        turns[0]["content"] = images + turns[0]["content"]
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     def encode(self, example: Example) -> Prompt:
         """The model inputs of an example's prompt. Raises InputError."""
@@ -348,10 +329,11 @@ class Policy:
             raise InputError(
                 f"{example.id}: the processor refuses its images ({sizes}): {error}"
             ) from None
-        tokens, rest = {}, {}
-        for name, tensor in inputs.items():
-            (tokens if name in TOKEN_INPUTS else rest)[name] = tensor.to(self.device)
-        prompt = Prompt(tokens, rest)
+        positions = self.positions(inputs)
+        next_position = int(positions.max()) + 1
+        inputs = inputs.to(self.device)
+        tokens = {name: inputs.pop(name) for name in TOKEN_INPUTS if name in inputs}
+        prompt = Prompt(tokens, positions.to(self.device), next_position, dict(inputs))
         limit = self.config.model.max_prompt_tokens
         if len(prompt) > limit:
             raise InputError(
@@ -360,17 +342,33 @@ class Policy:
             )
         return prompt
 
+    def positions(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Positions (1, P) of a prompt's tokens; with M-RoPE, time, height and width, (3, 1, P).
+
+        Passed explicitly everywhere: left to itself, an M-RoPE model reuses offsets of an earlier
+        call.
+        """
+        if not hasattr(self.base, "get_rope_index"):
+            return inputs["attention_mask"].cumsum(-1) - 1
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        known = {name: inputs[name] for name in names if name in inputs}
+        positions, _ = self.base.get_rope_index(**known)
+        return positions
+
     def split_at_images(self, prompt: Prompt) -> tuple[Prompt, Tensor]:
         """The prompt up to its last image token, which all questions on an image share, and the ids
         (Q,) after it."""
         ids = prompt.input_ids[0]
         end = int((ids == self.model.config.image_token_id).nonzero()[-1]) + 1
         tokens = {name: values[:, :end] for name, values in prompt.tokens.items()}
-        return Prompt(tokens, prompt.images), ids[end:]
+        positions = prompt.positions[..., :end]
+        next_position = int(positions.max()) + 1
+        return Prompt(tokens, positions, next_position, prompt.images), ids[end:]
 
     def question_ids(self, example: Example) -> Tensor:
         """(Q,) ids of the prompt after its last image token. The images are not opened."""
-        chat, token = self.chat(example), self.processor.image_token
+        chat = self.chat(example)
+        token = self.processor.image_token
         if chat.count(token) > len(example.images):
             raise InputError(
                 f"{example.id}: its question contains {token}, which stands for an image; remove it"
@@ -383,11 +381,9 @@ class Policy:
     def image_end(self) -> str:
         """What the processor writes after an image, such as Gemma's <end_of_image>."""
         image = Image.new("RGB", (64, 64))
+        token = self.processor.image_token
         inputs = self.processor(
-            text=[self.processor.image_token],
-            images=[[image]],
-            return_tensors="pt",
-            add_special_tokens=False,
+            text=[token], images=[[image]], return_tensors="pt", add_special_tokens=False
         )
         ids = inputs["input_ids"][0]
         last = int((ids == self.model.config.image_token_id).nonzero()[-1])
@@ -412,80 +408,51 @@ class Policy:
 
         data.on_error=skip leaves the others out and says so; otherwise the first raises InputError.
         """
+        encode = encode or self.encode
         pairs = []
         for example in examples:
             try:
-                pairs.append((example, (encode or self.encode)(example)))
+                pairs.append((example, encode(example)))
             except InputError as error:
                 if self.config.data.on_error == "stop":
                     raise
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         return pairs
 
-    def batch(self, prompts: list[Prompt]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The inputs of B prompts: token inputs (B, P), left-padded, and those of the images."""
+    def pad_prompts(self, prompts: list[Prompt]) -> dict[str, Tensor]:
+        """The token inputs of B prompts, (B, P), and their positions. Padding stands at the left.
+
+        It is not attended to, so what stands there does not matter.
+        """
         length = max(map(len, prompts))
-        tokens = {}
-        for name in prompts[0].tokens:
-            rows = [F.pad(p.tokens[name], (length - len(p), 0)) for p in prompts]
-            tokens[name] = torch.cat(rows)
-        images: dict[str, Any] = {
-            name: pad_images([p.images[name] for p in prompts]) for name in prompts[0].images
-        }
-        known = all(p.features is not None for p in prompts)
-        if known or self.caches_features:
-            del images["pixel_values"]
-            images["mm_encoder_outputs"] = {"image": self.image_features(prompts)}
-        return tokens, images
 
-    @property
-    def caches_features(self) -> bool:
-        """A frozen vision tower runs once per prompt: sampling, reference (which starts from the
-        same tower) and update share its output. Other families than Qwen-VL lay it out otherwise.
-        """
-        takes = "mm_encoder_outputs" in inspect.signature(self.base.forward).parameters
-        return self.vision_frozen and takes and self.model.config.model_type in SHARING
+        def join(tensors):
+            padded = [F.pad(t, (length - t.shape[-1], 0)) for t in tensors]
+            return torch.cat(padded, -2)
 
-    def image_features(self, prompts: list[Prompt]) -> ImageFeatures:
-        """The images of B prompts as the vision tower sees them, computed where not known yet."""
-        new = [p for p in prompts if p.features is None]
-        if new:
-            pixels = torch.cat([p.images["pixel_values"] for p in new])
-            grids = [p.images["image_grid_thw"] for p in new]
-            out = self.base.get_image_features(pixels, torch.cat(grids), return_dict=True)
-            # Of each level one tensor per image: share them out.
-            levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-            first = 0
-            for p, grid in zip(new, grids):
-                p.features = [level[first : first + len(grid)] for level in levels]
-                first += len(grid)
-        levels = zip(*(p.features for p in prompts))
-        embeddings, *deepstack = (list(itertools.chain.from_iterable(level)) for level in levels)
-        return ImageFeatures(embeddings, deepstack)
+        tokens = {name: join([p.tokens[name] for p in prompts]) for name in prompts[0].tokens}
+        tokens["position_ids"] = join([p.positions for p in prompts])
+        return tokens
 
-    def positions(self, tokens: dict[str, Tensor], images: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Prompt positions, (3, B, P) for M-RoPE models and else (B, P), and the next ones (B,).
+    def run(self, prompts: list[Prompt], tokens: dict[str, Tensor], **options: Any) -> Any:
+        """The model without its head, on token inputs and the images of these prompts."""
+        names = prompts[0].images
+        images = {name: pad_images([p.images[name] for p in prompts]) for name in names}
+        if any(p.features is None for p in prompts):
+            return self.base(**tokens, **images, **options)
+        from fast.frozen_tower import known_features  # noqa: PLC0415
 
-        Passed explicitly everywhere: left to itself, an M-RoPE model reuses offsets of an earlier
-        call.
-        """
-        mask = tokens["attention_mask"]
-        if not self.multimodal_positions:
-            return (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
-        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        inputs = {name: value for name, value in (tokens | images).items() if name in names}
-        positions, _ = self.base.get_rope_index(**inputs)
-        return positions, positions.amax((0, 2)) + 1
+        with known_features(self.base.visual, prompts):
+            return self.base(**tokens, **images, **options)
 
-    @property
-    def multimodal_positions(self) -> bool:
-        """M-RoPE: time, height and width each have a position."""
-        return hasattr(self.base, "get_rope_index")
+    def remember_images(self, prompts: list[Prompt]):
+        """Run a frozen vision tower once: sampling, reference (which starts from the same tower)
+        and update share its output."""
+        if self.shared and self.vision_frozen:
+            from fast.frozen_tower import remember_features  # noqa: PLC0415
 
-    def later_positions(self, start: Tensor, offsets: Tensor) -> Tensor:
-        """Positions (R, T) of completions, with M-RoPE (3, R, T). start (R,), offsets (T,)."""
-        positions = start[:, None] + offsets
-        return positions.expand(3, -1, -1) if self.multimodal_positions else positions
+            with torch.no_grad(), self.autocast():
+                remember_features(self, prompts)
 
     # -- sampling
 
@@ -512,11 +479,12 @@ class Policy:
         for example, _ in pairs:
             key = int(hashlib.sha1(example.id.encode()).hexdigest()[:12], 16)
             for g in range(group_size):
-                uniform.append(np.random.default_rng([*stream, key, g]).random(max_new_tokens))
+                generator = np.random.default_rng([*stream, key, g])
+                uniform.append(generator.random(max_new_tokens))
         uniform = torch.from_numpy(np.stack(uniform)).to(self.device)  # (R, max_new_tokens)
 
         prompts = [prompt for _, prompt in pairs]
-        with self.autocast(), self.cast_once():
+        with self.autocast():
             tokens, logprobs, finished = self.decode_groups(prompts, uniform, temperature)
         rollouts = []
         for i, (example, prompt) in enumerate(pairs):
@@ -560,9 +528,10 @@ class Policy:
 
     def prefill(self, prompts: list[Prompt]) -> Prefill:
         """Run B prompts once."""
-        tokens, images = self.batch(prompts)
-        positions, start = self.positions(tokens, images)
-        out = self.base(**tokens, **images, position_ids=positions, use_cache=True)
+        self.remember_images(prompts)
+        tokens = self.pad_prompts(prompts)
+        out = self.run(prompts, tokens, use_cache=True)
+        start = torch.tensor([p.next_position for p in prompts], device=self.device)
         hidden = out.last_hidden_state[:, -1]
         return Prefill(out.past_key_values, tokens["attention_mask"], start, hidden)
 
@@ -594,12 +563,21 @@ class Policy:
             out = self.base(
                 input_ids=token[:, None],
                 attention_mask=mask,
-                position_ids=self.later_positions(start, torch.full_like(start[:1], t)),
+                position_ids=self.later_positions(start, 1, t),
                 past_key_values=prefill.cache,
                 use_cache=True,
             )
             hidden = out.last_hidden_state[:, 0]
         return tokens, logprobs
+
+    def later_positions(self, start: Tensor, length: int, first: int = 0) -> Tensor:
+        """Positions (R, T) of text, with M-RoPE (3, R, T), `first` tokens after start (R,)."""
+        places = torch.arange(first, first + length, device=start.device)
+        positions = start[:, None] + places
+        if hasattr(self.base, "get_rope_index"):
+            # Text has one position on all axes.
+            return positions.expand(3, -1, -1)
+        return positions
 
     def next_token(
         self, hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: float
@@ -636,16 +614,15 @@ class Policy:
         """
         self.model.train(self.config.model.gradient_checkpointing)
         rows = list(itertools.chain.from_iterable(completions))
-        counts = torch.tensor([len(group) for group in completions], device=self.device)
-        owner = torch.arange(len(prompts), device=self.device).repeat_interleave(counts)  # (R,)
-        ids = pad_rows(rows)  # (R, T)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)[:, None]
-        places = torch.arange(ids.shape[1], device=self.device)
-        mask = places < lengths  # (R, T)
-        scored = mask
-        if n_scored is not None:
-            unscored = lengths - torch.tensor(n_scored, device=self.device)[:, None]
-            scored = mask & (places >= unscored)
+        owner = [b for b, group in enumerate(completions) for _ in group]
+        lengths = [len(row) for row in rows]
+        n_scored = n_scored or lengths
+        targets = torch.cat([row[len(row) - n :] for row, n in zip(rows, n_scored)])  # (N,)
+        # On the CPU, where the sizes are known: the GPU is not waited for.
+        ends = torch.tensor(lengths)[:, None]
+        begins = ends - torch.tensor(n_scored)[:, None]
+        places = torch.arange(max(lengths))
+        scored = (begins <= places) & (places < ends)  # (R, T)
 
         hidden_of = self.plain_hidden
         if self.shared:
@@ -653,35 +630,41 @@ class Policy:
 
             hidden_of = functools.partial(shared_hidden, self)
         with self.autocast():
-            hidden = hidden_of(prompts, ids, mask, owner, scored)  # (N, H)
+            hidden = hidden_of(prompts, rows, owner, scored)  # (N, H)
         weight, bias = self.head
-        flat = fused_logprobs(hidden, weight, ids[scored], temperature, self.banned, bias)
+        hidden = hidden.to(self.dtype)
+        flat = fused_logprobs(hidden, weight, targets, temperature, self.banned, bias)
+        scored = scored.to(self.device)
         logp, entropy = (
             values.new_zeros(scored.shape).masked_scatter(scored, values) for values in flat
         )
         return logp, entropy, scored
 
     def plain_hidden(
-        self, prompts: list[Prompt], ids: Tensor, mask: Tensor, owner: Tensor, scored: Tensor
+        self, prompts: list[Prompt], rows: list[Tensor], owner: list[int], scored: Tensor
     ) -> Tensor:
         """Hidden states (N, H) that predict the scored tokens, from R rows [prompt | completion].
 
-        ids, mask, scored (R, T): completions, their real tokens, and those that are scored; owner
-        (R,): the prompt of each. Every row has its own copy of the prompt and its images.
+        rows: R completions (T_r,), owner: the prompt of each, scored (R, T). Every row has its own
+        copy of the prompt and its images.
         """
-        tokens, images = self.batch([prompts[b] for b in owner])
-        positions, start = self.positions(tokens, images)
-        later = self.later_positions(start, torch.arange(ids.shape[1], device=ids.device))
+        copies = [prompts[b] for b in owner]
+        tokens = self.pad_prompts(copies)
         length = tokens["input_ids"].shape[1]
-        rows = {}
-        for name, values in tokens.items():
-            known = {"input_ids": ids, "attention_mask": mask}
+        ids = pad_rows(rows)  # (R, T)
+        start = torch.tensor([p.next_position for p in copies], device=self.device)
+        after = {
+            "input_ids": ids,
+            "attention_mask": pad_rows([torch.ones_like(row) for row in rows]),
+            "position_ids": self.later_positions(start, ids.shape[1]),
+        }
+        for name, before in tokens.items():
             # Text has 0 in every other token-shaped input.
-            rows[name] = torch.cat([values, known.get(name, torch.zeros_like(ids))], 1)
-        out = self.base(
-            **rows, **images, position_ids=torch.cat([positions, later], -1), use_cache=False
-        )
-        return out.last_hidden_state[:, length - 1 : -1][scored]
+            rest = after.get(name, torch.zeros_like(ids))
+            tokens[name] = torch.cat([before, rest], -1)
+        out = self.run(copies, tokens, use_cache=False)
+        predictors = out.last_hidden_state[:, length - 1 : -1]  # (R, T, H)
+        return predictors[scored.to(self.device)]
 
     # -- sharding
 
@@ -731,6 +714,27 @@ class Policy:
         towers = [p for part, p in named if part == "vision"]
         seeing = [p for part, p in named if part and p.requires_grad]
         self.vision_frozen = bool(towers) and not seeing
+        self.halve_frozen()
+
+    def freeze_all(self) -> "Policy":
+        """Train nothing: a reference, or a policy to evaluate."""
+        self.model.requires_grad_(False)
+        self.halve_frozen()
+        return self
+
+    def halve_frozen(self):
+        """Hold frozen products in model.precision. Only what is trained needs float32.
+
+        Autocast would make the same numbers anew each time. Embeddings and norms stay in float32.
+        """
+        if self.sharded:
+            return
+        embedding = self.model.get_input_embeddings().weight
+        for module in self.model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+                for p in (module.weight, module.bias):
+                    if p is not None and p is not embedding and not p.requires_grad:
+                        p.data = p.data.to(self.dtype)
 
     def add_lora(self, lora_rank: int, frozen: Sequence[str] = ()):
         """Freeze the model and give its layers model.lora_targets adapters, except in `frozen`
@@ -818,10 +822,9 @@ class Policy:
             self.save_adapters(folder / "adapter", adapters)
         self.processor.save_pretrained(folder)
 
-        # With torchvision, transformers looks for the video half of the processor, too.
-        video = "video_processor"
-        wants_video = video in inspect.signature(type(self.processor)).parameters
-        if wants_video and not hasattr(self.processor, video):
+        # With torchvision, transformers looks for the video half of a processor, too.
+        parts = PROCESSOR_MAPPING[type(self.model.config)].get_attributes()
+        if "video_processor" in parts and not hasattr(self.processor, "video_processor"):
             images = self.processor.image_processor
             names = ("patch_size", "temporal_patch_size", "merge_size")
             sizes = {name: getattr(images, name) for name in names if hasattr(images, name)}
@@ -863,7 +866,8 @@ class LoRALinear(nn.Linear):
 
 # ------------------------------------------------------------------------------- head and sampling
 
-TILE_SIZE = 1 << 22  # logits in a tile: 16 MiB in float32
+# Logits in a tile, in float32: 16 MiB on a CPU, 1 GiB on a GPU.
+TILE_SIZE = {"cpu": 1 << 22, "cuda": 1 << 28}
 BANNED_LOGIT = -1e30  # its probability is 0, and so is 0 * BANNED_LOGIT
 
 
@@ -943,21 +947,28 @@ class FusedLogProbs(torch.autograd.Function):
 
     A running maximum keeps m and s right (online log-sum-exp). The backward makes each tile again:
     one matrix product more, but no loss needs to be known, and each gradient is written once.
+    Products take operands of the type of `hidden` and sum in float32.
     """
 
     @staticmethod
     def tiles(hidden, weight, bias, temperature, banned):
         """First id, last id + 1, the tile's weights (v, H) and logits (N, v), in one buffer."""
-        size = min(len(weight), max(256, TILE_SIZE // max(hidden.shape)))
-        buffer = torch.empty(len(hidden) * size, device=hidden.device)
+        limit = TILE_SIZE[hidden.device.type] // max(hidden.shape)
+        size = min(len(weight), max(256, limit))
+        buffer = None
+        if not hidden.is_cuda:
+            buffer = torch.empty(len(hidden) * size)
         for i in range(0, len(weight), size):
-            w = weight[i : i + size].float()
-            b = None if bias is None else bias[i : i + size].float()
+            w = weight[i : i + size].to(hidden.dtype)
+            j = i + len(w)
+            b = None if bias is None else bias[i:j].float()
             bans = None
             if banned is not None:
-                bans = banned[(banned >= i) & (banned < i + len(w))] - i
-            out = buffer[: len(hidden) * len(w)].view(len(hidden), len(w))
-            yield i, i + len(w), w, head_logits(hidden, w, b, temperature, bans, out)
+                bans = banned[(banned >= i) & (banned < j)] - i
+            out = None
+            if buffer is not None:
+                out = buffer[: len(hidden) * len(w)].view(len(hidden), len(w))
+            yield i, j, w, head_logits(hidden, w, b, temperature, bans, out)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, banned):
@@ -965,11 +976,12 @@ class FusedLogProbs(torch.autograd.Function):
         total = torch.zeros_like(peak)  # s
         weighted = torch.zeros_like(peak)  # sum exp(z - m) (z - m)
         chosen = torch.zeros_like(peak)  # z[t]
-        for i, j, _, z in FusedLogProbs.tiles(hidden.float(), weight, bias, temperature, banned):
+        for i, j, _, z in FusedLogProbs.tiles(hidden, weight, bias, temperature, banned):
             here = (targets >= i) & (targets < j)
             place = (targets - i).clamp(0, j - i - 1)
             chosen = torch.where(here, z.gather(1, place[:, None])[:, 0], chosen)
-            old_peak, peak = peak, torch.maximum(peak, z.amax(1))
+            old_peak = peak
+            peak = torch.maximum(peak, z.amax(1))
             # What was summed up is now relative to the new maximum.
             change = old_peak - peak
             shrink = change.exp()
@@ -986,27 +998,31 @@ class FusedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
-        temperature, banned = ctx.options
-        h = hidden.float()
-        slope = grad[:, None] / temperature  # (N, 1)
-        scaled = h * slope
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(h) if need_hidden else None
+        temperature, banned = ctx.options
+        slope = grad[:, None] / temperature  # (N, 1), d loss / d (logit of t - logsumexp)
+        scaled = slope * hidden
+        factor = scaled.to(hidden.dtype)
+        mean_weight = torch.zeros_like(scaled)  # sum_v p(v) weight[v]
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        for i, j, w, z in FusedLogProbs.tiles(h, weight, bias, temperature, banned):
+        for i, j, w, z in FusedLogProbs.tiles(hidden, weight, bias, temperature, banned):
             p = z.sub_(lse[:, None]).exp_()
-            here = ((targets >= i) & (targets < j)).nonzero()[:, 0]
-            ids = targets[here] - i
-            # Each token's slope goes into the products.
-            if need_hidden:
-                grad_hidden.addmm_(p, w)
-            if need_weight:
-                grad_weight[i:j] = (p.T @ -scaled).index_add_(0, ids, scaled[here])
             if need_bias:
-                grad_bias[i:j] = (p.T @ -slope).index_add_(0, ids, slope[here])[:, 0]
+                grad_bias[i:j] = -(p * slope).sum(0)
+            p = p.to(hidden.dtype)
+            if need_hidden:
+                mean_weight += product(p, w)
+            if need_weight:
+                grad_weight[i:j] = -product(p.T, factor)
+        if need_weight:
+            grad_weight.index_add_(0, targets, scaled.to(weight.dtype))
+        if need_bias:
+            grad_bias.index_add_(0, targets, slope[:, 0].to(bias.dtype))
+        grad_hidden = None
         if need_hidden:
-            grad_hidden = (weight[targets].float() - grad_hidden).mul_(slope).to(hidden.dtype)
+            grad_hidden = slope * (weight[targets].to(hidden.dtype) - mean_weight)
+            grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
@@ -1022,7 +1038,7 @@ def fused_logprobs(
 
     hidden (N, H), weight (V, H), bias (V,) of any float type, targets (N,) ids, N >= 1. banned (K,)
     ids have probability 0 and are no targets. Returns (logprobs (N,), entropy (N,)) in float32;
-    only logprobs carries gradients. Memory: one tile, and what N times H or 256 numbers take.
+    only logprobs carries gradients. Memory: some tiles, and what N times H or 256 numbers take.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return FusedLogProbs.apply(hidden, weight, bias, targets, temperature, banned)

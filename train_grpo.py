@@ -269,6 +269,10 @@ def logprobs_of(rollouts: list[Rollout], name: str) -> Tensor:
     return pad_rows(list(chain.from_iterable(r.logprobs[name] for r in rollouts)))
 
 
+def lengths_of(rollouts: list[Rollout]) -> list[int]:
+    return list(chain.from_iterable(r.lengths for r in rollouts))
+
+
 def score_tokens(
     policy: Policy, rollouts: list[Rollout], temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,7 +288,9 @@ def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GR
     with policy.unsharded():
         for micro_batch in batched(trainable_groups(rollouts, grpo), grpo.micro_batch):
             logp, _, mask = score_tokens(policy, micro_batch, grpo.temperature)
-            for rollout, rows in zip(micro_batch, unpad_rows(logp, mask, grpo.group_size)):
+            for rollout, rows in zip(
+                micro_batch, unpad_rows(logp, lengths_of(micro_batch), grpo.group_size)
+            ):
                 rollout.logprobs[name] = rows
 
 
@@ -315,7 +321,7 @@ def update(
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
         # For 4: until its first update the policy is pi_old. Later epochs use these log-probs.
-        own = unpad_rows(logp.detach(), mask, grpo.group_size)
+        own = unpad_rows(logp.detach(), lengths_of(micro_batch), grpo.group_size)
         for rollout, rows in zip(micro_batch, own):
             rollout.logprobs.setdefault("old", rows)
         old_logp = logprobs_of(micro_batch, "old")
@@ -508,6 +514,8 @@ def preflight(policy: Policy, examples: list[Example], config: Config):
         raise InputError("none of the training examples can be used (see the messages above)")
     # With sharded weights, a process without work runs along on this prompt.
     policy.dummy_prompt = prompts[0]
+    with policy.unsharded():
+        policy.remember_images(prompts)
 
     # The longest prompts, all completions of full length.
     longest = sorted(prompts, key=len)[-grpo.micro_batch :]
@@ -539,7 +547,7 @@ def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:
     reference = model.load_policy(config, start)
     if policy.sharded:
         reference.shard()
-    return reference
+    return reference.freeze_all()
 
 
 def starting_point(config: Config, stop: StopRequest) -> str | None:

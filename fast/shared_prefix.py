@@ -51,14 +51,8 @@ class RowBlock:
     prompt_block: int
     prompt_index: Tensor  # (r,): the prompt of each row, within its block
     unpad_index: Tensor | None  # of the real tokens among r * T; None: all are real
-    mask: Tensor  # (T, P + T): what a token attends to
-
-    @property
-    def size(self):
-        """The tokens of the block in the stream."""
-        if self.unpad_index is None:
-            return len(self.prompt_index) * len(self.mask)
-        return len(self.unpad_index)
+    mask: Tensor  # (T, P + T): which tokens a token attends to
+    size: int  # tokens of the block in the stream
 
 
 class SharedPrefix:
@@ -67,8 +61,8 @@ class SharedPrefix:
     A prompt attends causally to itself, a row to its prompt and causally to itself.
     """
 
-    def __init__(self, prompt_lengths, row_lengths, owner):
-        """Token counts (B,) and (R,), and the prompt of each row, owner (R,).
+    def __init__(self, prompt_lengths, row_lengths, owner, device):
+        """Token counts (B,) and (R,), and the prompt of each row, owner (R,): tensors on the CPU.
 
         Prompts are sorted by length, rows by the length of their prompts and then by their own: so
         what attends together stands together.
@@ -78,64 +72,84 @@ class SharedPrefix:
         self.row_blocks = []
         first = 0
         for block, (count, length) in enumerate(self.prompt_blocks):
-            rows = ((owner >= first) & (owner < first + count)).nonzero()[:, 0]
+            after = (owner >= first) & (owner < first + count)
+            rows = after.nonzero()[:, 0]
             # Rows of similar length: little padding.
-            for chosen in rows.tensor_split(min(4, len(rows) // MIN_ROWS_TO_SPLIT + 1)):
+            parts = min(4, len(rows) // MIN_ROWS_TO_SPLIT + 1)
+            for chosen in rows.tensor_split(parts):
                 own = row_lengths[chosen]
-                if len(own) and own.max() > 0:
-                    prompt_index = owner[chosen] - first
-                    self.row_blocks.append(row_block(block, prompt_index, length, own))
+                if own.sum() > 0:
+                    index = owner[chosen] - first
+                    self.row_blocks.append(row_block(block, index, length, own, device))
             first += count
         self.sizes = [count * length for count, length in self.prompt_blocks]
         self.sizes += [block.size for block in self.row_blocks]
 
     def attend(self, query, key, value, scaling):
         """query (1, H, N, d), key and value (1, h, N, d) of the stream -> (1, N, H, d)."""
-        heads, shared_heads = query.shape[1], key.shape[1]
-        if query.is_cuda and heads != shared_heads:
+        groups = query.shape[1] // key.shape[1]
+        if query.is_cuda and groups > 1:
             # Its fast kernels take a mask or grouped heads, not both.
-            key = key.repeat_interleave(heads // shared_heads, 1)
-            value = value.repeat_interleave(heads // shared_heads, 1)
-        options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+            key = key.repeat_interleave(groups, 1)
+            value = value.repeat_interleave(groups, 1)
+        grouped = query.shape[1] != key.shape[1]
+        options = {"scale": scaling, "enable_gqa": grouped}
 
-        pieces = [t[0].transpose(0, 1).split(self.sizes) for t in (query, key, value)]
-        pieces = list(zip(*pieces))  # of each block (n, H | h, d)
-        prompts, outs = [], []
-        for (count, _), piece in zip(self.prompt_blocks, pieces):
-            q, k, v = (split_rows(t, count) for t in piece)
-            prompts.append((k, v))
+        # Of each block (n, H | h, d).
+        queries, keys, values = (self.split(t) for t in (query, key, value))
+        blocks = list(zip(queries, keys, values))
+        n_prompts = len(self.prompt_blocks)
+        prompts = []
+        outs = []
+        for (count, _), block in zip(self.prompt_blocks, blocks):
+            q, k, v = (split_rows(t, count) for t in block)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
             outs.append(join_rows(out))
-        for block, piece in zip(self.row_blocks, pieces[len(prompts) :]):
-            outs.append(attend_rows(block, piece, prompts[block.prompt_block], options))
+            prompts.append((k, v))
+        for rows, block in zip(self.row_blocks, blocks[n_prompts:]):
+            prompt = prompts[rows.prompt_block]
+            outs.append(attend_rows(rows, block, prompt, options))
         return torch.cat(outs)[None]
 
+    def split(self, stream):
+        """(1, H, N, d) -> of each block (n, H, d)."""
+        return stream[0].transpose(0, 1).split(self.sizes)
 
-def row_block(prompt_block, prompt_index, length, own):
+
+def row_block(prompt_block, prompt_index, length, own, device):
     """The block of rows of lengths own (r,) after prompts of `length` tokens."""
-    places = torch.arange(int(own.max()), device=own.device)  # (T,)
+    places = torch.arange(int(own.max()))  # (T,)
     real = places < own[:, None]  # (r, T)
-    unpad_index = None if real.all() else real.flatten().nonzero()[:, 0]
+    unpad_index = None
+    if not real.all():
+        unpad_index = real.flatten().nonzero()[:, 0].to(device)
     causal = places <= places[:, None]
     mask = F.pad(causal, (length, 0), value=True)  # (T, P + T)
-    return RowBlock(prompt_block, prompt_index, unpad_index, mask)
+    size = int(own.sum())
+    return RowBlock(prompt_block, prompt_index.to(device), unpad_index, mask.to(device), size)
 
 
-def attend_rows(block, piece, prompt, options):
+def attend_rows(rows, block, prompt, options):
     """Attention of the rows of a block to their prompts' keys and values and to themselves."""
-    count = len(block.prompt_index)
-    if block.unpad_index is not None:
-        padded = (count * len(block.mask),)
-        piece = [
-            t.new_zeros(padded + t.shape[1:]).index_copy(0, block.unpad_index, t) for t in piece
-        ]
-    q, k, v = (split_rows(t, count) for t in piece)  # (r, H | h, T, d)
-    past_k, past_v = (rows_of(t, block.prompt_index) for t in prompt)  # (r, h, P, d)
+    count = len(rows.prompt_index)
+    if rows.unpad_index is not None:
+        length = count * len(rows.mask)
+        block = [pad_stream(t, rows.unpad_index, length) for t in block]
+    q, k, v = (split_rows(t, count) for t in block)  # (r, H | h, T, d)
+    past_k, past_v = (rows_of(t, rows.prompt_index) for t in prompt)  # (r, h, P, d)
     k = torch.cat([past_k, k], 2)
     v = torch.cat([past_v, v], 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, **options)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, **options)
     out = join_rows(out)
-    return out if block.unpad_index is None else out.index_select(0, block.unpad_index)
+    if rows.unpad_index is None:
+        return out
+    return out.index_select(0, rows.unpad_index)
+
+
+def pad_stream(stream, index, length):
+    """The tokens of a stream (n, H, d) at their places in (length, H, d)."""
+    padded = stream.new_zeros(length, *stream.shape[1:])
+    return padded.index_copy(0, index, stream)
 
 
 def rows_of(prompts, prompt_index):
@@ -155,47 +169,42 @@ def join_rows(rows):
     return rows.transpose(1, 2).flatten(0, 1)
 
 
-def shared_hidden(policy, prompts, ids, mask, owner, scored):
+def shared_hidden(policy, prompts, rows, owner, scored):
     """Hidden states (N, H) that predict the scored tokens, from one stream of all prompts and rows.
 
-    ids, mask, scored (R, T): completions, their real tokens, and those that are scored; owner (R,):
-    the prompt of each. A row's last token predicts nothing and is left out of the stream.
+    rows: R completions (T_r,), owner: the prompt of each, scored (R, T) on the CPU. A row's last
+    token predicts nothing and is left out of the stream.
     """
-    # Sort as SharedPrefix wants it.
-    sizes = torch.tensor([len(p) for p in prompts], device=ids.device)  # (B,)
-    order = sizes.argsort(stable=True)
-    prompts = [prompts[b] for b in order]
-    owner = order.argsort()[owner]
-    sizes = sizes[order]
-    lengths = mask.sum(1) - 1
-    rows = (sizes[owner] * ids.shape[1] + lengths).argsort(stable=True)
-    ids, owner, lengths = ids[rows], owner[rows], lengths[rows]
+    # Sort as SharedPrefix wants it. All sizes are known on the CPU, so the GPU is not waited for.
+    prompt_order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
+    row_order = sorted(range(len(rows)), key=lambda r: (len(prompts[owner[r]]), len(rows[r])))
+    owner = [prompt_order.index(owner[r]) for r in row_order]
+    prompts = [prompts[b] for b in prompt_order]
+    rows = [rows[r][:-1] for r in row_order]
+    sizes = torch.tensor([len(p) for p in prompts])
+    lengths = torch.tensor([len(row) for row in rows])
 
-    # The stream. Text that follows the prompt has 0 in every other token-shaped input.
-    tokens, images = policy.batch(prompts)
-    positions, start = policy.positions(tokens, images)
-    real = tokens.pop("attention_mask").bool()  # (B, P)
-    places = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-    inputs = places < lengths[:, None]  # (R, T)
-    stream = {}
-    for name, values in tokens.items():
-        rest = ids if name == "input_ids" else torch.zeros_like(ids, dtype=values.dtype)
-        stream[name] = torch.cat([values[real], rest[inputs]])[None]  # (1, N)
-    later = policy.later_positions(start[owner], places)
-    positions = torch.cat([positions[..., real], later[..., inputs]], -1).unsqueeze(-2)
-
-    hidden = policy.base(
-        **stream,
-        **images,
-        position_ids=positions,
-        # A 4-D mask is passed on untouched, and SharedPrefix needs none.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-        use_cache=False,
-        shared=SharedPrefix(sizes, lengths, owner),
-    ).last_hidden_state[0]
+    # The stream. Text that follows the prompts has 0 in every other token-shaped input.
+    ids = torch.cat(rows)[None]
+    tokens = {}
+    for name in prompts[0].tokens:
+        before = torch.cat([p.tokens[name] for p in prompts], 1)
+        after = ids if name == "input_ids" else torch.zeros_like(ids)
+        tokens[name] = torch.cat([before, after], 1)  # (1, N)
+    # A 4-D mask is passed on untouched, and SharedPrefix needs none.
+    tokens["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+    before = torch.cat([p.positions for p in prompts], -1)
+    after = [prompts[b].next_position + torch.arange(len(row)) for b, row in zip(owner, rows)]
+    after = torch.cat(after).to(ids.device).expand(*before.shape[:-1], -1)
+    tokens["position_ids"] = torch.cat([before, after], -1)
+    shared = SharedPrefix(sizes, lengths, torch.tensor(owner), ids.device)
+    hidden = policy.run(prompts, tokens, use_cache=False, shared=shared).last_hidden_state[0]
 
     # A first token is predicted by the end of its prompt, the others by the token before.
-    ends = sizes.cumsum(0)
+    ends = sizes.cumsum(0)[owner] - 1  # (R,)
     starts = sizes.sum() + lengths.cumsum(0) - lengths
-    predictors = torch.where(places == 0, ends[owner, None] - 1, starts[:, None] + places - 1)
-    return hidden[predictors[rows.argsort()][scored]]
+    places = torch.arange(scored.shape[1])
+    by_row = torch.where(places == 0, ends[:, None], starts[:, None] + places - 1)
+    predictors = torch.empty_like(by_row)
+    predictors[row_order] = by_row
+    return hidden.index_select(0, predictors[scored].to(ids.device))

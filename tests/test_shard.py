@@ -69,7 +69,7 @@ def local_rollouts(step, policy, examples, group_size):
     with policy.unsharded():
         for r in rollouts:
             # Keeps the features of a frozen vision tower, as sampling does.
-            policy.batch([r.prompt])
+            policy.remember_images([r.prompt])
     return rollouts
 
 

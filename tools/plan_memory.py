@@ -25,8 +25,19 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
+def size_of(parameters):
+    """In bytes, each in its own precision."""
+    return sum(p.nbytes for p in parameters)
+
+
 def head_size(text):
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def key_width(text):
+    """Numbers in the keys of a token, and as many in its values."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return heads * head_size(text)
 
 
 def prompt_size(config, vision):
@@ -49,10 +60,10 @@ def kept(config, width, layers, per_layer):
     return per_layer * layers
 
 
-def kept_of_token(config, text, kv_width, operand):
+def kept_of_token(config, text, operand):
     """In the language model."""
     hidden = text.hidden_size
-    attention = text.num_attention_heads * head_size(text) + kv_width
+    attention = text.num_attention_heads * head_size(text) + key_width(text)
     # Norms and rotations in float32, then the operands of projections, attention and MLP.
     operands = operand * (attention + text.intermediate_size)
     per_layer = 24 * hidden + 12 * attention + 4 * operands
@@ -81,13 +92,11 @@ def memory_plan(policy, config, section, gpus=None):
     processes there are; None: those that run now.
     """
     gpus = gpus or world_size()
-    model = policy.model
     shares = gpus if config.model.parallel == "shard" else 1
-    operand = 2 if config.model.precision == "bfloat16" else FLOAT  # bytes
-    text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    kv_width = heads * head_size(text)
-    total, trained = count(model.parameters()), count(policy.parameters())
+    operand = policy.dtype.itemsize
+    text = policy.model.config.get_text_config()
+    vision = getattr(policy.model.config, "vision_config", None)
+    trained = FLOAT * count(policy.parameters())
     local, rows, row_tokens = step_size(config, section, gpus)
     patches, prompt_tokens = prompt_size(config, vision)
 
@@ -95,47 +104,73 @@ def memory_plan(policy, config, section, gpus=None):
     copies = 1 if policy.shared else rows
     prompts = min(section.micro_batch, local)
     tokens = prompts * (copies * prompt_tokens + rows * row_tokens)
-    activations = tokens * kept_of_token(config, text, kv_width, operand)
+    activations = tokens * kept_of_token(config, text, operand)
     if vision and not policy.vision_frozen:
         activations += prompts * patches * kept_of_patch(config, vision)
+    # Of the head: logits, their exponentials, and these in half precision.
+    logits = min(TILE_SIZE["cuda"], prompts * rows * row_tokens * text.vocab_size)
     parts = {
-        "weights": FLOAT * total / shares,
-        "gradients": FLOAT * trained / shares,
-        "optimizer": 2 * FLOAT * trained / shares,
+        "gradients": trained / shares,
+        "optimizer": 2 * trained / shares,
         "activations": activations,
-        "logits": FLOAT * TILE_SIZE,
+        "logits": (2 * FLOAT + operand) * logits,
     }
+    parts |= weight_sizes(policy, config, section, shares)
+    if section is config.grpo:
+        # The buffers of fast/ are in half precision.
+        sampled = min(section.sample_batch, local) * (prompt_tokens + rows * row_tokens)
+        parts["keys and values"] = sampled * 2 * key_width(text) * text.num_hidden_layers * operand
+    return parts
+
+
+def weight_sizes(policy, config, section, shares):
+    """{part: bytes} of the weights and their copies."""
+    parameters = list(policy.model.parameters())
+    has_reference = section is config.grpo and section.kl_coef and not section.lora_rank
+    operand = policy.dtype.itemsize
+    parts = {}
     if shares > 1:
-        blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        total = count(parameters)
+        parts["weights"] = FLOAT * total / shares
+        if has_reference:
+            parts["reference"] = parts["weights"]
+        modules = policy.model.modules()
+        blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
         sizes = [count(block.parameters()) for block in blocks]
         # To sample, all blocks at once; else one and the next.
         gathered = sum(sizes) if section is config.grpo else 2 * max(sizes)
         parts["gathered weights"] = FLOAT * (total - sum(sizes)) + operand * gathered
-    elif operand < FLOAT:
-        # Autocast's copies.
-        parts["half-precision weights"] = operand * total
-    if section is config.grpo:
-        sampled = min(section.sample_batch, local) * (prompt_tokens + rows * row_tokens)
-        parts["keys and values"] = sampled * 2 * kv_width * text.num_hidden_layers * operand
-        if section.kl_coef and not section.lora_rank:
-            parts["reference"] = parts["weights"]
+        return parts
+
+    # What is frozen is held in model.precision.
+    parts["weights"] = size_of(parameters)
+    if has_reference:
+        reference = load_policy(config, weights=False).freeze_all()
+        parts["reference"] = size_of(reference.model.parameters())
+    if operand < FLOAT:
+        # Of what is trained: autocast's copies, and those of the decoder, which has a head, too.
+        trained = count(policy.parameters())
+        decoder = trained + policy.head[0].numel() if section is config.grpo else 0
+        parts["half-precision copies"] = operand * (trained + decoder)
     return parts
 
 
 def plan(config, gpus=1):
     """A line for each stage: the sum in GB, and its parts, the largest first."""
-    lines = [f"model.parallel={config.model.parallel} on {gpus} GPU{'s' if gpus > 1 else ''}"]
+    plural = "s" if gpus > 1 else ""
+    lines = [f"model.parallel={config.model.parallel} on {gpus} GPU{plural}"]
     for name, section in (("SFT", config.sft), ("GRPO", config.grpo)):
         policy = load_policy(config, weights=False)
         if section.lora_rank:
             policy.add_lora(section.lora_rank, section.freeze)
         policy.freeze(section.freeze)
-        total, trained = count(policy.model.parameters()), count(policy.parameters())
+        total = count(policy.model.parameters()) / 1e6
+        trained = count(policy.parameters()) / 1e6
         sizes = memory_plan(policy, config, section, gpus)
         order = sorted(sizes, key=sizes.get, reverse=True)
         parts = ", ".join(f"{part} {sizes[part] / 1e9:.1f}" for part in order)
         lines.append(
-            f"{name}: {trained / 1e6:.1f} of {total / 1e6:.1f} M parameters trained; about "
+            f"{name}: {trained:.1f} of {total:.1f} M parameters trained; about "
             f"{sum(sizes.values()) / 1e9:.1f} GB per process: {parts}"
         )
     return "\n".join(lines)
