@@ -43,6 +43,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ from rewards import (
     soft_f1,
     tokenize,
 )
-from runtime.checkpoint import resolve
+from runtime.checkpoint import last_step, resolve
 from runtime.config import Config, InputError, load_config
 from runtime.output import format_table, print0, progress, rank, world_size, write_atomically
 from runtime.processes import gather_lists, init_processes, parse_args, run_main
@@ -525,6 +526,24 @@ def chosen_examples(cfg: Config) -> list[Example]:
         drawn = np.random.default_rng(cfg.seed).permutation(len(own))[: cfg.eval.limit or None]
         chosen += [own[i] for i in sorted(drawn)]
     return chosen
+
+
+def try_evaluation(policy: Policy, config: Config):
+    """A few tokens of the first examples, so that what is wrong shows before the training."""
+    short = replace(config, grpo=replace(config.grpo, max_new_tokens=4))
+    with policy.unsharded():
+        predict(policy, chosen_examples(config)[:2], short, "a try")
+
+
+def compare_with_start(config: Config, start: str, run: Path):
+    """Evaluate a start, the result of GRPO in `run`, and continued SFT if there is one."""
+    stage = Path(start).parent.name
+    name = stage if stage in ("sft", "cold_start") else "start"
+    checkpoints = {name: start, "grpo": run / "last"}
+    more = Path(config.out, "more")
+    if last_step(more) >= config.sft.more_steps:
+        checkpoints["more"] = more / "best"
+    evaluate_checkpoints(config, checkpoints)
 
 
 def training_reports(cfg: Config) -> list[str]:

@@ -125,6 +125,24 @@ class Rollout:
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.tokens]
 
+    def record(self) -> dict[str, Any]:
+        """What samples.jsonl holds of it."""
+        samples = []
+        for g, text in enumerate(self.texts):
+            parts = {name: values[g] for name, values in self.reward_components.items()}
+            # NaN: the component does not apply.
+            applied = {name: value for name, value in parts.items() if value == value}
+            advantage = self.advantages[g].item()
+            sample = {"text": text, "reward": self.rewards[g], "advantage": advantage}
+            samples.append(sample | {"parts": applied})
+        return {
+            "id": self.example.id,
+            "task": self.example.task,
+            "question": self.example.question,
+            "reference": self.example.answer,
+            "samples": samples,
+        }
+
 
 @dataclass
 class Prefill:
@@ -139,12 +157,6 @@ class Prefill:
 def pad_rows(rows: list[Tensor]) -> Tensor:
     """R tensors (T_r,) -> (R, T), with zeros at the end."""
     return pad_sequence(rows, batch_first=True)
-
-
-def unpad_rows(padded: Tensor, lengths: list[int], group_size: int) -> list[list[Tensor]]:
-    """(R, T) -> for each group G tensors (T_g,)."""
-    rows = [row[:length] for row, length in zip(padded, lengths)]
-    return data.batched(rows, group_size)
 
 
 def pad_images(tensors: list[Tensor]) -> Tensor:

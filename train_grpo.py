@@ -29,7 +29,7 @@ with OUT/eval/, which compares before and after.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -43,7 +43,7 @@ import model
 import rewards
 import train_sft
 from data import Example, batched
-from model import Optimizer, Policy, Rollout, pad_rows, save_checkpoint, unpad_rows
+from model import Optimizer, Policy, Rollout, pad_rows, save_checkpoint
 from runtime.checkpoint import last_step, open_run, resolve
 from runtime.config import Config, GRPOConfig, InputError
 from runtime.log import Log
@@ -196,15 +196,14 @@ def score(rollouts: list[Rollout], config: Config):
     texts = list(chain.from_iterable(r.texts for r in rollouts))
     examples = [r.example for r in rollouts for _ in r.texts]
     token_ids = [ids.tolist() for r in rollouts for ids in r.tokens]
-    total, components = rewards.score_completions(
-        texts, examples, config.rewards, data.style_of(config), token_ids
-    )
-    for i, rollout in enumerate(rollouts):
-        group = slice(i * len(rollout.texts), (i + 1) * len(rollout.texts))
+    style = data.style_of(config)
+    total, components = rewards.score_completions(texts, examples, config.rewards, style, token_ids)
+    first = 0
+    for rollout in rollouts:
+        group = slice(first, first + len(rollout.texts))
+        first = group.stop
         rollout.rewards = total[group].tolist()
-        tables = config.rewards
-        names = tables.report if rollout.example.task == "report" else tables.grounding
-        for name in names:
+        for name in getattr(config.rewards, rollout.example.task):
             values = components[name][group]
             # NaN: the component does not apply to a completion.
             if not np.isnan(values).all():
@@ -269,8 +268,14 @@ def logprobs_of(rollouts: list[Rollout], name: str) -> Tensor:
     return pad_rows(list(chain.from_iterable(r.logprobs[name] for r in rollouts)))
 
 
-def lengths_of(rollouts: list[Rollout]) -> list[int]:
-    return list(chain.from_iterable(r.lengths for r in rollouts))
+def keep_logprobs(rollouts: list[Rollout], name: str, logp: Tensor):
+    """Give each rollout its rows of logp (R, T), if it has none of this name."""
+    first = 0
+    for rollout in rollouts:
+        rows = logp[first : first + len(rollout.tokens)]
+        first += len(rows)
+        kept = [row[:length] for row, length in zip(rows, rollout.lengths)]
+        rollout.logprobs.setdefault(name, kept)
 
 
 def score_tokens(
@@ -285,13 +290,11 @@ def score_tokens(
 @torch.no_grad()
 def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GRPOConfig):
     """Keep the log-probabilities under `policy` as logprobs[name] of every rollout."""
+    used = trainable_groups(rollouts, grpo)
     with policy.unsharded():
-        for micro_batch in batched(trainable_groups(rollouts, grpo), grpo.micro_batch):
-            logp, _, mask = score_tokens(policy, micro_batch, grpo.temperature)
-            for rollout, rows in zip(
-                micro_batch, unpad_rows(logp, lengths_of(micro_batch), grpo.group_size)
-            ):
-                rollout.logprobs[name] = rows
+        for micro_batch in batched(used, grpo.micro_batch):
+            logp, _, _ = score_tokens(policy, micro_batch, grpo.temperature)
+            keep_logprobs(micro_batch, name, logp)
 
 
 @dataclass
@@ -321,9 +324,7 @@ def update(
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
         # For 4: until its first update the policy is pi_old. Later epochs use these log-probs.
-        own = unpad_rows(logp.detach(), lengths_of(micro_batch), grpo.group_size)
-        for rollout, rows in zip(micro_batch, own):
-            rollout.logprobs.setdefault("old", rows)
+        keep_logprobs(micro_batch, "old", logp.detach())
         old_logp = logprobs_of(micro_batch, "old")
         ref_logp = logprobs_of(micro_batch, "reference") if grpo.kl_coef else None
 
@@ -336,17 +337,23 @@ def update(
         # between sampling and scoring is taken for the same weights, so it checks the sampler.
         gap = (old_logp - logprobs_of(micro_batch, "sampled")).abs()
         values |= {"tokens": mask, "entropy": entropy, f"{GAP}/mean": gap}
-        logged = {name: value.detach()[mask].sum().item() for name, value in values.items()}
-        logged |= {"loss": loss.item(), f"{GAP}/max": gap.max().item()}
+        logged = {name: (value.detach() * mask).sum() for name, value in values.items()}
+        logged |= {"loss": loss.detach(), f"{GAP}/max": gap.max()}
         sums.append(logged)
-    return Update(sums, optimizer.step(lr))
+    grad_norm = optimizer.step(lr)
+    # A number that is read waits for the GPU, so all are read here.
+    return Update([to_floats(logged) for logged in sums], grad_norm)
+
+
+def to_floats(tensors: dict[str, Tensor]) -> dict[str, float]:
+    return {name: tensor.item() for name, tensor in tensors.items()}
 
 
 # ------------------------------------------------------------------------------- the loop
 
 
-def train(config: Config, run: Path, start: str, stop: StopRequest) -> bool:
-    """Run GRPO from the checkpoint `start`, or continue it. False if it was stopped."""
+def train(config: Config, run: Path, start: str, stop: StopRequest):
+    """Run GRPO from the checkpoint `start`, or continue it, until its last step or a stop."""
     grpo = config.grpo
     train_examples = data.load_split(config, "train")
     policy, optimizer, state = model.resume(run, config, start, grpo)
@@ -394,40 +401,25 @@ def train(config: Config, run: Path, start: str, stop: StopRequest) -> bool:
             save_checkpoint(run, done, policy, optimizer)
         if stopping and done < grpo.steps:
             print0(f"{run}: stopped after step {done}; the same command continues from here")
-            return False
-    return True
+            return
 
 
 # ------------------------------------------------------------------------------- metrics
 
 
-@dataclass
-class RolloutStats:
-    """What the metrics need of a rollout, light enough to be gathered."""
-
-    rewards: list[float]  # G
-    reward_components: dict[str, list[float]]
-    lengths: list[int]
-    finished: list[bool]
-    degenerate: bool
-
-
-def rollout_stats(r: Rollout) -> RolloutStats:
-    return RolloutStats(r.rewards, r.reward_components, r.lengths, r.finished, is_degenerate(r))
-
-
 def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | float]:
     """What the samples of all processes look like. Names follow TRL's GRPOTrainer. Collective."""
-    groups = gather_lists([rollout_stats(r) for r in rollouts])
-    if not groups:
+    rewards = torch.tensor(gather_lists([r.rewards for r in rollouts]))  # (B, G)
+    lengths = torch.tensor(gather_lists([r.lengths for r in rollouts])).double()  # (B, G)
+    finished = torch.tensor(gather_lists([r.finished for r in rollouts]))  # (B, G)
+    degenerate = gather_lists([is_degenerate(r) for r in rollouts])
+    components = gather_lists([r.reward_components for r in rollouts])
+    if not components:
         raise InputError(f"step {step + 1}: none of its prompts can be used (see above)")
-    rewards = torch.tensor([g.rewards for g in groups])  # (B, G)
-    lengths = torch.tensor([g.lengths for g in groups]).double()  # (B, G)
-    finished = torch.tensor([g.finished for g in groups])  # (B, G)
     metrics = {
         "reward": rewards.mean(),
         "reward_std": rewards.std(1, correction=0).mean(),
-        "frac_reward_zero_std": sum(g.degenerate for g in groups) / len(groups),
+        "frac_reward_zero_std": sum(degenerate) / len(degenerate),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -435,12 +427,9 @@ def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | fl
         "completions/clipped_ratio": 1 - finished.double().mean(),
         "num_tokens": lengths.sum(),
     }
-
-    names = set(chain.from_iterable(g.reward_components for g in groups))
-    for name in sorted(names):
+    for name in sorted(set().union(*components)):
         # A component belongs to one task, and is NaN where it does not apply to a completion.
-        scored = [g.reward_components[name] for g in groups if name in g.reward_components]
-        values = torch.tensor(scored)
+        values = torch.tensor([group[name] for group in components if name in group])
         values = values[~values.isnan()]
         metrics[f"rewards/{name}/mean"] = values.mean()
         metrics[f"rewards/{name}/std"] = values.std(correction=0)
@@ -467,39 +456,16 @@ def update_metrics(updates: list[Update]) -> dict[str, float]:
 
 def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dict]:
     """The first group of each task, for samples.jsonl: the metrics hide a lot. Collective."""
-    order = {example.id: i for i, example in enumerate(examples)}
     local = {}
     for rollout in rollouts:
-        local.setdefault(rollout.example.task, rollout)
-    records = gather_lists([sample_record(rollout) for rollout in local.values()])
+        local.setdefault(rollout.example.task, rollout.record())
+    records = gather_lists(list(local.values()))
     # Each process gives its first. The first of all is the same whatever their number.
-    first = {}
-    for record in sorted(records, key=lambda r: order[r["id"]]):
-        first.setdefault(record["task"], record)
-    return [first[task] for task in ("report", "grounding") if task in first]
-
-
-def sample_record(rollout: Rollout) -> dict:
-    example = rollout.example
-    samples = []
-    for g, text in enumerate(rollout.texts):
-        # NaN: the component does not apply.
-        parts = {name: values[g] for name, values in rollout.reward_components.items()}
-        samples.append(
-            {
-                "text": text,
-                "reward": rollout.rewards[g],
-                "advantage": rollout.advantages[g].item(),
-                "parts": {name: value for name, value in parts.items() if value == value},
-            }
-        )
-    return {
-        "id": example.id,
-        "task": example.task,
-        "question": example.question,
-        "reference": example.answer,
-        "samples": samples,
-    }
+    order = [example.id for example in examples]
+    records.sort(key=lambda record: order.index(record["id"]))
+    reports = [record for record in records if record["task"] == "report"]
+    grounding = [record for record in records if record["task"] == "grounding"]
+    return reports[:1] + grounding[:1]
 
 
 # ------------------------------------------------------------------------------- before the loop
@@ -532,10 +498,7 @@ def preflight(policy: Policy, examples: list[Example], config: Config):
         ) from None
     policy.model.zero_grad()
 
-    # A few tokens of the final evaluation's first examples.
-    short = replace(config, grpo=replace(grpo, max_new_tokens=4))
-    with policy.unsharded():
-        evaluation.predict(policy, evaluation.chosen_examples(config)[:2], short, "a try")
+    evaluation.try_evaluation(policy, config)
 
 
 def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:
@@ -567,17 +530,6 @@ def starting_point(config: Config, stop: StopRequest) -> str | None:
     return resolve(init)
 
 
-def compared_checkpoints(config: Config, run: Path, start: str) -> dict[str, str | Path]:
-    """What the last evaluation compares: start, result, and continued SFT if it is there."""
-    name = Path(start).parent.name
-    before = name if name in ("sft", "cold_start") else "start"
-    checkpoints = {before: start, "grpo": run / "last"}
-    more = Path(config.out, "more")
-    if last_step(more) >= config.sft.more_steps:
-        checkpoints["more"] = more / "best"
-    return checkpoints
-
-
 def main():
     config, stop = start_training(__doc__)
     rewards.check_rewards(config.rewards)
@@ -591,14 +543,13 @@ def main():
     open_run(run, config, sections, config.grpo.steps)
 
     start = starting_point(config, stop)
-    ended = start is not None
-    if ended and last_step(run) < config.grpo.steps:
-        ended = train(config, run, start, stop)
+    if start and last_step(run) < config.grpo.steps:
+        train(config, run, start, stop)
 
     # Compare the start with the result.
-    if ended and not stop.requested():
+    if not stop.requested():
         stop.release()
-        evaluation.evaluate_checkpoints(config, compared_checkpoints(config, run, start))
+        evaluation.compare_with_start(config, start, run)
     stop.finish()
 
 
