@@ -23,7 +23,7 @@ from torch import Tensor
 import data
 import model
 from data import Example, batched
-from model import Policy, Prompt, save_checkpoint
+from model import Optimizer, Policy, Prompt, save_checkpoint
 from runtime.checkpoint import last_step, open_run, resolve
 from runtime.config import Config, InputError, SFTConfig
 from runtime.log import Log
@@ -61,9 +61,9 @@ def encode_studies(policy: Policy, studies: list[list[Example]]) -> list[Encoded
         for first, prompt in policy.encode_all(examples[:1]):
             prefix, rest = policy.split_at_images(prompt)
             if not torch.equal(rest, policy.question_ids(first)):
+                path = policy.config.model.path
                 raise InputError(
-                    f"the chat template of model.path={policy.config.model.path} does not end its "
-                    f"images as expected"
+                    f"the chat template of model.path={path} does not end its images as expected"
                 )
             pairs = [pair for _, pair in policy.encode_all(examples, question_and_answer)]
             if pairs:
@@ -89,21 +89,48 @@ def sft_loss(policy: Policy, studies: list[EncodedStudy], n_tokens: int) -> Tens
     return -logp.sum() / n_tokens
 
 
+def update(
+    policy: Policy, optimizer: Optimizer, studies: list[EncodedStudy], lr: float, micro_batch: int
+) -> dict[str, float]:
+    """One optimiser step on a batch, of which `studies` is our share. Collective.
+
+    Returns what to log; num_tokens is 0 if no process has a study.
+    """
+    # The divisor of the loss counts all micro-batches and processes, so it comes first.
+    n_tokens = sum(gather_objects(count_answer_tokens(studies)))
+    if not n_tokens:
+        return {"num_tokens": 0}
+
+    # Gradients add up over micro-batches. The optimizer sums them over processes.
+    loss_sum = torch.zeros((), device=policy.device)
+    for part in policy.pad_across_ranks(batched(studies, micro_batch)):
+        loss = sft_loss(policy, part, n_tokens)
+        loss.backward()
+        loss_sum += loss.detach()
+    grad_norm = optimizer.step(lr)
+    return {
+        "loss": sum(gather_objects(loss_sum.item())),
+        "grad_norm": grad_norm,
+        "learning_rate": lr,
+        "num_tokens": n_tokens,
+    }
+
+
 @torch.no_grad()
 def validation_loss(policy: Policy, studies: list[list[Example]], micro_batch: int) -> float:
     """Mean loss per answer token. Collective: the studies are split over the processes."""
-    total, count = 0.0, 0
+    loss = 0.0
+    n_tokens = 0
     with policy.unsharded():
         for chunk in batched(studies[rank() :: world_size()], micro_batch):
             encoded = encode_studies(policy, chunk)
             if encoded:
-                count += count_answer_tokens(encoded)
-                total += float(sft_loss(policy, encoded, 1))
-    sums = gather_objects((total, count))
-    count = sum(n for _, n in sums)
-    if not count:
+                loss += sft_loss(policy, encoded, 1).item()
+                n_tokens += count_answer_tokens(encoded)
+    n_tokens = sum(gather_objects(n_tokens))
+    if not n_tokens:
         raise InputError("none of the validation studies can be used (see the messages above)")
-    return sum(loss for loss, _ in sums) / count
+    return sum(gather_objects(loss)) / n_tokens
 
 
 # ------------------------------------------------------------------------------- the stage
@@ -164,8 +191,10 @@ def train(config: Config, stop: StopRequest) -> Path | None:
     open_run(run, config, ["model", "data", "sft"], sft.steps)
     if last_step(run) == sft.steps:
         return run / "best"
-    studies, held_out = load_studies(config, "train"), load_studies(config, "val")
+    studies = load_studies(config, "train")
+    held_out = load_studies(config, "val")
     policy, optimizer, state = model.resume(run, config, start, sft)
+    prepare_ranks(policy, studies)
     best = state.get("best", math.inf)
     log = Log(run, config, state["step"], sft.steps)
     size = sum(p.numel() for p in policy.parameters()) / 1e6
@@ -173,40 +202,19 @@ def train(config: Config, stop: StopRequest) -> Path | None:
         f"{run}: {sft.stage} of {size:.1f} M parameters on {len(studies)} studies, "
         f"steps {state['step']} to {sft.steps}"
     )
-    if policy.sharded:
-        # With sharded weights, a process without work runs along on this prompt.
-        usable = (e.prompt for study in studies for e in encode_studies(policy, [study]))
-        policy.dummy_prompt = next(usable, None)
 
     for step in log.steps():
         # Which studies, in which order: a function of seed and step, so that a run can resume.
         places = data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)
-        batch = [studies[i] for i in places]
-        encoded = encode_studies(policy, batch[rank() :: world_size()])
-        # The divisor of the loss counts all micro-batches and processes, so it comes first.
-        n_tokens = sum(gather_objects(count_answer_tokens(encoded)))
-        if not n_tokens:
-            raise InputError(
-                f"step {step + 1}: none of its {len(batch)} studies can be used (see above)"
-            )
-
-        # Gradients add up over micro-batches. The optimizer sums them over processes.
-        loss_sum = 0.0
-        for micro_batch in policy.pad_across_ranks(batched(encoded, sft.micro_batch)):
-            loss = sft_loss(policy, micro_batch, n_tokens)
-            loss.backward()
-            loss_sum += loss.item()
+        local = [studies[i] for i in places[rank() :: world_size()]]
+        encoded = encode_studies(policy, local)
         lr = learning_rate(step, sft.steps, sft.warmup, sft.lr)
-        grad_norm = optimizer.step(lr)
+        metrics = update(policy, optimizer, encoded, lr, sft.micro_batch)
+        done = step + 1
+        if not metrics["num_tokens"]:
+            raise InputError(f"step {done}: none of its studies can be used (see above)")
 
         # Validate, log, save, and stop if asked to.
-        done = step + 1
-        metrics = {
-            "loss": sum(gather_objects(loss_sum)),
-            "grad_norm": grad_norm,
-            "learning_rate": lr,
-            "num_tokens": n_tokens,
-        }
         validated = done % sft.eval_every == 0 or done == sft.steps
         is_best = False
         if validated:
@@ -222,6 +230,13 @@ def train(config: Config, stop: StopRequest) -> Path | None:
             print0(f"{run}: stopped after step {done}; the same command continues from here")
             return None
     return run / "best"
+
+
+def prepare_ranks(policy: Policy, studies: list[list[Example]]):
+    """With sharded weights, a process without work runs along on a prompt: the first usable."""
+    if policy.sharded:
+        usable = (e.prompt for study in studies for e in encode_studies(policy, [study]))
+        policy.dummy_prompt = next(usable, None)
 
 
 def train_up_to(config: Config, stage: str, stop: StopRequest) -> Path | None:
