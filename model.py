@@ -20,6 +20,7 @@ Shapes: B prompts, G completions of each, R = B * G rows, P prompt tokens, T com
 H hidden width, V vocabulary.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -371,7 +372,7 @@ class Policy:
         """The prompt up to its last image token, which all questions on an image share, and the ids
         (Q,) after it."""
         ids = prompt.input_ids[0]
-        end = int((ids == self.model.config.image_token_id).nonzero()[-1]) + 1
+        end = self.end_of_images(ids)
         tokens = {name: values[:, :end] for name, values in prompt.tokens.items()}
         positions = prompt.positions[..., :end]
         next_position = int(positions.max()) + 1
@@ -398,8 +399,12 @@ class Policy:
             text=[token], images=[[image]], return_tensors="pt", add_special_tokens=False
         )
         ids = inputs["input_ids"][0]
-        last = int((ids == self.model.config.image_token_id).nonzero()[-1])
-        return self.tokenizer.decode(ids[last + 1 :])
+        return self.tokenizer.decode(ids[self.end_of_images(ids) :])
+
+    def end_of_images(self, ids: Tensor) -> int:
+        """The place after the last image token of ids (P,)."""
+        places = (ids == self.model.config.image_token_id).nonzero()
+        return int(places[-1]) + 1
 
     def encode_target(self, example: Example) -> Tensor:
         """(T,) ids of the supervised answer, with the end-of-turn token."""
@@ -442,14 +447,16 @@ class Policy:
             padded = [F.pad(t, (length - t.shape[-1], 0)) for t in tensors]
             return torch.cat(padded, -2)
 
-        tokens = {name: join([p.tokens[name] for p in prompts]) for name in prompts[0].tokens}
-        tokens["position_ids"] = join([p.positions for p in prompts])
+        tokens = {"position_ids": join([p.positions for p in prompts])}
+        for name in prompts[0].tokens:
+            tokens[name] = join([p.tokens[name] for p in prompts])
         return tokens
 
     def run(self, prompts: list[Prompt], tokens: dict[str, Tensor], **options: Any) -> Any:
         """The model without its head, on token inputs and the images of these prompts."""
-        names = prompts[0].images
-        images = {name: pad_images([p.images[name] for p in prompts]) for name in names}
+        images = {}
+        for name in prompts[0].images:
+            images[name] = pad_images([p.images[name] for p in prompts])
         if any(p.features is None for p in prompts):
             return self.base(**tokens, **images, **options)
         from fast.frozen_tower import known_features  # noqa: PLC0415
@@ -572,19 +579,20 @@ class Policy:
             if ended.all():
                 break
             mask = F.pad(mask, (0, 1), value=1)
+            positions = self.later_positions(start + t, 1)
             out = self.base(
                 input_ids=token[:, None],
                 attention_mask=mask,
-                position_ids=self.later_positions(start, 1, t),
+                position_ids=positions,
                 past_key_values=prefill.cache,
                 use_cache=True,
             )
             hidden = out.last_hidden_state[:, 0]
         return tokens, logprobs
 
-    def later_positions(self, start: Tensor, length: int, first: int = 0) -> Tensor:
-        """Positions (R, T) of text, with M-RoPE (3, R, T), `first` tokens after start (R,)."""
-        places = torch.arange(first, first + length, device=start.device)
+    def later_positions(self, start: Tensor, length: int) -> Tensor:
+        """Positions (R, T) of text that begins at start (R,); with M-RoPE (3, R, T)."""
+        places = torch.arange(length, device=start.device)
         positions = start[:, None] + places
         if hasattr(self.base, "get_rope_index"):
             # Text has one position on all axes.
@@ -665,11 +673,9 @@ class Policy:
         length = tokens["input_ids"].shape[1]
         ids = pad_rows(rows)  # (R, T)
         start = torch.tensor([p.next_position for p in copies], device=self.device)
-        after = {
-            "input_ids": ids,
-            "attention_mask": pad_rows([torch.ones_like(row) for row in rows]),
-            "position_ids": self.later_positions(start, ids.shape[1]),
-        }
+        real = pad_rows([torch.ones_like(row) for row in rows])
+        positions = self.later_positions(start, ids.shape[1])
+        after = {"input_ids": ids, "attention_mask": real, "position_ids": positions}
         for name, before in tokens.items():
             # Text has 0 in every other token-shaped input.
             rest = after.get(name, torch.zeros_like(ids))
@@ -853,7 +859,6 @@ class Policy:
             "target_modules": sorted(self.adapted),
             "base_model_name_or_path": self.path,
             "bias": "none",
-            "inference_mode": True,
         }
         (folder / "adapter_config.json").write_text(json.dumps(peft))
 
@@ -1180,47 +1185,42 @@ def build_tokenizer(vocabulary: int = 1024) -> PreTrainedTokenizerFast:
     return fast
 
 
+# A Qwen3-VL of 2.4 M parameters: deepstack on, patches of 14 pixels merged 2 x 2.
+TINY_TEXT = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=4096,
+    rope_parameters=dict(
+        rope_type="default", rope_theta=10_000.0, mrope_section=[6, 5, 5], mrope_interleaved=True
+    ),
+    tie_word_embeddings=True,
+)
+TINY_PATCHES = dict(patch_size=14, temporal_patch_size=2)
+TINY_VISION = dict(
+    depth=3,
+    hidden_size=128,
+    intermediate_size=384,
+    num_heads=4,
+    spatial_merge_size=2,
+    out_hidden_size=128,
+    num_position_embeddings=256,
+    deepstack_visual_indexes=[0, 1],
+    **TINY_PATCHES,
+)
+
+
 def build_tiny(seed: int, pixels: dict[str, int]) -> tuple[nn.Module, Any]:
-    """A Qwen3-VL of 2.4 M parameters with random weights (deepstack on, 14-pixel patches merged
-    2 x 2), and its processor."""
+    """The tiny Qwen3-VL with random weights, and its processor."""
     tokenizer = build_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
-    width = 128
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=4096,
-        rope_parameters=dict(
-            rope_type="default",
-            rope_theta=10_000.0,
-            mrope_section=[6, 5, 5],
-            mrope_interleaved=True,
-        ),
-        eos_token_id=end,
-        pad_token_id=pad,
-        tie_word_embeddings=True,
-    )
-    vision = dict(
-        depth=3,
-        hidden_size=128,
-        intermediate_size=384,
-        num_heads=4,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        out_hidden_size=width,
-        num_position_embeddings=256,
-        deepstack_visual_indexes=[0, 1],
-    )
+    ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
+        text_config=copy.deepcopy(TINY_TEXT) | ends | {"vocab_size": len(tokenizer)},
+        vision_config=TINY_VISION,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -1229,16 +1229,9 @@ def build_tiny(seed: int, pixels: dict[str, int]) -> tuple[nn.Module, Any]:
     )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = end
-    model.generation_config.pad_token_id = pad
-    images = Qwen2VLImageProcessorPil(
-        patch_size=14,
-        temporal_patch_size=2,
-        merge_size=2,
-        image_mean=[0.4] * 3,
-        image_std=[0.2] * 3,
-        **pixels,
-    )
+    model.generation_config.update(**ends)
+    colours = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3}
+    images = Qwen2VLImageProcessorPil(merge_size=2, **TINY_PATCHES, **colours, **pixels)
     processor = image_only(Qwen3VLProcessor)
     return model, processor(images, tokenizer, chat_template=tokenizer.chat_template)
 
@@ -1269,11 +1262,14 @@ class Optimizer:
             linear = [p for p in trained if id(p) in ids]
         ids = {id(p) for p in linear}
         others = [p for p in trained if id(p) not in ids]
+        matrices = [p for p in others if p.ndim >= 2]
+        vectors = [p for p in others if p.ndim < 2]
         groups = [
-            {"params": [p for p in others if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0.0},
         ]
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, fused=True)]
+        adamw = torch.optim.AdamW(groups, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
         if linear:
             muon = torch.optim.Muon(
                 linear, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
