@@ -90,7 +90,12 @@ def score(
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[Prompt], group: int, new_tokens: int) -> None:
     """transformers' own sampling, the prompts repeated for every completion."""
-    tokens, images = policy.batch([p for p in prompts for _ in range(group)])
+    copies = [p for p in prompts for _ in range(group)]
+    inputs = policy.pad_prompts(copies)
+    # The library finds the positions by itself.
+    del inputs["position_ids"]
+    for name in copies[0].images:
+        inputs[name] = model.pad_images([p.images[name] for p in copies])
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -99,13 +104,13 @@ def generate(policy: Policy, prompts: list[Prompt], group: int, new_tokens: int)
         min_new_tokens=new_tokens,
         pad_token_id=policy.tokenizer.pad_token_id,
     )
-    policy.model.generate(**tokens, **images, generation_config=config)
+    policy.model.generate(**inputs, generation_config=config)
 
 
 @torch.no_grad()
-def sample(policy: Policy, prompts: list[Prompt], group: int, uniform: Tensor) -> None:
+def sample(policy: Policy, prompts: list[Prompt], uniform: Tensor) -> None:
     """Our sampling with the random numbers uniform (R, T)."""
-    policy.decode_groups(prompts, group, uniform, 1.0)
+    policy.decode_groups(prompts, uniform, 1.0)
 
 
 def print_peak(length: int, group: int, new_tokens: int, shared: bool) -> None:
@@ -127,7 +132,7 @@ def compare(length: int, group: int, new_tokens: int, cycles: int) -> None:
     uniform = torch.rand(PROMPTS * group, new_tokens, dtype=torch.double).to(policy.device)
     sampling = [
         partial(generate, policy, prompts, group, new_tokens),
-        partial(sample, policy, prompts, group, uniform),
+        partial(sample, policy, prompts, uniform),
     ]
     theirs, ours = medians(sampling, cycles)
 
