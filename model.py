@@ -167,7 +167,7 @@ def pad_images(tensors: list[Tensor]) -> Tensor:
     largest = [max(size) for size in sizes]
     out = tensors[0].new_zeros(sum(map(len, tensors)), *largest)
     for part, t in zip(out.split([len(t) for t in tensors]), tensors):
-        corner = [slice(size) for size in t.shape]
+        corner = tuple(slice(size) for size in t.shape)
         part[corner] = t
     return out
 
