@@ -67,11 +67,12 @@ class SharedPrefix:
         Prompts are sorted by length, rows by the length of their prompts and then by their own: so
         what attends together stands together.
         """
-        lengths, counts = prompt_lengths.unique_consecutive(return_counts=True)
-        self.prompt_blocks = list(zip(counts.tolist(), lengths.tolist()))
+        self.prompt_blocks = []  # how many prompts, of which length
         self.row_blocks = []
+        self.sizes = []  # tokens of each block
         first = 0
-        for block, (count, length) in enumerate(self.prompt_blocks):
+        lengths, counts = prompt_lengths.unique_consecutive(return_counts=True)
+        for length, count in zip(lengths.tolist(), counts.tolist()):
             after = (owner >= first) & (owner < first + count)
             rows = after.nonzero()[:, 0]
             # Rows of similar length: little padding.
@@ -79,10 +80,12 @@ class SharedPrefix:
             for chosen in rows.tensor_split(parts):
                 own = row_lengths[chosen]
                 if own.sum() > 0:
+                    block = len(self.prompt_blocks)
                     index = owner[chosen] - first
                     self.row_blocks.append(row_block(block, index, length, own, device))
+            self.prompt_blocks.append((count, length))
+            self.sizes.append(count * length)
             first += count
-        self.sizes = [count * length for count, length in self.prompt_blocks]
         self.sizes += [block.size for block in self.row_blocks]
 
     def attend(self, query, key, value, scaling):
@@ -92,28 +95,32 @@ class SharedPrefix:
             # Its fast kernels take a mask or grouped heads, not both.
             key = key.repeat_interleave(groups, 1)
             value = value.repeat_interleave(groups, 1)
-        grouped = query.shape[1] != key.shape[1]
-        options = {"scale": scaling, "enable_gqa": grouped}
+            groups = 1
+        options = {"scale": scaling, "enable_gqa": groups > 1}
 
         # Of each block (n, H | h, d).
-        queries, keys, values = (self.split(t) for t in (query, key, value))
+        queries = self.split(query)
+        keys = self.split(key)
+        values = self.split(value)
         blocks = list(zip(queries, keys, values))
-        n_prompts = len(self.prompt_blocks)
         prompts = []
         outs = []
-        for (count, _), block in zip(self.prompt_blocks, blocks):
+        for count, _ in self.prompt_blocks:
+            block = blocks[len(outs)]
             q, k, v = (split_rows(t, count) for t in block)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
             outs.append(join_rows(out))
             prompts.append((k, v))
-        for rows, block in zip(self.row_blocks, blocks[n_prompts:]):
+        for rows in self.row_blocks:
+            block = blocks[len(outs)]
             prompt = prompts[rows.prompt_block]
             outs.append(attend_rows(rows, block, prompt, options))
         return torch.cat(outs)[None]
 
     def split(self, stream):
         """(1, H, N, d) -> of each block (n, H, d)."""
-        return stream[0].transpose(0, 1).split(self.sizes)
+        tokens = stream[0].transpose(0, 1)
+        return tokens.split(self.sizes)
 
 
 def row_block(prompt_block, prompt_index, length, own, device):
@@ -122,11 +129,13 @@ def row_block(prompt_block, prompt_index, length, own, device):
     real = places < own[:, None]  # (r, T)
     unpad_index = None
     if not real.all():
-        unpad_index = real.flatten().nonzero()[:, 0].to(device)
+        unpad_index = real.flatten().nonzero()[:, 0]
+        unpad_index = unpad_index.to(device)
     causal = places <= places[:, None]
     mask = F.pad(causal, (length, 0), value=True)  # (T, P + T)
-    size = int(own.sum())
-    return RowBlock(prompt_block, prompt_index.to(device), unpad_index, mask.to(device), size)
+    return RowBlock(
+        prompt_block, prompt_index.to(device), unpad_index, mask.to(device), size=int(own.sum())
+    )
 
 
 def attend_rows(rows, block, prompt, options):
@@ -136,9 +145,9 @@ def attend_rows(rows, block, prompt, options):
         length = count * len(rows.mask)
         block = [pad_stream(t, rows.unpad_index, length) for t in block]
     q, k, v = (split_rows(t, count) for t in block)  # (r, H | h, T, d)
-    past_k, past_v = (rows_of(t, rows.prompt_index) for t in prompt)  # (r, h, P, d)
-    k = torch.cat([past_k, k], 2)
-    v = torch.cat([past_v, v], 2)
+    past_k, past_v = prompt  # (b, h, P, d)
+    k = torch.cat([rows_of(past_k, rows.prompt_index), k], 2)
+    v = torch.cat([rows_of(past_v, rows.prompt_index), v], 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, **options)
     out = join_rows(out)
     if rows.unpad_index is None:
@@ -148,7 +157,8 @@ def attend_rows(rows, block, prompt, options):
 
 def pad_stream(stream, index, length):
     """The tokens of a stream (n, H, d) at their places in (length, H, d)."""
-    padded = stream.new_zeros(length, *stream.shape[1:])
+    _, heads, width = stream.shape
+    padded = stream.new_zeros(length, heads, width)
     return padded.index_copy(0, index, stream)
 
 
@@ -161,7 +171,8 @@ def rows_of(prompts, prompt_index):
 
 def split_rows(stream, count):
     """(count * n, H, d) -> (count, H, n, d)"""
-    return stream.unflatten(0, (count, -1)).transpose(1, 2)
+    rows = stream.unflatten(0, (count, -1))
+    return rows.transpose(1, 2)
 
 
 def join_rows(rows):
@@ -175,36 +186,63 @@ def shared_hidden(policy, prompts, rows, owner, scored):
     rows: R completions (T_r,), owner: the prompt of each, scored (R, T) on the CPU. A row's last
     token predicts nothing and is left out of the stream.
     """
+
+    def sizes_of(r):
+        return len(prompts[owner[r]]), len(rows[r])
+
     # Sort as SharedPrefix wants it. All sizes are known on the CPU, so the GPU is not waited for.
     prompt_order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
-    row_order = sorted(range(len(rows)), key=lambda r: (len(prompts[owner[r]]), len(rows[r])))
-    owner = [prompt_order.index(owner[r]) for r in row_order]
-    prompts = [prompts[b] for b in prompt_order]
-    rows = [rows[r][:-1] for r in row_order]
-    sizes = torch.tensor([len(p) for p in prompts])
-    lengths = torch.tensor([len(row) for row in rows])
+    row_order = sorted(range(len(rows)), key=sizes_of)
+    sorted_prompts = [prompts[b] for b in prompt_order]
+    sorted_rows = [rows[r][:-1] for r in row_order]
+    sorted_owner = [prompt_order.index(owner[r]) for r in row_order]
 
-    # The stream. Text that follows the prompts has 0 in every other token-shaped input.
+    lengths = torch.tensor([len(p) for p in sorted_prompts])
+    row_lengths = torch.tensor([len(row) for row in sorted_rows])
+    index = torch.tensor(sorted_owner)
+    shared = SharedPrefix(lengths, row_lengths, index, policy.device)
+    stream = stream_inputs(sorted_prompts, sorted_rows, sorted_owner)
+    out = policy.run(sorted_prompts, stream, use_cache=False, shared=shared)
+    hidden = out.last_hidden_state[0]  # (tokens of the stream, H)
+
+    predictors = torch.empty(scored.shape, dtype=torch.long)
+    predictors[row_order] = predictor_places(lengths, row_lengths, index, scored.shape[1])
+    chosen = predictors[scored].to(policy.device)
+    return hidden.index_select(0, chosen)
+
+
+def stream_inputs(prompts, rows, owner):
+    """The token inputs (1, N) of the stream, its positions, and a mask that masks nothing."""
     ids = torch.cat(rows)[None]
-    tokens = {}
+    # Text that follows the prompts has 0 in every other token-shaped input.
+    nothing = torch.zeros_like(ids)
+    stream = {}
     for name in prompts[0].tokens:
-        before = torch.cat([p.tokens[name] for p in prompts], 1)
-        after = ids if name == "input_ids" else torch.zeros_like(ids)
-        tokens[name] = torch.cat([before, after], 1)  # (1, N)
+        before = [p.tokens[name] for p in prompts]
+        after = ids if name == "input_ids" else nothing
+        stream[name] = torch.cat([*before, after], 1)
     # A 4-D mask is passed on untouched, and SharedPrefix needs none.
-    tokens["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-    before = torch.cat([p.positions for p in prompts], -1)
-    after = [prompts[b].next_position + torch.arange(len(row)) for b, row in zip(owner, rows)]
-    after = torch.cat(after).to(ids.device).expand(*before.shape[:-1], -1)
-    tokens["position_ids"] = torch.cat([before, after], -1)
-    shared = SharedPrefix(sizes, lengths, torch.tensor(owner), ids.device)
-    hidden = policy.run(prompts, tokens, use_cache=False, shared=shared).last_hidden_state[0]
+    stream["attention_mask"] = ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
 
+    after = []
+    for b, row in zip(owner, rows):
+        after.append(prompts[b].next_position + torch.arange(len(row)))
+    after = torch.cat(after).to(ids.device)
+    before = torch.cat([p.positions for p in prompts], -1)
+    # With M-RoPE, text has the same position on all three axes.
+    after = after.expand(*before.shape[:-1], -1)
+    stream["position_ids"] = torch.cat([before, after], -1)
+    return stream
+
+
+def predictor_places(lengths, row_lengths, owner, longest):
+    """The place in the stream of the token that predicts each token of each row, (R, longest).
+
+    lengths (B,) of the prompts and row_lengths (R,) in the stream, owner (R,).
+    """
     # A first token is predicted by the end of its prompt, the others by the token before.
-    ends = sizes.cumsum(0)[owner] - 1  # (R,)
-    starts = sizes.sum() + lengths.cumsum(0) - lengths
-    places = torch.arange(scored.shape[1])
-    by_row = torch.where(places == 0, ends[:, None], starts[:, None] + places - 1)
-    predictors = torch.empty_like(by_row)
-    predictors[row_order] = by_row
-    return hidden.index_select(0, predictors[scored].to(ids.device))
+    ends = lengths.cumsum(0) - 1
+    firsts = lengths.sum() + row_lengths.cumsum(0) - row_lengths
+    places = torch.arange(longest)
+    before = firsts[:, None] + places - 1
+    return torch.where(places == 0, ends[owner, None], before)
