@@ -238,62 +238,15 @@ class Policy:
         self.shared = config.model.shared_prefix and self.can_share()
         if config.model.gradient_checkpointing:
             self.enable_checkpointing()
+
+        # A completion ends with the end of a turn, or with what the model counts as an end.
         self.end_id = self.end_of_turn()
         eos = model.generation_config.eos_token_id
         stop_ids = {self.end_id, self.tokenizer.eos_token_id}
         stop_ids.update([eos] if isinstance(eos, int) else eos or [])
         self.stop_ids = torch.tensor(sorted(stop_ids), device=self.device)
+        # What it may not contain.
         self.banned = torch.tensor(self.vision_ids(), dtype=torch.long, device=self.device)
-
-    def can_share(self) -> bool:
-        """Turn on fast/ if it knows the model. Else say that completions run their prompts."""
-        text = self.model.config.get_text_config()
-        windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
-        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
-        # Positions that turn by angles which depend on the longest row.
-        by_length = rope in ("dynamic", "longrope")
-        model_type = self.model.config.model_type
-        if model_type not in SHARING or windows or by_length:
-            print0(
-                f"model.shared_prefix: {model_type} is none of {', '.join(SHARING)}, or has "
-                f"windowed attention or a rotation by length: each completion runs its prompt"
-            )
-            return False
-        import fast.patches  # noqa: PLC0415
-        import fast.shared_prefix  # noqa: PLC0415
-
-        if self.device.type == "cuda":
-            fast.patches.use_products(self.model)
-        self.model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
-        return True
-
-    def enable_checkpointing(self):
-        """Gradient checkpointing, which is active in train mode only, but without any dropout:
-        old and new log-probs have to agree."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in self.model.modules():
-            for name in ("p", "dropout", "attention_dropout"):
-                if isinstance(vars(module).get(name), float):
-                    setattr(module, name, 0.0)
-
-    def end_of_turn(self) -> int:
-        """The token after an answer in the chat template. Gemma's is not its end of text."""
-        turns = [chat_turn("user", "QUESTION"), chat_turn("assistant", "ANSWER")]
-        chat = self.processor.apply_chat_template(turns, tokenize=False)
-        after = self.tokenizer(chat.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
-        added = self.tokenizer.added_tokens_decoder
-        return next((i for i in after if i in added), self.tokenizer.eos_token_id)
-
-    def vision_ids(self) -> list[int]:
-        """Tokens that stand for images: banned in sampling and in scoring alike.
-
-        A completion with one could not be scored, as no image belongs to it.
-        """
-        pattern = re.compile(r"image|img|vision|video|^<row_\d", re.IGNORECASE)
-        added = self.tokenizer.added_tokens_decoder
-        ids = {i for i, token in added.items() if pattern.search(token.content)}
-        ids.add(self.model.config.image_token_id)
-        return sorted(i for i in ids if i < len(self.head[0]))
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -323,6 +276,7 @@ class Policy:
         texts.append(data.prompt_text(example))
         roles = itertools.cycle(["user", "assistant"])
         turns = [chat_turn(role, text) for role, text in zip(roles, texts)]
+        # All images stand before the first question.
         images = [{"type": "image"}] * len(example.images)
         turns[0]["content"] = images + turns[0]["content"]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -331,6 +285,7 @@ class Policy:
         """The model inputs of an example's prompt. Raises InputError."""
         images = data.open_images(example)
         text = self.chat(example)
+        # Some chat templates write the beginning of the text, some leave it to the tokenizer.
         begin = self.tokenizer.bos_token
         has_begin = bool(begin) and text.startswith(begin)
         try:
@@ -342,6 +297,7 @@ class Policy:
             raise InputError(
                 f"{example.id}: the processor refuses its images ({sizes}): {error}"
             ) from None
+        # While the inputs are on the CPU: from a GPU, each number would have to be waited for.
         positions = self.positions(inputs)
         next_position = int(positions.max()) + 1
         inputs = inputs.to(self.device)
@@ -494,6 +450,7 @@ class Policy:
         pairs = self.encode_all(examples)
         if not pairs:
             return []
+        # The numbers are a function of stream, id and completion.
         uniform = []
         for example, _ in pairs:
             key = int(hashlib.sha1(example.id.encode()).hexdigest()[:12], 16)
@@ -505,6 +462,8 @@ class Policy:
         prompts = [prompt for _, prompt in pairs]
         with self.autocast():
             tokens, logprobs, finished = self.decode_groups(prompts, uniform, temperature)
+
+        # Rows i G to (i + 1) G belong to prompt i.
         rollouts = []
         for i, (example, prompt) in enumerate(pairs):
             group = slice(i * group_size, (i + 1) * group_size)
@@ -567,6 +526,7 @@ class Policy:
         mask = prefill.mask.repeat_interleave(group_size, 0)
         start = prefill.start.repeat_interleave(group_size)
         hidden = prefill.hidden.repeat_interleave(group_size, 0)  # (R, H)
+        # Cast once, and not for each token.
         weight = self.head[0].to(self.dtype)
         tokens = torch.zeros_like(uniform, dtype=torch.long)
         logprobs = torch.zeros_like(uniform, dtype=torch.float)
@@ -578,6 +538,7 @@ class Policy:
             ended |= torch.isin(token, self.stop_ids)
             if ended.all():
                 break
+            # The new tokens go through the model, which adds their keys and values to the cache.
             mask = F.pad(mask, (0, 1), value=1)
             positions = self.later_positions(start + t, 1)
             out = self.base(
@@ -637,6 +598,7 @@ class Policy:
         owner = [b for b, group in enumerate(completions) for _ in group]
         lengths = [len(row) for row in rows]
         n_scored = n_scored or lengths
+        # The last n tokens of each row.
         targets = torch.cat([row[len(row) - n :] for row, n in zip(rows, n_scored)])  # (N,)
         # On the CPU, where the sizes are known: the GPU is not waited for.
         ends = torch.tensor(lengths)[:, None]
@@ -651,6 +613,7 @@ class Policy:
             hidden_of = functools.partial(shared_hidden, self)
         with self.autocast():
             hidden = hidden_of(prompts, rows, owner, scored)  # (N, H)
+        # The logits of all tokens together would not fit: fused_logprobs makes them in tiles.
         weight, bias = self.head
         hidden = hidden.to(self.dtype)
         flat = fused_logprobs(hidden, weight, targets, temperature, self.banned, bias)
@@ -668,6 +631,7 @@ class Policy:
         rows: R completions (T_r,), owner: the prompt of each, scored (R, T). Every row has its own
         copy of the prompt and its images.
         """
+        # [padding | prompt | completion | padding]
         copies = [prompts[b] for b in owner]
         tokens = self.pad_prompts(copies)
         length = tokens["input_ids"].shape[1]
@@ -681,6 +645,7 @@ class Policy:
             rest = after.get(name, torch.zeros_like(ids))
             tokens[name] = torch.cat([before, rest], -1)
         out = self.run(copies, tokens, use_cache=False)
+        # A token is predicted by the one before it.
         predictors = out.last_hidden_state[:, length - 1 : -1]  # (R, T, H)
         return predictors[scored.to(self.device)]
 
@@ -769,6 +734,7 @@ class Policy:
                 f"model.lora_targets={targets}: the linear layers of {type(self.model).__name__} "
                 f"are {', '.join(sorted(names))}"
             )
+        # Only adapters learn. They begin with the same numbers on every process.
         self.model.requires_grad_(False)
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, layer in linear.items():
@@ -816,7 +782,7 @@ class Policy:
 
     def whole_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """State dict with adapters merged, and adapters, whole on the first process. Collective."""
-        # A tied weight is saved once.
+        # A tied weight has two names and is saved once.
         every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         once = {name for name, _ in self.model.named_parameters()}
         state = {
@@ -861,6 +827,58 @@ class Policy:
             "bias": "none",
         }
         (folder / "adapter_config.json").write_text(json.dumps(peft))
+
+    # -- what __init__ finds out about the model
+
+    def can_share(self) -> bool:
+        """Turn on fast/ if it knows the model. Else say that completions run their prompts."""
+        text = self.model.config.get_text_config()
+        windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+        # Positions that turn by angles which depend on the longest row.
+        by_length = rope in ("dynamic", "longrope")
+        model_type = self.model.config.model_type
+        if model_type not in SHARING or windows or by_length:
+            print0(
+                f"model.shared_prefix: {model_type} is none of {', '.join(SHARING)}, or has "
+                f"windowed attention or a rotation by length: each completion runs its prompt"
+            )
+            return False
+        import fast.patches  # noqa: PLC0415
+        import fast.shared_prefix  # noqa: PLC0415
+
+        if self.device.type == "cuda":
+            fast.patches.use_products(self.model)
+        self.model.set_attn_implementation({"text_config": "shared", "vision_config": "sdpa"})
+        return True
+
+    def enable_checkpointing(self):
+        """Gradient checkpointing, which is active in train mode only, but without any dropout:
+        old and new log-probs have to agree."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.modules():
+            for name in ("p", "dropout", "attention_dropout"):
+                if isinstance(vars(module).get(name), float):
+                    setattr(module, name, 0.0)
+
+    def end_of_turn(self) -> int:
+        """The token after an answer in the chat template. Gemma's is not its end of text."""
+        turns = [chat_turn("user", "QUESTION"), chat_turn("assistant", "ANSWER")]
+        chat = self.processor.apply_chat_template(turns, tokenize=False)
+        after = self.tokenizer(chat.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
+        added = self.tokenizer.added_tokens_decoder
+        return next((i for i in after if i in added), self.tokenizer.eos_token_id)
+
+    def vision_ids(self) -> list[int]:
+        """Tokens that stand for images: banned in sampling and in scoring alike.
+
+        A completion with one could not be scored, as no image belongs to it.
+        """
+        pattern = re.compile(r"image|img|vision|video|^<row_\d", re.IGNORECASE)
+        added = self.tokenizer.added_tokens_decoder
+        ids = {i for i, token in added.items() if pattern.search(token.content)}
+        ids.add(self.model.config.image_token_id)
+        return sorted(i for i in ids if i < len(self.head[0]))
 
 
 class LoRALinear(nn.Linear):
@@ -933,6 +951,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tenso
     rows = torch.arange(len(logits), device=logits.device)
     likeliest = logits.argmax(1) if uniform is None else None
     p = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # times a constant
+    # Whole blocks: padding has probability 0.
     if p.shape[1] % 128:
         p = F.pad(p, (0, -p.shape[1] % 128))
     blocks = p.unflatten(1, (-1, 128))  # (R, V / 128, 128)
@@ -941,6 +960,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tenso
     if uniform is None:
         token = likeliest
     else:
+        # The block in which the sum of probabilities passes uniform times their total.
         goal = uniform[:, None] * cdf[:, -1:]
         block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (R, 1)
         # How far into the block, from 0 to 1. At its very end, ids may have probability 0.
@@ -994,6 +1014,7 @@ class FusedLogProbs(torch.autograd.Function):
         weighted = torch.zeros_like(peak)  # sum exp(z - m) (z - m)
         chosen = torch.zeros_like(peak)  # z[t]
         for i, j, _, z in FusedLogProbs.tiles(hidden, weight, bias, temperature, banned):
+            # A target lies in one of the tiles.
             here = (targets >= i) & (targets < j)
             place = (targets - i).clamp(0, j - i - 1)
             chosen = torch.where(here, z.gather(1, place[:, None])[:, 0], chosen)
@@ -1019,6 +1040,7 @@ class FusedLogProbs(torch.autograd.Function):
         temperature, banned = ctx.options
         slope = grad[:, None] / temperature  # (N, 1), d loss / d (logit of t - logsumexp)
         scaled = slope * hidden
+        # The gradient of the logits is slope (onehot - p): here -p, and onehot at the end.
         factor = scaled.to(hidden.dtype)
         mean_weight = torch.zeros_like(scaled)  # sum_v p(v) weight[v]
         grad_weight = torch.zeros_like(weight) if need_weight else None
@@ -1112,6 +1134,7 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
         print0(
             f"model.min_pixels, model.max_pixels: no effect, {model_type} has its own image sizes"
         )
+    # Old folders keep the chat template with the tokenizer.
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:
         raise InputError(f"model {path!r} has no chat template: take an instruction-tuned one")
@@ -1121,6 +1144,7 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
 def load_weights(path, weights):
     if weights:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    # Shapes without numbers.
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
 
@@ -1260,6 +1284,7 @@ class Optimizer:
             layers = [m for m in policy.model.modules() if isinstance(m, nn.Linear)]
             ids = {id(layer.weight) for layer in layers} - {id(policy.head[0])}
             linear = [p for p in trained if id(p) in ids]
+        # AdamW takes the rest.
         ids = {id(p) for p in linear}
         others = [p for p in trained if id(p) not in ids]
         matrices = [p for p in others if p.ndim >= 2]
@@ -1341,6 +1366,7 @@ def resume(run: Path, config: Config, start: str, section: Any) -> tuple[Policy,
     # With adapters, the weights below them stay those of the start.
     policy = load_policy(config, start if section.lora_rank else last or start)
     policy.start = Path(start).resolve().name
+    # Adapters, shards, what is frozen, and then the optimizer of what is left to train.
     if section.lora_rank:
         policy.add_lora(section.lora_rank, section.freeze)
         if last:
