@@ -914,24 +914,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def head_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    banned: Tensor | None,
-    out: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, banned: Tensor | None
 ) -> Tensor:
-    """(n, v) logits / temperature in float32, on the CPU in `out` if it is given.
+    """(n, v) logits / temperature in float32.
 
     hidden (n, H), weight (v, H) of one type, bias (v,), banned (k,) ids.
     """
-    if hidden.is_cuda:
-        logits = product(hidden, weight.T)
-    else:
-        logits = torch.empty(len(hidden), len(weight)) if out is None else out
-        # MKL copies the weights of a wide product first.
-        for z, w in zip(logits.split(4096, 1), weight.split(4096)):
-            torch.mm(hidden.float(), w.float().T, out=z)
+    logits = product(hidden, weight.T)
     if bias is not None:
         logits += bias
     if temperature != 1:
@@ -942,35 +931,23 @@ def head_logits(
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One id for each row of logits (R, V), which are overwritten, and its log-probability.
+    """One id for each row of logits (R, V), and its log-probability.
 
     The cumulative distribution is inverted at uniform (R,) in [0, 1), float64. None takes the
-    likeliest id. First a block of 128 ids is found and then the id in it, so that a large
-    vocabulary is passed over a few times only.
+    likeliest id.
     """
-    rows = torch.arange(len(logits), device=logits.device)
-    likeliest = logits.argmax(1) if uniform is None else None
-    p = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # times a constant
-    # Whole blocks: padding has probability 0.
-    if p.shape[1] % 128:
-        p = F.pad(p, (0, -p.shape[1] % 128))
-    blocks = p.unflatten(1, (-1, 128))  # (R, V / 128, 128)
-    mass = blocks.sum(2).double()
-    cdf = mass.cumsum(1)
+    logp = logits.log_softmax(1)
     if uniform is None:
-        token = likeliest
+        token = logp.argmax(1, keepdim=True)
     else:
-        # The block in which the sum of probabilities passes uniform times their total.
-        goal = uniform[:, None] * cdf[:, -1:]
-        block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (R, 1)
-        # How far into the block, from 0 to 1. At its very end, ids may have probability 0.
-        share = (goal - cdf.gather(1, block)) / mass.gather(1, block) + 1
-        within = blocks[rows, block[:, 0]].double().cumsum(1)  # (R, 128)
-        goal = share.clamp(0, 1 - 1e-9) * within[:, -1:]
-        place = torch.searchsorted(within, goal, right=True)
+        # In float64: a sum of a large vocabulary in float32 would be off by some unlikely ids.
+        cdf = logp.exp().cumsum(1, dtype=torch.float64)
+        # Rounded up to the whole sum, the goal would lie behind all ids.
+        goal = uniform.clamp(max=1 - 1e-9)[:, None] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, goal, right=True)  # (R, 1)
         # Of NaN: any id.
-        token = (128 * block + place)[:, 0].clamp(max=logits.shape[1] - 1)
-    return token, p[rows, token].log() - cdf[:, -1].log().float()
+        token = token.clamp(max=logits.shape[1] - 1)
+    return token[:, 0], logp.gather(1, token)[:, 0]
 
 
 class FusedLogProbs(torch.autograd.Function):
@@ -989,12 +966,9 @@ class FusedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def tiles(hidden, weight, bias, temperature, banned):
-        """First id, last id + 1, the tile's weights (v, H) and logits (N, v), in one buffer."""
+        """First id, last id + 1, the tile's weights (v, H) and logits (N, v)."""
         limit = TILE_SIZE[hidden.device.type] // max(hidden.shape)
         size = min(len(weight), max(256, limit))
-        buffer = None
-        if not hidden.is_cuda:
-            buffer = torch.empty(len(hidden) * size)
         for i in range(0, len(weight), size):
             w = weight[i : i + size].to(hidden.dtype)
             j = i + len(w)
@@ -1002,10 +976,7 @@ class FusedLogProbs(torch.autograd.Function):
             bans = None
             if banned is not None:
                 bans = banned[(banned >= i) & (banned < j)] - i
-            out = None
-            if buffer is not None:
-                out = buffer[: len(hidden) * len(w)].view(len(hidden), len(w))
-            yield i, j, w, head_logits(hidden, w, b, temperature, bans, out)
+            yield i, j, w, head_logits(hidden, w, b, temperature, bans)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, banned):
