@@ -28,8 +28,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-MIN_ROOM = 32  # a step reads at least so many of a row's own tokens
-CHECK_EVERY = 16  # tokens between two looks at the rows that have ended, with graphs
+# With graphs: a step reads at least so many of a row's own tokens, and so many tokens lie between
+# two looks at the rows that have ended.
+MIN_ROOM = 32
+CHECK_EVERY = 16
 
 
 def shared_decode(policy, prefill, uniform, temperature):
@@ -157,11 +159,13 @@ class SharedDecoder:
 
     def advance(self, t: int):
         """Sample token t of each row."""
-        # Rows read the first 32, 64, 128 .. tokens of their room: a graph for each of these.
-        self.visible = min(self.room, max(MIN_ROOM, 1 << (t - 1).bit_length()))
         if not self.uses_graphs:
+            self.visible = t
             self.step()
             return
+        # Rows read the first 32, 64, 128 .. tokens of their room: a graph for each of these.
+        power = 1 << (t - 1).bit_length()
+        self.visible = min(self.room, max(MIN_ROOM, power))
         key = self.count, self.visible
         if key not in self.graphs:
             self.graphs[key] = self.capture()

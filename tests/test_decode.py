@@ -9,7 +9,7 @@ import torch
 from helpers import SMALL, distance, load, move_weights, tolerance
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fast.shared_decode import shared_decode
+from fast.shared_decode import SharedDecoder, shared_decode
 from model import load_policy
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +27,31 @@ def prompts(policy, examples):
 def half_policy():
     policy = load_policy(load(*SMALL, "model.precision=bfloat16"))
     return move_weights(policy, 0.05, seed=1)
+
+
+@pytest.fixture(params=[False, True], ids=["launched", "as with graphs"])
+def graphs(request, monkeypatch, policy):
+    """Also the way with graphs, whose replay runs the step instead: it needs no GPU."""
+    monkeypatch.setattr(policy, "decoder", None)
+    if request.param:
+        monkeypatch.setattr(SharedDecoder, "capture", lambda decoder: Replay(decoder))
+        made = SharedDecoder.__init__
+
+        def with_graphs(self, *inputs):
+            made(self, *inputs)
+            self.uses_graphs = True
+
+        monkeypatch.setattr(SharedDecoder, "__init__", with_graphs)
+
+
+class Replay:
+    def __init__(self, decoder):
+        self.decoder = decoder
+        self.size = decoder.count, decoder.visible
+
+    def replay(self):
+        assert self.size == (self.decoder.count, self.decoder.visible)
+        self.decoder.step()
 
 
 def random_numbers(rows, length, seed, device):
@@ -67,7 +92,7 @@ def assert_equal(policy, prompts, uniform, temperature=1.0):
 @pytest.mark.parametrize("group_size", [1, 3, 8])
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
 def test_rows_of_different_lengths_equal_plain(
-    policy, prompts, monkeypatch, group_size, temperature
+    policy, prompts, monkeypatch, graphs, group_size, temperature
 ):
     """They end at different times and are dropped; the last ones fill more than 64 places."""
     monkeypatch.setattr(policy, "stop_ids", torch.arange(0, 1024, 40, device=policy.device))
@@ -79,19 +104,19 @@ def test_rows_of_different_lengths_equal_plain(
         assert len(set(lengths.tolist())) > 15
 
 
-def test_rows_without_a_stop_equal_plain(policy, prompts, monkeypatch):
+def test_rows_without_a_stop_equal_plain(policy, prompts, monkeypatch, graphs):
     monkeypatch.setattr(policy, "stop_ids", policy.stop_ids[:0])
     lengths = assert_equal(policy, prompts, random_numbers(12, 40, 1, policy.device))
     assert (lengths == 40).all()
 
 
-def test_rows_that_stop_at_once_equal_plain(policy, prompts, monkeypatch):
+def test_rows_that_stop_at_once_equal_plain(policy, prompts, monkeypatch, graphs):
     monkeypatch.setattr(policy, "stop_ids", torch.arange(1024, device=policy.device))
     lengths = assert_equal(policy, prompts, random_numbers(12, 40, 2, policy.device))
     assert (lengths == 1).all()
 
 
-def test_one_token_equals_plain(policy, prompts):
+def test_one_token_equals_plain(policy, prompts, graphs):
     assert_equal(policy, prompts, random_numbers(8, 1, 3, policy.device))
 
 
@@ -110,7 +135,7 @@ def test_adapters_take_part(prompts):
 # ------------------------------------------------------------------------------- buffers
 
 
-def test_buffers_serve_later_batches_that_fit(policy, prompts, monkeypatch):
+def test_buffers_serve_later_batches_that_fit(policy, prompts, monkeypatch, graphs):
     """Fewer and shorter prompts, fewer tokens, in another order, after rows have been dropped."""
     monkeypatch.setattr(policy, "decoder", None)
     monkeypatch.setattr(policy, "stop_ids", torch.arange(0, 1024, 40, device=policy.device))
