@@ -18,7 +18,7 @@ import math
 import os
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -649,19 +649,42 @@ STREAMS = {"sft": 0, "more": 1, "cold_start": 2, "grpo": 3}
 def grpo_batch(examples: list[Example], step: int, config: Config) -> list[Example]:
     """The examples of one GRPO step: data.report_share of them reports, the rest grounding.
 
-    All are of one task if the data have only one. A function of its arguments, so that a run can
-    resume.
+    All are of one task if the data have only one. An example that comes up again in the step has
+    another id there, and so other random numbers: its groups differ. A function of its arguments,
+    so that a run can resume.
     """
+    chosen = []
+    for pool, size in grpo_pools(examples, config):
+        chosen += [pool[i] for i in indices(len(pool), size, step, config.seed, "grpo")]
+    generator = np.random.default_rng([config.seed, STREAMS["grpo"], step, 1])
+    batch = []
+    seen = Counter()
+    for i in generator.permutation(len(chosen)):
+        example = chosen[i]
+        times = seen[example.id]
+        seen[example.id] += 1
+        batch.append(replace(example, id=f"{example.id}, again {times}") if times else example)
+    return batch
+
+
+def grpo_pools(examples: list[Example], config: Config) -> list[tuple[list[Example], int]]:
+    """The examples of each task, and how many of them a GRPO step takes."""
     count = config.grpo.prompts
     reports = [e for e in examples if e.task == "report"]
     boxes = [e for e in examples if e.task == "grounding"]
     share = config.data.report_share if boxes else 1
     n_reports = round(count * share) if reports else 0
-    chosen = []
-    for pool, size in ((reports, n_reports), (boxes, count - n_reports)):
-        chosen += [pool[i] for i in indices(len(pool), size, step, config.seed, "grpo")]
-    order = np.random.default_rng([config.seed, STREAMS["grpo"], step, 1]).permutation(count)
-    return [chosen[i] for i in order]
+    return [(reports, n_reports), (boxes, count - n_reports)]
+
+
+def say_repeats(examples: list[Example], config: Config):
+    """Say if a GRPO step has to ask the same question more than once."""
+    for pool, size in grpo_pools(examples, config):
+        if len(pool) < size:
+            warn0(
+                f"only {len(pool)} examples for {size} of grpo.prompts={config.grpo.prompts}: some "
+                f"come up several times in a step, each time with samples of their own"
+            )
 
 
 def indices(n: int, count: int, step: int, seed: int, stream: str) -> list[int]:

@@ -358,6 +358,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
     train_examples = data.load_split(config, "train")
     policy, optimizer, state = model.resume(run, config, start, grpo)
     reference = load_reference(policy, config, start)
+    data.say_repeats(train_examples, config)
     preflight(policy, train_examples, config)
     log = Log(run, config, state["step"], grpo.steps)
     print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}")

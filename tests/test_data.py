@@ -129,6 +129,41 @@ def test_batches_of_data_with_one_task_are_full(examples, task):
     assert [e.task for e in data.grpo_batch(only, 0, config)] == [task] * 8
 
 
+def few(examples, count):
+    reports = [e for e in examples if e.task == "report"]
+    return reports[:count], load("grpo.prompts=8")
+
+
+def test_an_example_that_comes_again_in_a_step_has_another_id(examples):
+    reports, config = few(examples, 3)
+    batch = data.grpo_batch(reports, 0, config)
+    assert len({e.id for e in batch}) == 8
+
+
+def test_an_example_that_comes_again_is_otherwise_the_same(examples):
+    reports, config = few(examples, 3)
+    batch = data.grpo_batch(reports, 0, config)
+    assert {e.images for e in batch} == {e.images for e in reports}
+
+
+def test_examples_that_come_once_keep_their_ids(examples):
+    reports, config = few(examples, 8)
+    assert {e.id for e in data.grpo_batch(reports, 0, config)} == {e.id for e in reports}
+
+
+def test_groups_of_a_repeated_example_differ(policy, examples):
+    reports, config = few(examples, 1)
+    first, second = policy.sample(data.grpo_batch(reports, 0, config)[:2], 4, 8, 1.0)
+    assert first.texts != second.texts
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_few_examples_are_said_once_before_the_first_step(examples, capsys, count):
+    data.say_repeats(*few(examples, count))
+    said = "only 3 examples for 8 of grpo.prompts=8" in capsys.readouterr().err
+    assert said == (count == 3)
+
+
 def test_grpo_needs_reports_or_boxes():
     with pytest.raises(InputError, match="GRPO needs report or grounding examples"):
         data.check_tasks(load("data.tasks=[classification]"))
