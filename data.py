@@ -131,6 +131,23 @@ def style_of(config: Config) -> str:
     return config.data.think_format if config.data.thinking else "plain"
 
 
+# What a model is told that has not learnt it from our SFT.
+BOX_FORM = (
+    "Give each box as [x1, y1, x2, y2] with numbers from 0 to 1, relative to the image's width and "
+    "height. If there is none, say so."
+)
+
+
+def knows_boxes(config: Config) -> bool:
+    """Has the policy seen our SFT, whose boxes have numbers from 0 to 1?"""
+    ours = os.path.exists(os.path.join(config.model.path, "training_state.pt"))
+    return config.grpo.init != "base" or ours
+
+
+def with_box_form(example: Example) -> Example:
+    return replace(example, question=f"{example.question} {BOX_FORM}")
+
+
 def prompt_text(example: Example) -> str:
     """The user turn. `suffix` is RadVLM-GRPO's switch for thinking; `tags` is MRG-R1's format."""
     if example.style == "tags":
@@ -151,23 +168,36 @@ def target_text(example: Example) -> str:
     return example.answer
 
 
+def after_opened_think(target: str) -> str:
+    """The target where the chat template has written <think> already. Without thinking, the tag
+    is closed first."""
+    if target.startswith("<think>") or "</think>" in target:
+        return target.removeprefix("<think>")
+    return f"</think>\n\n{target}"
+
+
 def parse_output(text: str, task: str, style: str) -> tuple[bool, str, str]:
     """(valid, thinking, answer) of a completion: the way back from target_text.
 
-    Valid: the whole text has the format, each tag once and in order, no other tag, the answer not
-    empty. A thinking style without </think> has no answer. Else invalid "tags" still answer if
+    Valid: the whole text has the format, each tag once and in order, no other tag, neither
+    thinking nor answer empty. An empty pair of <think></think> is no thinking: a plain answer may
+    follow it. A thinking style without </think> has no answer. Else invalid "tags" still answer if
     exactly one closed block follows </think>, and invalid "suffix" with what follows the last one.
     """
     text = text.strip()
+    if style == "plain":
+        text = re.sub(r"^<think>\s*</think>\s*", "", text)
+    if style == "suffix":
+        # The prompt asks for the end tag only, but some models open the pair, too.
+        text = text.removeprefix("<think>")
     tags = re.findall("|".join(TAGS), text)
     if style == "plain":
         return bool(text) and not tags, "", text
     if "</think>" not in tags:
         return False, text, ""
     if style == "suffix":
-        thinking, _, answer = text.rpartition("</think>")
-        answer = answer.strip()
-        return len(tags) == 1 and bool(answer), thinking.strip(), answer
+        thinking, _, answer = map(str.strip, text.rpartition("</think>"))
+        return bool(len(tags) == 1 and thinking and answer), thinking, answer
 
     tag = ANSWER_TAG[task]
     start, end = f"<{tag}>", f"</{tag}>"
@@ -179,7 +209,7 @@ def parse_output(text: str, task: str, style: str) -> tuple[bool, str, str]:
         return False, thinking, ""
     answer = block[2].strip()
     whole = len(tags) == 4 and re.fullmatch(f"<think>.*</think>\\s*{start}.*{end}", text, re.DOTALL)
-    return bool(whole and answer), thinking, answer
+    return bool(whole and thinking and answer), thinking, answer
 
 
 def boxes_text(boxes: Sequence[Box]) -> str:
@@ -580,6 +610,8 @@ def load_split(config: Config, split: str) -> list[Example]:
             part = oversample(part, source.weight, config.seed)
         prefix = f"{name}/" if len(parts) > 1 else ""
         examples += [replace(e, id=prefix + e.id, style=style_of(config)) for e in part]
+    if not knows_boxes(config):
+        examples = [with_box_form(e) if e.task == "grounding" else e for e in examples]
     for text in notices:
         warn0(f"{split}: {text}")
     if not examples:

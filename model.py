@@ -364,7 +364,10 @@ class Policy:
 
     def encode_target(self, example: Example) -> Tensor:
         """(T,) ids of the supervised answer, with the end-of-turn token."""
-        ids = self.tokenizer(data.target_text(example), add_special_tokens=False)["input_ids"]
+        text = data.target_text(example)
+        if self.opens_think:
+            text = data.after_opened_think(text)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([*ids, self.end_id], device=self.device)
         banned = ids[torch.isin(ids, self.banned)]
         if len(banned):
@@ -573,9 +576,11 @@ class Policy:
         return sample_tokens(logits, uniform if temperature else None)
 
     def decode(self, ids: Tensor) -> str:
-        """The text without the end-of-turn token. Other special tokens stay visible to rewards."""
+        """The text without the end-of-turn token. Other special tokens stay visible to rewards, and
+        so does a <think> that the chat template has opened."""
         ids = ids[~torch.isin(ids, self.stop_ids)]
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return f"<think>{text}" if self.opens_think else text
 
     # -- scoring
 
@@ -868,6 +873,14 @@ class Policy:
         after = self.tokenizer(chat.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
         added = self.tokenizer.added_tokens_decoder
         return next((i for i in after if i in added), self.tokenizer.eos_token_id)
+
+    @cached_property
+    def opens_think(self) -> bool:
+        """Does the chat template begin an answer with <think>, as Qwen3-VL-Thinking's does?"""
+        chat = self.processor.apply_chat_template(
+            [chat_turn("user", "QUESTION")], add_generation_prompt=True, tokenize=False
+        )
+        return chat.rstrip().endswith("<think>")
 
     def vision_ids(self) -> list[int]:
         """Tokens that stand for images: banned in sampling and in scoring alike.

@@ -19,12 +19,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 
 import numpy as np
 
 from data import LABELS, Box, Example, parse_boxes, parse_output
 from runtime.config import InputError, RewardsConfig
-from runtime.output import moved
+from runtime.output import moved, warn0
 
 # The states of an observation, CheXbert's classes.
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
@@ -155,8 +156,26 @@ def has_words(text):
 
 
 def says_nothing_there(answer: str) -> bool:
-    """Words and no brackets: a missing answer or broken boxes do not mean "there is none"."""
+    """An empty list, or words and no brackets: broken boxes do not mean "there is none"."""
+    if re.sub(r"```(json)?|\s", "", answer) == "[]":
+        return True
     return has_words(answer) and not re.search(r"[\[\]]", answer)
+
+
+def say_large_boxes(texts: list[str]):
+    """Warn if most boxes in the texts have numbers beyond 1, as Qwen-VL writes them."""
+    boxes = list(chain.from_iterable(parse_boxes(text) for text in texts))
+    for text in texts:
+        # (310,450),(780,830)
+        pairs = re.findall(r"\((\d+), ?(\d+)\), ?\((\d+), ?(\d+)\)", text)
+        boxes += [tuple(map(float, numbers)) for numbers in pairs]
+    large = [box for box in boxes if max(box) > 1]
+    if 2 * len(large) > len(boxes):
+        warn0(
+            f"{len(large)} of {len(boxes)} boxes of this step have numbers beyond 1, such as "
+            f"{list(large[0])}: pixels or thousandths, which score 0. The prompt has to ask for "
+            f"numbers from 0 to 1, or SFT to teach them (grpo.init=auto)"
+        )
 
 
 # ------------------------------------------------------------------------------- words
@@ -298,18 +317,34 @@ APPLIES = {
 }
 
 
+def library_score(name: str) -> Callable:
+    """The score `radeval:NAME`, see scorers/radeval.py. Raises InputError."""
+    from scorers.radeval import radeval_score  # noqa: PLC0415
+
+    return radeval_score(name)
+
+
+def text_scores(score, batch):
+    """score(N answers, N references) of a batch."""
+    answers = [c.answer for c in batch]
+    references = [c.example.answer for c in batch]
+    return score(answers, references)
+
+
 def check_rewards(rewards_cfg: RewardsConfig) -> None:
     """Raises InputError for an unknown reward, with the nearest name, or what cannot be loaded."""
     for task, names in APPLIES.items():
         for name in getattr(rewards_cfg, task):
             if ".py:" in name:
                 external_reward(name)
+            elif name.startswith("radeval:") and task == "report":
+                library_score(name)
             elif name not in names:
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
                 raise InputError(
                     f"rewards.{task}.{name}: no such reward for this task; did you mean "
-                    f"{nearest!r}? (there are {', '.join(names)}, and your own: "
-                    f"path/to/file.py:function)"
+                    f"{nearest!r}? (there are {', '.join(names)}, for reports those of a library: "
+                    f"radeval:NAME, and your own: path/to/file.py:function)"
                 )
     labeler(rewards_cfg)
 
@@ -318,7 +353,11 @@ def score_batch(name: str, batch: list[Completion], cfg: RewardsConfig) -> np.nd
     """(N,) values of one reward, NaN where it does not apply. InputError: one is not finite."""
     if ".py:" in name:
         return call_external(name, batch)
-    values = np.asarray(REWARDS[name](batch, cfg), float)
+    if name.startswith("radeval:"):
+        values = text_scores(library_score(name), batch)
+    else:
+        values = REWARDS[name](batch, cfg)
+    values = np.asarray(values, float)
     wrong = values[~np.isfinite(values)]
     if len(wrong):
         raise InputError(f"reward {name!r} gave a value that is not finite: {wrong[0]}")

@@ -368,6 +368,8 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
         examples = data.grpo_batch(train_examples, step, config)
         mini_batches = sample_mini_batches(policy, examples, config, step)
         rollouts = list(chain.from_iterable(mini_batches))
+        if step == state["step"]:
+            rewards.say_large_boxes(list(chain.from_iterable(r.texts for r in rollouts)))
         log.lap("sample")
         # 2. Rewards: text and boxes in, numbers out.
         score(rollouts, config)

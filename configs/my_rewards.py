@@ -10,11 +10,13 @@ result, where None means "does not apply". There are prompts, completions, compl
 columns answer (the completion without thinking and tags), reference, id, task, question, boxes,
 label, patient. Take what you need and leave the rest to **columns.
 
-Weights make composites. This is minus RadCliQ-v1 (2.450 - 1.245 RadGraph - 1.651 BERTScore
-- 0.995 SEMB, lower is better) without the constant, which no advantage depends on. RadGraph F1,
-BERTScore and SEMB come from files of yours:
+Completions are strings. A function that was written for chat messages, which take
+completion[0]["content"], needs completion alone here.
 
-    report: {radgraph.py:combined: 1.245, bertscore.py:f1: 1.651, semb.py:cosine: 0.995}
+Weights make composites. RadGraph, RadCliQ, BERTScore and others come from a library, see
+scorers/radeval.py:
+
+    report: {radeval:radgraph:radgraph_partial: 0.5, configs/my_rewards.py:says_it_once: 0.5}
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -91,4 +92,14 @@ def start_wandb(run, config):
         import wandb  # noqa: PLC0415
     except ImportError as error:
         raise InputError(f"log.wandb: {error}; install wandb or leave the option off") from None
-    return wandb.init(project="chest-xray-grpo", name=str(run), config=asdict(config))
+    # A run that is resumed goes on in the same record.
+    path = run / "wandb_id"
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(8))
+    return wandb.init(
+        project="chest-xray-grpo",
+        name=str(run),
+        id=path.read_text(),
+        resume="allow",
+        config=asdict(config),
+    )

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT, load
+from helpers import ROOT, SMALL, load
 from layouts import kaggle, picture, r2gen, write, write_json
 
 import data
@@ -87,7 +87,11 @@ def test_missing_config_file(tmp_path):
     "path", [ROOT / "config.yaml", *(ROOT / "configs").glob("*.yaml")], ids=lambda path: path.stem
 )
 def test_shipped_configs_load_with_known_rewards(path):
-    rewards.check_rewards(load_config(path).rewards)
+    config = load_config(path)
+    if path.stem == "radvlm_grpo_report":
+        # Of a library whose weights have to be fetched: tests/test_radeval.py.
+        assert config.rewards.report.pop("radeval:radcliq") == -1
+    rewards.check_rewards(config.rewards)
     assert yaml.safe_load(path.read_text())
 
 
@@ -192,6 +196,65 @@ def test_targets_satisfy_the_format_reward(examples, style, task):
     assert answer == example.answer
     assert thinking == ("" if style == "plain" else example.thinking)
     assert data.prompt_text(example).endswith(" /think") == (style == "suffix")
+
+
+def test_an_empty_pair_before_a_plain_answer_is_no_thinking():
+    text = "<think>\n\n</think>\n\nNormal."
+    assert data.parse_output(text, "report", "plain") == (True, "", "Normal.")
+
+
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        ("tags", "<think> </think><report>Normal.</report>"),
+        ("suffix", " </think>Normal."),
+        ("suffix", "<think>\n</think>Normal."),
+    ],
+)
+def test_an_empty_pair_is_not_the_format_of_thinking(style, text):
+    assert data.parse_output(text, "report", style) == (False, "", "Normal.")
+
+
+def test_thinking_may_open_the_pair_where_only_its_end_is_asked_for():
+    wanted = (True, "Clear lungs.", "Normal.")
+    assert data.parse_output("Clear lungs.</think>Normal.", "report", "suffix") == wanted
+    assert data.parse_output("<think>Clear lungs.</think>Normal.", "report", "suffix") == wanted
+
+
+@pytest.mark.parametrize("style", ["plain", "tags", "suffix"])
+def test_a_target_after_an_opened_tag_reads_as_the_whole_target(examples, style):
+    example = dataclasses.replace(examples[0], style=style)
+    rest = data.after_opened_think(data.target_text(example))
+    assert not rest.startswith("<think>")
+    whole = data.parse_output(data.target_text(example), example.task, style)
+    assert data.parse_output(f"<think>{rest}", example.task, style) == whole
+
+
+# ------------------------------------------------------------------------------- starts without SFT
+
+
+def questions(*overrides):
+    examples = data.load_split(load(*SMALL, *overrides), "test")
+    boxes = [e.question for e in examples if e.task == "grounding"]
+    reports = [e.question for e in examples if e.task == "report"]
+    return boxes, reports
+
+
+def test_a_start_without_sft_of_ours_is_told_the_form_of_boxes(tmp_path):
+    boxes, _ = questions("grpo.init=base", f"model.path={tmp_path}")
+    assert all(data.BOX_FORM in question for question in boxes)
+
+
+def test_questions_for_reports_stay_as_they_are(tmp_path):
+    _, reports = questions("grpo.init=base", f"model.path={tmp_path}")
+    assert reports == questions()[1]
+
+
+def test_what_our_sft_has_made_is_not_told(tmp_path):
+    (tmp_path / "training_state.pt").touch()
+    boxes, _ = questions("grpo.init=base", f"model.path={tmp_path}")
+    assert boxes == questions("grpo.init=auto")[0]
+    assert not any(data.BOX_FORM in question for question in boxes)
 
 
 # ------------------------------------------------------------------------------- images

@@ -349,6 +349,41 @@ def test_no_dropout_while_training(policy):
     assert not policy.model.training
 
 
+@pytest.fixture
+def opening(config):
+    """A policy whose chat template begins an answer with <think>, as Qwen3-VL-Thinking's."""
+    policy = load_policy(config)
+    assert not policy.opens_think
+    del policy.opens_think
+    start = "<|im_start|>assistant\n"
+    policy.processor.chat_template = policy.processor.chat_template.replace(
+        f"{{% if add_generation_prompt %}}{start}",
+        f"{{% if add_generation_prompt %}}{start}<think>\n",
+    )
+    assert policy.opens_think
+    return policy
+
+
+def test_samples_begin_with_the_tag_that_the_template_has_opened(opening, examples):
+    (rollout,) = opening.sample(examples[:1], 2, 6, 1.0)
+    assert all(text.startswith("<think>") for text in rollout.texts)
+
+
+def test_targets_do_not_open_the_tag_again(opening, examples):
+    example = dataclasses.replace(examples[0], style="tags")
+    target = opening.tokenizer.decode(opening.encode_target(example)[:-1])
+    assert target.startswith(example.thinking[:20])
+
+
+def test_a_sampled_target_has_the_format(opening, examples):
+    for style in ("plain", "tags", "suffix"):
+        example = dataclasses.replace(examples[0], style=style)
+        text = opening.decode(opening.encode_target(example))
+        valid, _, answer = data.parse_output(text, example.task, style)
+        assert valid
+        assert answer == example.answer
+
+
 def test_tiny_model_is_a_real_qwen3_vl(policy):
     assert type(policy.model).__name__ == "Qwen3VLForConditionalGeneration"
     assert 1e6 <= sum(p.numel() for p in policy.model.parameters()) <= 3e6

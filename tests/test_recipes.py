@@ -44,7 +44,11 @@ class Never:
 def load_recipe(path, fixtures, out, *overrides):
     """A recipe on the fixtures: relative to data.path, or the folder of its one dataset."""
     folder = fixtures / "iu_xray" if path.stem == "iu_xray" else fixtures
-    return load_config(path, [f"data.path={folder}", f"out={out}", *TINY, *overrides])
+    settings = [f"data.path={folder}", f"out={out}", *TINY, *overrides]
+    if path.stem == "radvlm_grpo_report":
+        # RadCliQ's weights have to be fetched: tests/test_radeval.py.
+        settings.append("rewards.report={gleu: 1}")
+    return load_config(path, settings)
 
 
 @pytest.fixture(scope="module")

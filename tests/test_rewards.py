@@ -412,7 +412,8 @@ def test_an_output_has_a_format_a_trace_and_an_answer(style, task, text, expecte
 def test_the_tags_format_equals_a_regular_expression():
     rng = random.Random(0)
     pieces = ["a", " ", "\n", *data.TAGS[:4]]
-    good = re.compile(r"\s*<think>[^<]*</think>\s*<report>[^<]*[^<\s][^<]*</report>\s*")
+    text = r"[^<]*[^<\s][^<]*"
+    good = re.compile(rf"\s*<think>{text}</think>\s*<report>{text}</report>\s*")
     texts = ["".join(rng.choices(pieces, k=rng.randrange(9))) for _ in range(3000)]
     orders = itertools.permutations(["<think>", "a", "</think>", "<report>", "</report>"])
     texts += ["".join(order) for order in orders]
@@ -556,12 +557,43 @@ def test_no_reward_for_a_missing_answer():
 
 @pytest.mark.parametrize(
     "answer, expected",
-    [("No box.", 1), ("", 0), ("...", 0), ("[0.1, 0.2, 0.3", 0), ("[]", 0), ("[0, 0, 1, 1]", 0)],
+    [
+        ("No box.", 1),
+        ("", 0),
+        ("...", 0),
+        ("[0.1, 0.2, 0.3", 0),
+        ("[]", 1),
+        ("```json\n[ ]\n```", 1),
+        ("[[]]", 0),
+        ("[0, 0, 1, 1]", 0),
+    ],
 )
 def test_match_empty_needs_a_plain_no(answer, expected):
     cfg = config({}, {"soft_f1": 1.0})
     total, _ = rewards.score_completions([answer], [example("grounding")], cfg, "plain")
     assert total[0] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[310, 450, 780, 830]",
+        '[{"bbox_2d": [310, 450, 780, 830], "label": "effusion"}]',
+        "(310,450),(780,830)",
+        "[0.1, 0.2, 0.3, 0.4], [310, 450, 780, 830] and [1, 2, 5, 6]",
+    ],
+)
+def test_pixels_and_thousandths_are_said(text, capsys):
+    rewards.say_large_boxes(["Normal.", text])
+    assert "numbers beyond 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "No box.", "[0.1, 0.2, 0.3, 0.4]", "[0, 0, 1, 1], [0, 0, 1, 1], [1, 2, 5, 6]"]
+)
+def test_boxes_of_the_wanted_form_are_not_said(text, capsys):
+    rewards.say_large_boxes(["Normal.", text])
+    assert capsys.readouterr().err == ""
 
 
 def test_text_without_labels_counts_as_non_empty():

@@ -17,6 +17,7 @@ from helpers import (
     START,
     is_one_error_line,
     largest_difference,
+    load,
     metrics,
     run_script,
     start_script,
@@ -31,6 +32,7 @@ import eval as evaluation
 import train_grpo
 import train_sft
 from runtime.checkpoint import last_step
+from runtime.log import Log
 from runtime.processes import SIGNALS, run_main
 
 GROUPS = [(step, task) for step in (1, 2, 3) for task in ("report", "grounding")]
@@ -383,3 +385,51 @@ def test_a_bad_image_stops_or_is_skipped(tmp_path, on_error, status):
     assert "CXR0/0.png" in err
     assert "Traceback" not in err
     assert ("skipped" in err) == (on_error == "skip")
+
+
+# ------------------------------------------------------------------------------- Weights & Biases
+
+
+class Wandb:
+    """What the package is asked for."""
+
+    def __init__(self):
+        self.runs = []
+        self.rows = []
+
+    def init(self, **options):
+        self.runs.append(options)
+        return self
+
+    def log(self, row, step):
+        self.rows.append(step)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def logged(run, first):
+    log = Log(run, load("log.wandb=true"), first, first + 1)
+    for step in log.steps():
+        log.metrics(step + 1, {"num_tokens": 1})
+
+
+def test_a_resumed_run_goes_on_in_the_same_record(wandb, tmp_path):
+    logged(tmp_path, 0)
+    logged(tmp_path, 1)
+    first, second = wandb.runs
+    assert first["id"] == second["id"]
+    assert second["resume"] == "allow"
+    assert wandb.rows == [1, 2]
+
+
+def test_another_run_has_another_record(wandb, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        logged(tmp_path / name, 0)
+    first, second = wandb.runs
+    assert first["id"] != second["id"]
