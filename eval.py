@@ -15,7 +15,7 @@ CheXpert competition.
   ce_{f1,precision,recall}_macro*    mean over the labels that the references have
   abnormal_f1_*                      over the reports whose reference has one of the 13 labels
   unseen_f1_*                        over the reports whose reference is no training report
-  bleu1 .. bleu4, cider              corpus BLEU; CIDEr-D (times 10)
+  bleu1 .. bleu4, cider              corpus BLEU; CIDEr-D (times 10), of at least two reports
   rouge_l, gleu                      mean over reports
   distinct_share                     distinct texts / reports
   normal_share                       share of reports labelled No Finding
@@ -42,7 +42,9 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,7 +79,7 @@ Predictions = list[dict]  # see prediction_record
 
 RESAMPLES = 1000  # of the bootstrap
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
-COLUMNS = {"14": range(14), "13": range(1, 14), "5": [LABELS.index(label) for label in TOP5]}
+LABEL_SUBSETS = {"14": range(14), "13": range(1, 14), "5": [LABELS.index(label) for label in TOP5]}
 # The metrics of the table, and those whose differences it shows. metrics.json has all.
 IN_TABLE = """
     ce_f1_macro14 ce_f1_macro13 ce_f1_macro5 ce_f1_micro14 ce_f1_micro13 ce_f1_micro5
@@ -90,6 +92,21 @@ IN_TABLE = """
 DIFFERENCES = ("ce_f1_macro13", "ce_f1_micro13", "ce_recall_micro13", "soft_f1", "map50")
 
 # ------------------------------------------------------------------------------- predictions
+
+
+def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> dict[str, dict]:
+    """Decode examples greedily: {id: prediction} of all processes. Collective.
+
+    An example that the policy skips has none.
+    """
+    local = []
+    own = examples[rank() :: world_size()]
+    batches = batched(own, cfg.eval.batch_size)
+    for batch in progress(batches, f"predict {name}"):
+        for r in policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0):
+            record = prediction_record(r.example, r.texts[0], r.finished[0], r.lengths[0])
+            local.append(record)
+    return {p["id"]: p for p in gather_lists(local)}
 
 
 def prediction_record(example: Example, text: str, finished=True, n_tokens=0) -> dict:
@@ -112,23 +129,8 @@ def prediction_record(example: Example, text: str, finished=True, n_tokens=0) ->
     }
 
 
-def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> Predictions:
-    """Decode examples greedily. Collective.
-
-    Returns the predictions of all processes in the order of the examples, without those that the
-    policy skips.
-    """
-    local = []
-    batches = batched(examples[rank() :: world_size()], cfg.eval.batch_size)
-    for batch in progress(batches, f"predict {name}"):
-        for r in policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0):
-            local.append(prediction_record(r.example, r.texts[0], r.finished[0], r.lengths[0]))
-    place = {example.id: i for i, example in enumerate(examples)}
-    return sorted(gather_lists(local), key=lambda p: place[p["id"]])
-
-
-def read_predictions(path: str, examples: list[Example]) -> Predictions:
-    """Predictions of another program, {"id", "text"} a line. InputError if an example has none."""
+def read_predictions(path: str, examples: list[Example]) -> dict[str, dict]:
+    """The same of another program, {"id", "text"} a line. InputError if an example has none."""
     texts = data.texts_by_id(path, "text")
     missing = [e.id for e in examples if e.id not in texts]
     if missing:
@@ -136,122 +138,143 @@ def read_predictions(path: str, examples: list[Example]) -> Predictions:
             f"{path}: no prediction for {len(missing)} of {len(examples)} examples, such as id "
             f"{missing[0]!r}"
         )
-    return [prediction_record(e, texts[e.id]) for e in examples]
+    return {e.id: prediction_record(e, texts[e.id]) for e in examples}
 
 
-# ------------------------------------------------------------------------------- metrics
-# Every metric takes weights (S, N) for N predictions and gives S values, one for each row of them.
-# Row 0 is all ones: the metric itself. The other rows give its interval, see bootstrap_weights.
+# ------------------------------------------------------------------------------- reports
+# Every metric takes weights (S, N) of N predictions and gives S values, one for each row of them.
+# Row 0 is all ones: the metric itself. The other rows give its interval: see bootstrap_weights.
 
 
 def average(values, weights):
-    """Weighted means (S,) of values (N,), without the NaN among them."""
-    values = np.asarray(values, dtype=float)
-    real = ~np.isnan(values)
-    return weights[:, real] @ values[real] / weights[:, real].sum(1)
+    """Weighted means (S,) of values (N,); NaN of nothing."""
+    return weights @ values / weights.sum(1)
 
 
-def mean_of_real(values, axis):
-    """The mean along an axis without the NaN among them."""
-    return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
+def report_metrics(
+    predictions: Predictions, weights: Array, read_labels: Callable, training: list = ()
+) -> tuple[dict, dict]:
+    """Metrics of the reports, and F1 per label. training: the texts of the training reports."""
+    answers = [p["answer"] for p in predictions]
+    references = [p["reference"] for p in predictions]
+    generated = np.isin(read_labels(answers), (POSITIVE, UNCERTAIN))  # (N, 14)
+    reference = np.isin(read_labels(references), (POSITIVE, UNCERTAIN))
+    training = {plain_words(text) for text in training}
 
+    # True positives, false positives, false negatives: (N, 3, 14).
+    counts = [generated & reference, generated & ~reference, ~generated & reference]
+    counts = np.stack(counts, 1)
+    scores, f1 = label_scores(counts, weights)
+    metrics = {f"ce_{name}": values for name, values in scores.items()}
 
-def precision_recall_f1(tp, fp, fn):
-    """Of true positives, false positives and false negatives, arrays of any shape.
+    subsets = {"abnormal": reference[:, 1:].any(1)}
+    if training:
+        subsets["unseen"] = [plain_words(text) not in training for text in references]
+    for name, rows in subsets.items():
+        scores, _ = label_scores(counts, weights * rows)
+        metrics[f"{name}_f1_macro13"] = scores["f1_macro13"]
+        metrics[f"{name}_f1_micro13"] = scores["f1_micro13"]
 
-    NaN where the reference has no positive, precision 0 where the prediction has none.
-    """
-    there = np.where(tp + fn > 0, 0.0, np.nan)
-    return {
-        "f1": there + 2 * tp / (2 * tp + fp + fn),
-        "precision": there + tp / np.maximum(tp + fp, 1e-9),
-        "recall": there + tp / (tp + fn),
-    }
+    metrics |= overlap_metrics(answers, references, weights)
+    metrics |= diversity_metrics(answers, generated, training, weights)
+    of_references = diversity_metrics(references, reference, training, weights)
+    for name, values in of_references.items():
+        metrics[f"{name}_reference"] = values
+    metrics |= output_metrics(predictions, weights)
+    return metrics, dict(zip(LABELS, f1.T))
 
 
 def label_scores(counts, weights):
-    """{"f1_macro14": (S,), ..} and F1 per label (S, 14), of tp, fp, fn of each report: (N, 3, 14).
+    """{"f1_macro14": (S,), ..} and F1 per label (S, 14), of the counts of each report (N, 3, 14).
 
     A label without a reference positive is no part of the macro mean, as a 0 would blame the model
     for the split. Its false positives still count in micro.
     """
     totals = np.tensordot(weights, counts, 1)  # (S, 3, 14)
-    per_label = precision_recall_f1(*np.moveaxis(totals, 1, 0))
+    per_label = precision_recall_f1(totals)
     scores = {}
-    for columns, chosen in COLUMNS.items():
-        pooled = precision_recall_f1(*totals[:, :, chosen].sum(2).T)
+    for subset, columns in LABEL_SUBSETS.items():
+        pooled = precision_recall_f1(totals[:, :, columns].sum(2))
         for name, values in per_label.items():
-            scores[f"{name}_macro{columns}"] = mean_of_real(values[:, chosen], 1)
-            scores[f"{name}_micro{columns}"] = pooled[name]
+            scores[f"{name}_macro{subset}"] = np.nanmean(values[:, columns], 1)
+            scores[f"{name}_micro{subset}"] = pooled[name]
     return scores, per_label["f1"]
+
+
+def precision_recall_f1(counts):
+    """Of true positives, false positives and false negatives, (S, 3, ..) -> (S, ..) each.
+
+    NaN where the reference has no positive, precision 0 where the prediction has none.
+    """
+    tp, fp, fn = np.moveaxis(counts, 1, 0)
+    there = np.where(tp + fn > 0, 0.0, np.nan)
+    return {
+        "f1": there + 2 * tp / (2 * tp + fp + fn),
+        "precision": there + tp / np.maximum(tp + fp, 1),
+        "recall": tp / (tp + fn),
+    }
+
+
+def overlap_metrics(answers, references, weights):
+    """How alike the words of answers and references are."""
+    metrics = {}
+    for n, values in enumerate(bleu_scores(answers, references, weights), 1):
+        metrics[f"bleu{n}"] = values
+    metrics["cider"] = average(cider_scores(answers, references), weights)
+    metrics["rouge_l"] = average(list(map(rouge_l, answers, references)), weights)
+    metrics["gleu"] = average(list(map(gleu, answers, references)), weights)
+    return metrics
 
 
 def bleu_scores(candidates: list[str], references: list[str], weights: Array) -> Array:
     """Corpus BLEU-1 .. 4 (Papineni et al. 2002), (4, S)."""
-    counts = []
-    for candidate, reference in zip(candidates, references):
-        a, b = tokenize(candidate), tokenize(reference)
-        row = [len(a), len(b)]
-        for matching, in_candidate, _ in count_ngrams(a, b):
-            row += [matching, in_candidate]
-        counts.append(row)
-
+    pairs = zip(candidates, references)
+    counts = [count_ngrams(tokenize(a), tokenize(b)) for a, b in pairs]  # (N, 4, 3)
     # Counts are summed over the corpus before any ratio is taken.
-    totals = weights @ np.array(counts)  # (S, 10)
-    length, reference_length = totals[:, :2].T
-    precisions = totals[:, 2::2] / np.maximum(totals[:, 3::2], 1)  # (S, 4)
-    log_means = np.log(precisions).cumsum(1) / np.arange(1, 5)
-    brevity = np.minimum(0, 1 - reference_length / np.maximum(length, 1e-9))
-    return np.exp(brevity[:, None] + log_means).T
-
-
-def tf_idf(grams, documents, n_documents):
-    """Weigh each n-gram by how few of the documents have it."""
-    return {
-        gram: count * math.log(n_documents / max(documents[gram], 1))
-        for gram, count in grams.items()
-    }
+    matching, in_candidate, in_reference = np.tensordot(weights, counts, 1).T  # (4, S) each
+    in_candidate = np.maximum(in_candidate, 1)
+    log_precision = np.log(matching / in_candidate)
+    # The length of a text is its number of 1-grams.
+    brevity = np.minimum(0, 1 - in_reference[0] / in_candidate[0])
+    return np.array([np.exp(brevity + log_precision[:n].mean(0)) for n in range(1, 5)])
 
 
 def cider_scores(candidates: list[str], references: list[str]) -> Array:
     """CIDEr-D (Vedantam et al. 2015), (N,): one reference, sigma 6, n-grams of 1 to 4 tokens.
 
-    Document frequencies are those of the references.
+    An n-gram weighs the more, the fewer references have it. So a single study has no CIDEr: NaN.
     """
+    n_studies = len(references)
+    if n_studies == 1:
+        return np.array([math.nan])
     pairs = [(tokenize(a), tokenize(b)) for a, b in zip(candidates, references)]
-    scores = np.zeros(len(pairs))
+    scores = np.zeros(n_studies)
     for n in range(1, 5):
         grams = [(ngrams(a, n), ngrams(b, n)) for a, b in pairs]
         documents = Counter(gram for _, b in grams for gram in b)
-        for i, both in enumerate(grams):
-            a, b = (tf_idf(counts, documents, len(pairs)) for counts in both)
-            norm = math.hypot(*a.values()) * math.hypot(*b.values())
+        for i, (a, b) in enumerate(grams):
+            both = a | b
+            found_in = [max(documents[gram], 1) for gram in both]
+            idf = np.log(n_studies / np.array(found_in))
+            x = idf * [a[gram] for gram in both]
+            y = idf * [b[gram] for gram in both]
+            norm = math.hypot(*x) * math.hypot(*y)
             if norm > 0:
                 # Clipped: to repeat an n-gram earns nothing.
-                shared = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
-                scores[i] += shared / norm
+                scores[i] += np.minimum(x, y) @ y / norm
+
     gaps = np.array([len(a) - len(b) for a, b in pairs])
     return 10 / 4 * scores * np.exp(-(gaps**2) / (2 * 6**2))
 
 
-def overlap_metrics(answers, references, weights):
-    bleu = enumerate(bleu_scores(answers, references, weights), 1)
-    return {
-        **{f"bleu{n}": values for n, values in bleu},
-        "cider": average(cider_scores(answers, references), weights),
-        "rouge_l": average([*map(rouge_l, answers, references)], weights),
-        "gleu": average([*map(gleu, answers, references)], weights),
-    }
-
-
-def diversity_metrics(texts, normal, training, weights):
-    """How alike reports are. normal (N,): No Finding. training: plain words of training reports."""
+def diversity_metrics(texts, labels, training, weights):
+    """How alike the reports are. training: the plain words of each training report."""
     # A resample repeats texts, so there is no interval.
     distinct = np.full(len(weights), np.nan)
     distinct[0] = len(set(texts)) / len(texts)
     metrics = {
         "distinct_share": distinct,
-        "normal_share": average(normal, weights),
+        "normal_share": average(labels[:, 0], weights),
         "mean_words": average([len(text.split()) for text in texts], weights),
     }
     if training:
@@ -261,55 +284,67 @@ def diversity_metrics(texts, normal, training, weights):
 
 
 def output_metrics(predictions, weights):
+    """Of reports and grounding."""
     metrics = {
         "format_valid": average([p["valid"] for p in predictions], weights),
         "truncated": average([not p["finished"] for p in predictions], weights),
         "examples": np.full(len(weights), len(predictions)),
     }
-    lengths = [len(p["thinking"].split()) or math.nan for p in predictions]
-    if not np.isnan(lengths).all():
-        metrics["thinking_words"] = average(lengths, weights)
+    lengths = np.array([len(p["thinking"].split()) for p in predictions])
+    if lengths.any():
+        metrics["thinking_words"] = average(lengths, weights * (lengths > 0))
     return metrics
 
 
-def report_metrics(predictions: Predictions, weights: Array, read_labels, training=()):
-    """Metrics of the reports, and F1 per label. training: the texts of the training reports."""
-    answers = [p["answer"] for p in predictions]
-    references = [p["reference"] for p in predictions]
-    generated = np.isin(read_labels(answers), (POSITIVE, UNCERTAIN))  # (N, 14)
-    reference = np.isin(read_labels(references), (POSITIVE, UNCERTAIN))
-    counts = [generated & reference, generated & ~reference, ~generated & reference]
-    counts = np.stack(counts, 1).astype(float)  # (N, 3, 14)
-
-    scores, f1 = label_scores(counts, weights)
-    metrics = {f"ce_{name}": values for name, values in scores.items()}
-    training = {plain_words(text) for text in training}
-    subsets = {"abnormal": reference[:, 1:].any(1)}
-    if training:
-        subsets["unseen"] = np.array([plain_words(text) not in training for text in references])
-    for name, rows in subsets.items():
-        scores, _ = label_scores(counts, weights * rows)
-        metrics[f"{name}_f1_macro13"] = scores["f1_macro13"]
-        metrics[f"{name}_f1_micro13"] = scores["f1_micro13"]
-
-    metrics |= overlap_metrics(answers, references, weights)
-    metrics |= diversity_metrics(answers, generated[:, 0], training, weights)
-    of_references = diversity_metrics(references, reference[:, 0], training, weights)
-    metrics |= {f"{name}_reference": values for name, values in of_references.items()}
-    return metrics | output_metrics(predictions, weights), dict(zip(LABELS, f1.T))
+# ------------------------------------------------------------------------------- grounding
 
 
-def soft_f1_of(prediction):
-    """Only words can say "nothing there": an empty answer, or one with broken boxes, scores 0."""
-    answer = prediction["answer"]
-    match_empty = says_nothing_there(answer)
-    return soft_f1(parse_boxes(answer), prediction["boxes"], match_empty=match_empty)
+def grounding_metrics(predictions: Predictions, weights: Array) -> tuple[dict, dict]:
+    """Metrics of the grounding questions, and those of each class that is asked for."""
+    per_class = {}
+    precisions = []
+    classes = [class_of(p) for p in predictions]
+    for name, (asked, own) in group_by(classes, predictions, weights).items():
+        per_class[f"soft_f1 {name}"] = average(list(map(soft_f1_of, asked)), own)
+        precision = average_precision(asked, own)
+        precisions.append(precision)
+        if any(p["boxes"] for p in asked):
+            per_class[f"ap50 {name}"] = precision
+
+    scores = np.array([soft_f1_of(p) for p in predictions])
+    there = np.array([len(p["boxes"]) > 0 for p in predictions])
+    metrics = {
+        "soft_f1": average(scores, weights),
+        "soft_f1_nonempty": average(scores, weights * there),
+        "matched_iou": mean_matched_iou(predictions, weights),
+        "map50": np.nanmean(precisions, 0),
+        "empty_accuracy": average(scores, weights * ~there),
+    }
+    return metrics | output_metrics(predictions, weights), per_class
 
 
 def class_of(prediction):
     """What was asked for. Free phrases are one class, and so are detections of everything."""
     kind = prediction["kind"]
     return kind if kind in ("phrase", "detection") else prediction["label"]
+
+
+def soft_f1_of(prediction: dict) -> float:
+    """Only words can say "nothing there": an empty answer, or one with broken boxes, scores 0."""
+    answer = prediction["answer"]
+    match_empty = says_nothing_there(answer)
+    return soft_f1(parse_boxes(answer), prediction["boxes"], match_empty=match_empty)
+
+
+def mean_matched_iou(predictions, weights):
+    """Over the pairs that soft-F1 matches."""
+    owners, overlaps = [], []
+    for i, p in enumerate(predictions):
+        boxes = parse_boxes(p["answer"])
+        for _, _, overlap in match_boxes(boxes[:MAX_MATCHED], p["boxes"]):
+            owners.append(i)
+            overlaps.append(overlap)
+    return average(overlaps, weights[:, owners])
 
 
 def average_precision(predictions: Predictions, weights: Array) -> Array:
@@ -322,19 +357,14 @@ def average_precision(predictions: Predictions, weights: Array) -> Array:
     """
     ranked = []
     for i, p in enumerate(predictions):
-        ranked += [(place, i, box) for place, box in enumerate(parse_boxes(p["answer"]))]
-    free = [list(p["boxes"]) for p in predictions]
-    n_reference = weights @ [len(boxes) for boxes in free]  # (S,)
-
-    owners, hits = [], []
-    for _, i, box in sorted(ranked):
-        overlaps = [iou(box, reference) for reference in free[i]]
-        best = max(overlaps, default=0)
-        hit = best >= 0.5
-        if hit:
-            del free[i][overlaps.index(best)]
-        hits.append(hit)
-        owners.append(i)
+        free = list(p["boxes"])
+        for place, box in enumerate(parse_boxes(p["answer"])):
+            overlaps = [iou(box, reference) for reference in free]
+            hit = max(overlaps, default=0) >= 0.5
+            if hit:
+                del free[np.argmax(overlaps)]
+            ranked.append((place, i, hit))
+    _, owners, hits = np.array(sorted(ranked), int).reshape(-1, 3).T
 
     # Where an example is drawn k times, each of its boxes ranks k times.
     copies = weights[:, owners]  # (S, K)
@@ -342,43 +372,11 @@ def average_precision(predictions: Predictions, weights: Array) -> Array:
     precision = np.nan_to_num(found.cumsum(1) / copies.cumsum(1))
     # The best precision at this recall or a higher one.
     envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    n_reference = weights @ [len(p["boxes"]) for p in predictions]
     return (envelope * found).sum(1) / n_reference
 
 
-def mean_matched_iou(predictions, weights):
-    owners, overlaps = [], []
-    for i, p in enumerate(predictions):
-        for _, _, overlap in match_boxes(parse_boxes(p["answer"])[:MAX_MATCHED], p["boxes"]):
-            owners.append(i)
-            overlaps.append(overlap)
-    return average(overlaps, weights[:, owners])
-
-
-def grounding_metrics(predictions: Predictions, weights: Array):
-    """Metrics of the grounding questions, and those of each class that is asked for."""
-    scores = np.array([soft_f1_of(p) for p in predictions])
-    nonempty = np.array([bool(p["boxes"]) for p in predictions])
-    classes = np.array([class_of(p) for p in predictions])
-    per_class, precisions = {}, []
-    for name in np.unique(classes).tolist():
-        own = classes == name
-        per_class[f"soft_f1 {name}"] = average(scores[own], weights[:, own])
-        if nonempty[own].any():
-            asked = list(itertools.compress(predictions, own))
-            precisions.append(average_precision(asked, weights[:, own]))
-            per_class[f"ap50 {name}"] = precisions[-1]
-
-    metrics = {
-        "soft_f1": average(scores, weights),
-        "soft_f1_nonempty": average(scores[nonempty], weights[:, nonempty]),
-        "matched_iou": mean_matched_iou(predictions, weights),
-        "map50": mean_of_real(np.reshape(precisions, (-1, len(weights))), 0),
-        "empty_accuracy": average(scores[~nonempty], weights[:, ~nonempty]),
-    }
-    return metrics | output_metrics(predictions, weights), per_class
-
-
-# ------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------- bootstrap
 
 
 def bootstrap_weights(predictions: Predictions, resamples: int, seed: int) -> Array:
@@ -387,14 +385,16 @@ def bootstrap_weights(predictions: Predictions, resamples: int, seed: int) -> Ar
     How much would a metric change with other patients? The bootstrap (Efron 1979) draws as many
     patients from ours, with replacement, and measures again. To draw a prediction twice is to weigh
     it by 2, so a metric that takes weights needs no copies. With predictions of the patients A, A
-    and B, three resamples may be:
+    and B, of which the second is wrong, three resamples may be:
 
-      1 1 1    no resample: the metric itself
-      2 2 0    drawn: A, A
-      1 1 1    drawn: B, A
-      0 0 2    drawn: B, B
+      weights  share of right ones
+      1 1 1    0.67                 no resample: the metric itself
+      2 2 0    0.50                 drawn: A, A
+      1 1 1    0.67                 drawn: B, A
+      0 0 2    1.00                 drawn: B, B
 
-    A prediction without a patient is drawn by itself.
+    The interval of a metric holds 95 % of its resamples. A prediction without a patient is drawn by
+    itself.
     """
     patients = [p["patient"] or p["id"] for p in predictions]
     names, patient = np.unique(patients, return_inverse=True)
@@ -404,70 +404,71 @@ def bootstrap_weights(predictions: Predictions, resamples: int, seed: int) -> Ar
     return np.vstack([np.ones(size), draws])[:, patient]
 
 
-def select(predictions, weights, key, value):
-    """The predictions whose `key` is `value`, and their weights."""
-    rows = [i for i, p in enumerate(predictions) if p[key] == value]
-    return [predictions[i] for i in rows], weights[:, rows]
-
-
-@np.errstate(invalid="ignore", divide="ignore")
-def measure(predictions: Predictions, weights: Array, read_labels, training=()):
-    """{block: {metric: (S,)}} of one model. A task without predictions has no block."""
-    blocks = {}
-    reports, own = select(predictions, weights, "task", "report")
-    if reports:
-        blocks["reports"], blocks["labels"] = report_metrics(reports, own, read_labels, training)
-
-    asked, own = select(predictions, weights, "task", "grounding")
-    if asked:
-        blocks["grounding"], blocks["grounding labels"] = grounding_metrics(asked, own)
-    # The papers report the kinds of grounding apart.
-    kinds = sorted({p["kind"] for p in asked})
-    if len(kinds) > 1:
-        for kind in kinds:
-            blocks[f"grounding of {kind}"], _ = grounding_metrics(*select(asked, own, "kind", kind))
-    return blocks
-
-
 def with_interval(values):
-    """[value, low, high] of a metric and its resamples (1 + n,): 95 %, NaN without any."""
-    resamples = values[1:]
-    resamples = resamples[~np.isnan(resamples)]
-    low_high = [math.nan, math.nan]
-    if len(resamples):
-        low_high = np.percentile(resamples, [2.5, 97.5]).tolist()
-    return [float(values[0]), *low_high]
+    """[value, low, high] of a metric and its resamples (S,): 95 % of those that are not NaN."""
+    low_high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return [float(values[0]), *low_high.tolist()]
 
 
-def ids_of(predictions):
-    return [p["id"] for p in predictions]
-
-
-def summarise(predictions: dict[str, Predictions], cfg: Config, training=()) -> dict:
+def summarise(predictions: dict[str, Predictions], cfg: Config, training: list = ()) -> dict:
     """{block: {metric: {model: {"value", "interval", "difference"}}}} of {model: predictions}.
 
     The difference to the first model, [value, low, high], is paired: all models are measured on the
-    same resamples. ValueError if they have predictions for other examples.
+    same resamples. So all have to have predicted the same examples, in the same order.
     """
     first, *_ = predictions.values()
-    if any(ids_of(rows) != ids_of(first) for rows in predictions.values()):
-        raise ValueError("paired differences need the same examples in the same order")
     if not first:
         return {}
     weights = bootstrap_weights(first, RESAMPLES, cfg.seed)
     read_labels = labeler(cfg.rewards)
-    measured = {
-        name: measure(rows, weights, read_labels, training) for name, rows in predictions.items()
-    }
+    # What has nothing to average is NaN, and needs no warning.
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        measured = {}
+        for name, rows in predictions.items():
+            measured[name] = measure(rows, weights, read_labels, training)
+        return compare(measured)
 
+
+def measure(predictions, weights, read_labels, training):
+    """{block: {metric: (S,)}} of one model. A task without predictions has no block."""
+    blocks = {}
+    tasks = group_by([p["task"] for p in predictions], predictions, weights)
+    if "report" in tasks:
+        metrics, labels = report_metrics(*tasks["report"], read_labels, training)
+        blocks["reports"] = metrics
+        blocks["labels"] = labels
+    if "grounding" in tasks:
+        asked, own = tasks["grounding"]
+        blocks["grounding"], blocks["grounding labels"] = grounding_metrics(asked, own)
+        # The papers report the kinds of grounding apart.
+        kinds = group_by([p["kind"] for p in asked], asked, own)
+        if len(kinds) > 1:
+            for kind, group in kinds.items():
+                blocks[f"grounding of {kind}"], _ = grounding_metrics(*group)
+    return blocks
+
+
+def group_by(values, predictions, weights):
+    """{value: (the predictions that have it, their weights)}, by value."""
+    values = np.array(values)
+    groups = {}
+    for value in np.unique(values).tolist():
+        rows = np.flatnonzero(values == value)
+        groups[value] = [predictions[i] for i in rows], weights[:, rows]
+    return groups
+
+
+def compare(measured):
+    """What summarise returns, of what measure returns for each model."""
+    first, *_ = measured.values()
     results = {}
-    unknown = np.full(len(weights), np.nan)
-    for block, metrics in next(iter(measured.values())).items():
+    for block, metrics in first.items():
         results[block] = {}
         for metric, baseline in metrics.items():
             entries = {}
             for name, blocks in measured.items():
-                values = blocks[block].get(metric, unknown)
+                # Another model may have no thinking to measure.
+                values = blocks[block].get(metric, baseline * math.nan)
                 value, *interval = with_interval(values)
                 difference = with_interval(values - baseline)
                 entries[name] = {"value": value, "interval": interval, "difference": difference}
@@ -478,43 +479,84 @@ def summarise(predictions: dict[str, Predictions], cfg: Config, training=()) -> 
 # ------------------------------------------------------------------------------- table
 
 
-def cell(value: float, low: float, high: float, sign: str = "") -> str:
-    """A value with its interval, like "0.512 [0.480, 0.541]". sign="+" shows the sign."""
-    if math.isnan(value):
-        return "-"
-    digits = 0 if value == int(value) and abs(value) > 1 else 3
-    text = f"{value:{sign}.{digits}f}"
-    if math.isnan(low) or low == high:
-        return text
-    return f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]"
+def table(results: dict) -> str:
+    """What summarise returns as text, one column per model, with intervals and differences."""
+    head, values, changes = [], [], []
+    for block, metrics in results.items():
+        for metric, by_model in main_metrics(metrics).items():
+            head = ["", *by_model]
+            first, *others = entries = list(by_model.values())
+            cells = [cell(m["value"], *m["interval"]) for m in entries]
+            values.append([f"{block}: {metric}", *cells])
+            if others and metric in DIFFERENCES and not math.isnan(first["interval"][0]):
+                cells = [cell(*m["difference"], sign="+") for m in others]
+                changes.append([f"minus {head[1]}: {metric}", "", *cells])
+    if not values:
+        return "nothing to evaluate"
+    return format_table([head, *values, *changes])
 
 
-def main_metrics(metrics):
+def main_metrics(metrics: dict) -> dict:
     """Those of a block that the table shows, in its order."""
     return {name: metrics[name] for name in IN_TABLE.split() if name in metrics}
 
 
-def table(results: dict) -> str:
-    """What summarise returns as text, one column per model, with intervals and differences."""
-    models, values, changes = [], [], []
-    for block, metrics in results.items():
-        if "labels" in block:
-            continue
-        for metric, by_model in main_metrics(metrics).items():
-            models = list(by_model)
-            cells = [cell(m["value"], *m["interval"]) for m in by_model.values()]
-            values.append([f"{block}: {metric}", *cells])
-
-            first, *others = by_model.values()
-            if others and metric in DIFFERENCES and not math.isnan(first["interval"][0]):
-                cells = [cell(*m["difference"], sign="+") for m in others]
-                changes.append([f"minus {models[0]}: {metric}", "", *cells])
-    if not values:
-        return "nothing to evaluate"
-    return format_table([["", *models], *values, *changes])
+def cell(value: float, low: float, high: float, sign: str = "") -> str:
+    """A value with its interval, like "0.512 [0.480, 0.541]". sign="+" shows the sign."""
+    if math.isnan(value):
+        return "-"
+    digits = 0 if value.is_integer() and abs(value) > 1 else 3
+    text = f"{value:{sign}.{digits}f}"
+    if low < high:
+        text += f" [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return text
 
 
 # ------------------------------------------------------------------------------- commands
+
+
+def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) -> tuple[str, dict]:
+    """Evaluate {name: checkpoint} and {name: file of predictions} on cfg.eval.split. Collective.
+
+    Writes OUT/eval/ and prints. Returns the table and what summarise returns, on the first process.
+    """
+    # If the labeler or a file cannot be read, we want to know before the decoding.
+    labeler(cfg.rewards)
+    examples = chosen_examples(cfg)
+    training = training_reports(cfg, examples)
+    others = {}
+    for name, path in (files or {}).items():
+        others[name] = read_predictions(path, examples)
+
+    folder = Path(cfg.out, "eval")
+    predictions = {}
+    for name, path in paths.items():
+        # Nothing keeps the model: it is freed before the next one is loaded.
+        by_id = predict(model.load_policy(cfg, resolve(path)), examples, cfg, name)
+        predictions[name] = by_id
+        if rank() == 0:
+            lines = [json.dumps(by_id[e.id]) + "\n" for e in examples if e.id in by_id]
+            write_atomically(folder / f"{name}.jsonl", "".join(lines))
+    predictions |= others
+    if rank() != 0:
+        return "", {}
+
+    # Compare on the examples that every model has predicted.
+    common = set.intersection(*map(set, predictions.values()))
+    missing = len(examples) - len(common)
+    if missing:
+        print0(f"{missing} of {len(examples)} examples are left out: a model did not predict them")
+    examples = [e for e in examples if e.id in common]
+    for name, by_id in predictions.items():
+        predictions[name] = [by_id[e.id] for e in examples]
+
+    results = summarise(predictions, cfg, training)
+    without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    write_atomically(folder / "metrics.json", json.dumps(without_nan, indent=1))
+    text = table(results)
+    print0(text)
+    write_page(folder / "report.html", cfg, results, predictions, examples)
+    return text, results
 
 
 def chosen_examples(cfg: Config) -> list[Example]:
@@ -523,7 +565,8 @@ def chosen_examples(cfg: Config) -> list[Example]:
     chosen = []
     for task in ("report", "grounding"):
         own = [e for e in examples if e.task == task]
-        drawn = np.random.default_rng(cfg.seed).permutation(len(own))[: cfg.eval.limit or None]
+        order = np.random.default_rng(cfg.seed).permutation(len(own))
+        drawn = order[: cfg.eval.limit or None]
         chosen += [own[i] for i in sorted(drawn)]
     return chosen
 
@@ -546,8 +589,10 @@ def compare_with_start(config: Config, start: str, run: Path):
     evaluate_checkpoints(config, checkpoints)
 
 
-def training_reports(cfg: Config) -> list[str]:
+def training_reports(cfg, examples):
     """The reports of the training split. Without one, only the metrics that need it are missing."""
+    if not any(e.task == "report" for e in examples):
+        return []
     try:
         return [e.answer for e in data.load_split(cfg, "train") if e.task == "report"]
     except InputError as error:
@@ -566,56 +611,12 @@ def write_page(path, *content):
     print0(f"\n{path}")
 
 
-def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) -> tuple[str, dict]:
-    """Evaluate {name: checkpoint} and {name: file of predictions} on cfg.eval.split. Collective.
-
-    Writes OUT/eval/ and prints. Returns the table and what summarise returns, on the first process.
-    """
-    # If the labeler or a file cannot be read, we want to know before the decoding.
-    labeler(cfg.rewards)
-    examples = chosen_examples(cfg)
-    has_reports = any(e.task == "report" for e in examples)
-    training = training_reports(cfg) if has_reports else []
-    from_files = {}
-    for name, path in (files or {}).items():
-        from_files[name] = read_predictions(path, examples)
-
-    folder = Path(cfg.out, "eval")
-    predictions = {}
-    for name, path in paths.items():
-        # Nothing keeps the model: it is freed before the next one is loaded.
-        predictions[name] = predict(model.load_policy(cfg, resolve(path)), examples, cfg, name)
-        if rank() == 0:
-            lines = [json.dumps(p) + "\n" for p in predictions[name]]
-            write_atomically(folder / f"{name}.jsonl", "".join(lines))
-    predictions |= from_files
-    if rank() != 0:
-        return "", {}
-
-    # Compare on the same examples.
-    common = set.intersection(*(set(ids_of(rows)) for rows in predictions.values()))
-    missing = len(examples) - len(common)
-    if missing:
-        print0(f"{missing} of {len(examples)} examples are left out: a model did not predict them")
-    for name, rows in predictions.items():
-        predictions[name] = [p for p in rows if p["id"] in common]
-    examples = [e for e in examples if e.id in common]
-
-    results = summarise(predictions, cfg, training)
-    without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    write_atomically(folder / "metrics.json", json.dumps(without_nan, indent=1))
-    text = table(results)
-    print0(text)
-    write_page(folder / "report.html", cfg, results, predictions, examples)
-    return text, results
-
-
-def column_names(paths: list[str]) -> dict[str, str]:
-    """{the shortest end of each path that tells it apart: path}. Equal paths are kept once."""
-    parts = {Path(os.path.abspath(path)).parts[1:]: path for path in paths}
+def column_names(paths: list[str]) -> list[str]:
+    """The shortest end of each path that tells it apart from the others."""
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
     for depth in itertools.count(1):
-        names = {"/".join(part[-depth:]): path for part, path in parts.items()}
-        if len(names) == len(parts):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
             return names
 
 
@@ -631,21 +632,19 @@ def main() -> None:
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     config = load_config(args.config, args.overrides + overrides)
     folders = [word for word in args.checkpoint if word not in overrides]
-    files = {
-        path.removesuffix(".jsonl"): path for path in args.predictions if path not in overrides
-    }
-    for name in files.keys() & set(folders):
-        raise InputError(
-            f"--checkpoint {name} and --predictions {files[name]} would be one column: rename the "
-            f"file"
-        )
-    names = column_names([*folders, *files])
+    files = [word for word in args.predictions if word not in overrides]
+
+    names = column_names([*folders, *(path.removesuffix(".jsonl") for path in files)])
     if not names:
         raise InputError("expected a folder after --checkpoint, or a file after --predictions")
-
+    checkpoints = dict(zip(names, folders))
+    predictions = dict(zip(names[len(folders) :], files))
+    for name in checkpoints.keys() & predictions.keys():
+        raise InputError(
+            f"--checkpoint {checkpoints[name]} and --predictions {predictions[name]} would be one "
+            f"column: rename the file"
+        )
     init_processes()
-    checkpoints = {name: path for name, path in names.items() if path in folders}
-    predictions = {name: files[path] for name, path in names.items() if path in files}
     evaluate_checkpoints(config, checkpoints, predictions)
 
 

@@ -216,6 +216,15 @@ def test_cider_equals_the_published_code():
     assert of_reports(rows)["cider"] == pytest.approx(scores.mean())
 
 
+def test_a_single_study_has_no_cider(cfg, few_resamples):
+    """Every n-gram is in all references, and so weighs nothing."""
+    row = report(0, "Pulmonary edema.", "Pulmonary edema.")
+    assert math.isnan(of_reports([row])["cider"])
+    lines = evaluation.table(evaluation.summarise({"a": [row]}, cfg)).splitlines()
+    (line,) = [line for line in lines if "cider" in line]
+    assert line.split("|")[1].strip() == "-"
+
+
 def test_reports_that_training_has_are_told_apart():
     rows = [
         report(0, "Clear lungs.", "Moderate cardiomegaly."),
@@ -476,11 +485,6 @@ def test_bootstrap_equals_resampling_loop(patients, monkeypatch):
             assert by_model["sft"]["difference"] == [0, 0, 0]
 
 
-def test_paired_differences_need_the_same_examples(cfg):
-    with pytest.raises(ValueError, match="same examples"):
-        evaluation.summarise({"a": [report(0, "x", "y")], "b": [report(1, "x", "y")]}, cfg)
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "predictions",
@@ -553,7 +557,7 @@ def write_predictions(path, n, text):
 
 
 @pytest.mark.parametrize("n, world", [(7, 3), (6, 3), (1, 2), (0, 2), (5, 1)])
-def test_predict_keeps_the_order_over_ranks(n, world, monkeypatch, cfg):
+def test_predict_gathers_what_all_ranks_decode(n, world, monkeypatch, cfg):
     gathered, given = [], examples(n)
     monkeypatch.setattr(evaluation, "world_size", lambda: world)
     # What each process gives is added to what the others gave before it.
@@ -565,7 +569,8 @@ def test_predict_keeps_the_order_over_ranks(n, world, monkeypatch, cfg):
         result = evaluation.predict(Policy(skip="4"), given, cfg, "")
     # Nothing is decoded twice.
     assert len(gathered) == len([e for e in given if e.id != "4"])
-    assert [p["answer"] for p in result] == [f"Text {i}." for i in range(n) if i != 4]
+    answers = {name: p["answer"] for name, p in result.items()}
+    assert answers == {str(i): f"Text {i}." for i in range(n) if i != 4}
     assert json.loads(json.dumps(result)) == result
 
 
@@ -573,7 +578,7 @@ def test_predictions_of_another_program(tmp_path):
     path = tmp_path / "theirs.jsonl"
     path.write_text("".join(json.dumps({"id": i, "text": "Edema."}) + "\n" for i in (1, 0, 2)))
     rows = evaluation.read_predictions(path, examples(3))
-    assert [(p["id"], p["answer"], p["task"]) for p in rows] == [
+    assert [(p["id"], p["answer"], p["task"]) for p in rows.values()] == [
         ("0", "Edema.", "grounding"),
         ("1", "Edema.", "report"),
         ("2", "Edema.", "grounding"),
@@ -651,10 +656,10 @@ def test_without_the_tool_no_page_is_written(monkeypatch, cfg, tmp_path, capsys,
 
 
 def test_column_names_are_the_shortest_distinct_tails():
-    names = evaluation.column_names(["out/sft", "out/grpo/", "out/./sft"])
-    assert names == {"sft": "out/./sft", "grpo": "out/grpo/"}
-    assert list(evaluation.column_names(["x/sft", "y/sft"])) == ["x/sft", "y/sft"]
-    assert list(evaluation.column_names(["/a", "/b/a"])) == ["a", "b/a"]
+    paths = ["out/sft", "out/grpo/", "out/./sft"]
+    assert evaluation.column_names(paths) == ["sft", "grpo", "sft"]
+    assert evaluation.column_names(["x/sft", "y/sft"]) == ["x/sft", "y/sft"]
+    assert evaluation.column_names(["/a", "/b/a"]) == ["a", "b/a"]
 
 
 def test_evaluate_checkpoints_writes_predictions_metrics_and_page(
