@@ -10,15 +10,17 @@ Rewards that count tokens count words.
 
 import math
 import re
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 
 import data
 import rewards
 from rewards import NEGATIVE, POSITIVE, SENTENCE_END, UNCERTAIN, extract_labels
-from runtime.config import InputError
+from runtime.config import Config, InputError
 from runtime.output import format_table
 from runtime.processes import parse_args, run_main
 
@@ -49,8 +51,6 @@ PARAPHRASES = {
     r"lungs are clear(?! of)": "lungs appear clear",
     r"\bwithin normal limits|\bunremarkable": "normal",
 }
-HEDGES = {"^": "possibly "}
-
 # All other policies are wrong.
 RIGHT = ("reference", "sentences shuffled", "paraphrase")
 # These do not read the image.
@@ -66,29 +66,42 @@ BLIND = (
 OMITS = ("empty", "always normal", "every finding negated", "positives dropped")
 
 
-def policy_reports(references, seed):
+def policy_reports(references: list[str], seed: int) -> dict[str, list[str]]:
     """policy: what it writes about the studies with these references."""
-    n = len(references)
-    rng = np.random.default_rng(seed)
-    listed = " ".join(f"There is {name}." for name in FINDINGS.values())
-    negated = " ".join(f"There is no {name}." for name in FINDINGS.values())
     [(most_frequent, _)] = Counter(references).most_common(1)
+    # Every study gets another one's report: all move on by one along a random circle.
+    circle = np.random.default_rng(seed).permutation(len(references))
+    others = np.array(references, object)
+    others[circle] = others[np.roll(circle, 1)]
 
-    reports = {"reference": references}
-    reports["sentences shuffled"] = [" ".join(rng.permutation(sentences(t))) for t in references]
-    reports["paraphrase"] = [reword(text, PARAPHRASES) for text in references]
-    reports["empty"] = [""] * n
-    reports["always normal"] = [NORMAL_REPORT] * n
-    reports["most frequent report"] = [most_frequent] * n
-    reports["another study's report"] = exchange(references, seed)
-    reports["every finding listed"] = [listed] * n
-    reports["every finding negated"] = [negated] * n
-    reports["positives dropped"] = [without(text, POSITIVE, UNCERTAIN) for text in references]
-    reports["negations dropped"] = [without(text, NEGATIVE) for text in references]
-    reports["first sentence 50 times"] = [" ".join(sentences(t)[:1] * 50) for t in references]
-    reports["findings contradicted"] = [contradict(text) for text in references]
-    reports["everything hedged"] = [reword(text, HEDGES) for text in references]
+    rng = np.random.default_rng(seed)
+    reports = defaultdict(list)
+    for text, other in zip(references, others):
+        for policy, report in policies(text, other, most_frequent, rng).items():
+            reports[policy].append(report)
     return reports
+
+
+def policies(text, other, most_frequent, rng):
+    """policy: what it writes about one study, whose reference is `text`."""
+    parts = sentences(text)
+    listed = " ".join(f"There is {name}." for name in FINDINGS.values())
+    return {
+        "reference": text,
+        "sentences shuffled": " ".join(rng.permutation(parts)),
+        "paraphrase": " ".join(map(reword, parts)),
+        "empty": "",
+        "always normal": NORMAL_REPORT,
+        "most frequent report": most_frequent,
+        "another study's report": other,
+        "every finding listed": listed,
+        "every finding negated": listed.replace("There is", "There is no"),
+        "positives dropped": without(parts, POSITIVE, UNCERTAIN),
+        "negations dropped": without(parts, NEGATIVE),
+        "first sentence 50 times": " ".join(parts[:1] * 50),
+        "findings contradicted": contradict(text),
+        "everything hedged": " ".join(f"Possibly {part.lower()}" for part in parts),
+    }
 
 
 def sentences(text):
@@ -96,78 +109,34 @@ def sentences(text):
     return [part.strip() + "." for part in SENTENCE_END.split(text) if part.strip()]
 
 
-def reword(text, table):
-    """A report, each sentence changed by the first pattern that fits it."""
-    reworded = []
-    for sentence in sentences(text):
-        sentence = sentence.lower()
-        for pattern, replacement in table.items():
-            sentence, fits = re.subn(pattern, replacement, sentence)
-            if fits:
-                break
-        reworded.append(sentence.capitalize())
-    return " ".join(reworded)
+def reword(sentence):
+    """The sentence, changed by the first paraphrase that fits it."""
+    sentence = sentence.lower()
+    for pattern, replacement in PARAPHRASES.items():
+        sentence, fits = re.subn(pattern, replacement, sentence)
+        if fits:
+            break
+    return sentence.capitalize()
 
 
-def exchange(texts, seed):
-    """Every study gets another one's report: all move on by one along a random circle."""
-    order = np.random.default_rng(seed).permutation(len(texts))
-    return [texts[i] for i in np.roll(order, 1)[np.argsort(order)]]
-
-
-def without(text, *states):
-    """A report without the sentences in which an observation has one of the states."""
-    parts = sentences(text)
-    dropped = np.isin(extract_labels(parts)[:, 1:], states).any(1)
-    return " ".join(part for part, drop in zip(parts, dropped) if not drop)
+def without(parts, *states):
+    """The sentences in which no observation has one of the states."""
+    labels = extract_labels(parts)[:, 1:]
+    kept = ~np.isin(labels, states).any(1)
+    return " ".join(compress(parts, kept))
 
 
 def contradict(text):
     """A report that denies at its end what it has found."""
     (present,) = rewards.present(extract_labels([text]))
-    found = np.array(list(FINDINGS.values()))[present]
-    return f"{text} {' '.join(f'There is no {name}.' for name in found)}"
+    denials = [f"There is no {name}." for name in compress(FINDINGS.values(), present)]
+    return f"{text} {' '.join(denials)}"
 
 
 # ------------------------------------------------------------------------------- what they earn
 
 
-def mean(values):
-    """Over what is not NaN; NaN of nothing."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else math.nan
-
-
-def shares_of(scores, studies):
-    """{policy: what it earns on these studies, over what the reference earns}, or NaN."""
-    earned = {policy: mean(total[studies]) for policy, (total, _) in scores.items()}
-    whole = earned["reference"] if earned["reference"] > 0 else math.nan
-    return {policy: value / whole for policy, value in earned.items()}
-
-
-def cell(value):
-    return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def reward_table(scores, shares, abnormal):
-    """What the reward and its components pay, on average."""
-    rows = []
-    for policy, (total, components) in scores.items():
-        means = map(mean, [total[abnormal], total[~abnormal], *components.values()])
-        rows.append([policy, *map(cell, [mean(total), shares[policy], *means])])
-    return format_table([["policy", "reward", "share", "abnormal", "normal", *components], *rows])
-
-
-def name_exploit(policies, shares):
-    """Which of the policies earns most."""
-    most = max(shares[policy] for policy in policies)
-    if math.isnan(most):
-        return "- (the reference earns nothing there)"
-    best = [policy for policy in policies if shares[policy] >= most - 1e-9]
-    return f"{', '.join(best)} ({cell(most)} of what the reference earns)"
-
-
-def audit(config):
+def audit(config: Config) -> str:
     """A table and three lines, as text. No image is opened."""
     rewards.check_rewards(config.rewards)
     split = config.eval.split
@@ -176,17 +145,12 @@ def audit(config):
     if len(examples) < 2:
         raise InputError(f"audit: split {split!r} has {len(examples)} reports; it takes two")
     references = [e.answer for e in examples]
-    abnormal = rewards.present(rewards.labeler(config.rewards)(references)).any(1)
+    labels = rewards.labeler(config.rewards)(references)
+    abnormal = rewards.present(labels).any(1)
 
     scores = {}
-    style = data.style_of(config)
     for policy, reports in policy_reports(references, config.seed).items():
-        texts = []
-        for example, report in zip(examples, reports):
-            # In the configured output format. An empty report stays empty.
-            texts.append(data.target_text(replace(example, answer=report)) if report else "")
-        scores[policy] = rewards.score_completions(texts, examples, config.rewards, style)
-
+        scores[policy] = score(reports, examples, config)
     shares = shares_of(scores, slice(None))
     wrong = [policy for policy in scores if policy not in RIGHT]
     return f"""split {split}: {len(examples)} reports, {abnormal.sum()} abnormal
@@ -199,8 +163,51 @@ without the image: {name_exploit(BLIND, shares)}
 findings omitted, on abnormal studies: {name_exploit(OMITS, shares_of(scores, abnormal))}"""
 
 
+def score(reports, examples, config):
+    """The rewards and their components, of reports in the configured output format."""
+    texts = []
+    for example, report in zip(examples, reports):
+        # An empty report stays empty.
+        text = report and data.target_text(replace(example, answer=report))
+        texts.append(text)
+    style = data.style_of(config)
+    return rewards.score_completions(texts, examples, config.rewards, style)
+
+
+def shares_of(scores, studies):
+    """{policy: what it earns on these studies, over what the reference earns}, or NaN."""
+    earned = {policy: total[studies].mean() for policy, (total, _) in scores.items()}
+    whole = max(earned["reference"], 0) or math.nan
+    return {policy: value / whole for policy, value in earned.items()}
+
+
+def reward_table(scores, shares, abnormal):
+    """What the reward and its components pay, on average."""
+    rows = []
+    for policy, (total, components) in scores.items():
+        values = [total[abnormal], total[~abnormal], *components.values()]
+        means = [total.mean(), shares[policy], *map(np.nanmean, values)]
+        rows.append([policy, *map(cell, means)])
+    return format_table([["policy", "reward", "share", "abnormal", "normal", *components], *rows])
+
+
+def cell(value):
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def name_exploit(policies, shares):
+    """Which of the policies earns most."""
+    most = max(shares[policy] for policy in policies)
+    if math.isnan(most):
+        return "- (the reference earns nothing there)"
+    best = [policy for policy in policies if shares[policy] >= most - 1e-9]
+    return f"{', '.join(best)} ({cell(most)} of what the reference earns)"
+
+
 def main():
     config, _ = parse_args(__doc__)
+    # A mean of nothing is NaN, and needs no warning.
+    warnings.simplefilter("ignore", RuntimeWarning)
     print(audit(config))
 
 

@@ -19,7 +19,7 @@ from runtime.output import warn0
 from runtime.processes import run_main
 
 
-def run_config(checkpoint):
+def run_config(checkpoint: str) -> Config:
     """The configuration that a checkpoint was trained with, or the defaults where there is none."""
     folder = Path(resolve(checkpoint)).resolve()
     for path in (folder / "config.yaml", folder.parent / "config.yaml"):
