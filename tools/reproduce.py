@@ -67,22 +67,23 @@ def folder_of(grid, name, seed):
 
 def grid_run(grid, name, seed):
     """The commands of a row. All but plain SFT are evaluated beside the row they start from."""
-    row, folder = find_row(grid, name), folder_of(grid, name, seed)
-    stage = row["stage"]
+    row = find_row(grid, name)
+    stage, start = row["stage"], row["start"]
+    folder = folder_of(grid, name, seed)
     settings = [grid["config"], f"seed={seed}", *grid["set"], *row["set"], f"out={folder}"]
-    train, evaluate = ["train_sft.py", *settings], ["eval.py", *settings, "--checkpoint"]
-    result = str(folder / stage)
+    train = ["train_sft.py", *settings]
+    evaluate = ["eval.py", *settings, "--checkpoint", str(folder / stage)]
     if stage == "sft":
-        return Run(stage, folder, None, [train, [*evaluate, result]])
+        return Run(stage, folder, None, [train, evaluate])
 
-    start = row["start"]
     before = str(folder_of(grid, start, seed) / find_row(grid, start)["stage"])
     if stage == "grpo":
         # It ends with an evaluation.
         train = ["train_grpo.py", *settings, f"grpo.init={before}/best"]
         return Run(stage, folder, start, [train])
     train += [f"sft.stage={stage}", f"sft.init={before}/best"]
-    return Run(stage, folder, start, [train, [*evaluate, before, result]])
+    evaluate.insert(-1, before)
+    return Run(stage, folder, start, [train, evaluate])
 
 
 def check_keys(where, tree, keys):
@@ -107,12 +108,13 @@ def needed_runs(grid):
 # ------------------------------------------------------------------------------- running it
 
 
-def reproduce(path):
+def reproduce(path: str) -> None:
     """Run the grid of a file."""
     grid = read_yaml(path)
     check_keys(path, grid, ("config", "out", "results", "start", "set", "rows", "claims"))
     for n, claim in enumerate(grid["claims"]):
         check_keys(f"{path}, claims[{n}]", claim, ("title", "paper", "rows", "seeds"))
+
     left = needed_runs(grid)
     bar = tqdm(total=len(left), desc="grid")
     while left:
@@ -172,7 +174,7 @@ def run_commands(run, where):
     metrics.unlink(missing_ok=True)
     try:
         for script, *args in run.commands:
-            text = f"python {' '.join([script, *args])}"
+            text = " ".join(["python", script, *args])
             tqdm.write(text)
             command = [sys.executable, ROOT / script, *args]
             code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
@@ -192,47 +194,6 @@ def run_commands(run, where):
 # ------------------------------------------------------------------------------- RESULTS.md
 
 
-def spread(results, metric, gain=False):
-    """Mean, lowest and highest over the seeds: of the value, or of the difference to the start."""
-    values = []
-    for blocks in results:
-        # The last model is the row's own. Its start stands before it.
-        models = list(blocks.get(SHOWN[metric], {}).get(metric, {}).values())
-        if gain and len(models) > 1:
-            values.append(models[-1]["difference"][0])
-        if models and not gain:
-            values.append(models[-1]["value"])
-    values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    sign = "+" if gain else ""
-    return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]"
-
-
-def table_row(grid, name, seeds):
-    results = []
-    for seed in seeds:
-        folder = folder_of(grid, name, seed)
-        if read_state(folder)["done"]:
-            results.append(json.loads((folder / METRICS).read_text()))
-    values = [spread(results, metric) for metric in SHOWN]
-    gains = [spread(results, metric, gain=True) for metric in GAINS]
-    return [name, str(len(results)), *values, *gains]
-
-
-def claim_table(grid, claim):
-    head = ["", "seeds", *SHOWN, *(f"{metric} - start" for metric in GAINS)]
-    rows = [table_row(grid, name, claim["seeds"]) for name in claim["rows"]]
-
-    # A column compares rows, so one with a single value says nothing.
-    least = min(2, len(rows))
-    kept = [i for i, column in enumerate(zip(*rows)) if len(rows) - column.count("-") >= least]
-    lines = []
-    for row in (head, ["---"] * len(head), *rows):
-        lines.append(f"| {' | '.join(row[i] for i in kept)} |")
-    return "\n".join(lines)
-
-
 def grid_text(grid, path):
     """RESULTS.md: a table for each claim."""
     states = [read_state(run.folder) for run in needed_runs(grid).values()]
@@ -249,6 +210,45 @@ def grid_text(grid, path):
         parts += [f"## {claim['title']}", claim["paper"].strip(), claim_table(grid, claim)]
         parts.append(claim.get("reading", "").strip())
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def claim_table(grid, claim):
+    head = ["", "seeds", *SHOWN, *(f"{metric} - start" for metric in GAINS)]
+    rows = [table_row(grid, name, claim["seeds"]) for name in claim["rows"]]
+
+    # A column compares rows, so one with a single value says nothing.
+    most = max(len(rows) - 2, 0)
+    kept = [column for column in zip(head, *rows) if column.count("-") <= most]
+    head, *rows = zip(*kept)
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows])
+
+
+def table_row(grid, name, seeds):
+    results = []
+    for seed in seeds:
+        folder = folder_of(grid, name, seed)
+        if read_state(folder)["done"]:
+            results.append(json.loads((folder / METRICS).read_text()))
+
+    values, gains = [], []
+    for metric, block in SHOWN.items():
+        # The last model is the row's own. Its start stands before it.
+        measured = [blocks.get(block, {}).get(metric, {}) for blocks in results]
+        models = [list(by_model.values()) for by_model in measured if by_model]
+        values.append(spread([own["value"] for *_, own in models]))
+        if metric in GAINS:
+            changes = [own["difference"][0] for *start, own in models if start]
+            gains.append(spread(changes, "+"))
+    return [name, str(len(results)), *values, *gains]
+
+
+def spread(values, sign=""):
+    """Mean, lowest and highest over the seeds."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]"
 
 
 def main():
