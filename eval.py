@@ -44,7 +44,6 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,11 +98,12 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
 
     An example that the policy skips has none.
     """
-    local = []
     own = examples[rank() :: world_size()]
     batches = batched(own, cfg.eval.batch_size)
+    local = []
     for batch in progress(batches, f"predict {name}"):
-        for r in policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0):
+        rollouts = policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0)
+        for r in rollouts:
             record = prediction_record(r.example, r.texts[0], r.finished[0], r.lengths[0])
             local.append(record)
     return {p["id"]: p for p in gather_lists(local)}
@@ -151,33 +151,34 @@ def average(values, weights):
     return weights @ values / weights.sum(1)
 
 
-def report_metrics(
-    predictions: Predictions, weights: Array, read_labels: Callable, training: list = ()
-) -> tuple[dict, dict]:
+def report_metrics(predictions: Predictions, weights: Array, read_labels, training=()):
     """Metrics of the reports, and F1 per label. training: the texts of the training reports."""
     answers = [p["answer"] for p in predictions]
     references = [p["reference"] for p in predictions]
-    generated = np.isin(read_labels(answers), (POSITIVE, UNCERTAIN))  # (N, 14)
-    reference = np.isin(read_labels(references), (POSITIVE, UNCERTAIN))
+    found = np.isin(read_labels(answers), (POSITIVE, UNCERTAIN))  # (N, 14)
+    true = np.isin(read_labels(references), (POSITIVE, UNCERTAIN))
     training = {plain_words(text) for text in training}
 
-    # True positives, false positives, false negatives: (N, 3, 14).
-    counts = [generated & reference, generated & ~reference, ~generated & reference]
-    counts = np.stack(counts, 1)
+    counts = np.stack([found & true, found & ~true, ~found & true], 1)  # (N, 3, 14)
     scores, f1 = label_scores(counts, weights)
     metrics = {f"ce_{name}": values for name, values in scores.items()}
-
-    subsets = {"abnormal": reference[:, 1:].any(1)}
+    # The same for some of the reports: a report with weight 0 does not count.
+    subsets = {"abnormal": true[:, 1:].any(1)}
     if training:
         subsets["unseen"] = [plain_words(text) not in training for text in references]
-    for name, rows in subsets.items():
-        scores, _ = label_scores(counts, weights * rows)
-        metrics[f"{name}_f1_macro13"] = scores["f1_macro13"]
-        metrics[f"{name}_f1_micro13"] = scores["f1_micro13"]
+    for subset, chosen in subsets.items():
+        scores, _ = label_scores(counts, weights * chosen)
+        for name in ("f1_macro13", "f1_micro13"):
+            metrics[f"{subset}_{name}"] = scores[name]
 
-    metrics |= overlap_metrics(answers, references, weights)
-    metrics |= diversity_metrics(answers, generated, training, weights)
-    of_references = diversity_metrics(references, reference, training, weights)
+    for n, values in enumerate(bleu_scores(answers, references, weights), 1):
+        metrics[f"bleu{n}"] = values
+    metrics["cider"] = average(cider_scores(answers, references), weights)
+    metrics["rouge_l"] = average(list(map(rouge_l, answers, references)), weights)
+    metrics["gleu"] = average(list(map(gleu, answers, references)), weights)
+
+    metrics |= diversity_metrics(answers, found, training, weights)
+    of_references = diversity_metrics(references, true, training, weights)
     for name, values in of_references.items():
         metrics[f"{name}_reference"] = values
     metrics |= output_metrics(predictions, weights)
@@ -215,17 +216,6 @@ def precision_recall_f1(counts):
     }
 
 
-def overlap_metrics(answers, references, weights):
-    """How alike the words of answers and references are."""
-    metrics = {}
-    for n, values in enumerate(bleu_scores(answers, references, weights), 1):
-        metrics[f"bleu{n}"] = values
-    metrics["cider"] = average(cider_scores(answers, references), weights)
-    metrics["rouge_l"] = average(list(map(rouge_l, answers, references)), weights)
-    metrics["gleu"] = average(list(map(gleu, answers, references)), weights)
-    return metrics
-
-
 def bleu_scores(candidates: list[str], references: list[str], weights: Array) -> Array:
     """Corpus BLEU-1 .. 4 (Papineni et al. 2002), (4, S)."""
     pairs = zip(candidates, references)
@@ -244,26 +234,28 @@ def cider_scores(candidates: list[str], references: list[str]) -> Array:
 
     An n-gram weighs the more, the fewer references have it. So a single study has no CIDEr: NaN.
     """
-    n_studies = len(references)
-    if n_studies == 1:
+    if len(references) == 1:
         return np.array([math.nan])
-    pairs = [(tokenize(a), tokenize(b)) for a, b in zip(candidates, references)]
-    scores = np.zeros(n_studies)
+    candidates = [tokenize(text) for text in candidates]
+    references = [tokenize(text) for text in references]
+    scores = np.zeros(len(references))
     for n in range(1, 5):
-        grams = [(ngrams(a, n), ngrams(b, n)) for a, b in pairs]
-        documents = Counter(gram for _, b in grams for gram in b)
-        for i, (a, b) in enumerate(grams):
-            both = a | b
-            found_in = [max(documents[gram], 1) for gram in both]
-            idf = np.log(n_studies / np.array(found_in))
-            x = idf * [a[gram] for gram in both]
-            y = idf * [b[gram] for gram in both]
+        written = [ngrams(tokens, n) for tokens in candidates]
+        expected = [ngrams(tokens, n) for tokens in references]
+        # In how many references an n-gram is.
+        documents = Counter(itertools.chain.from_iterable(expected))
+        for i, (a, b) in enumerate(zip(written, expected)):
+            grams = a | b
+            frequency = np.array([documents[gram] for gram in grams])
+            idf = np.log(len(references) / np.maximum(frequency, 1))
+            x = idf * [a[gram] for gram in grams]
+            y = idf * [b[gram] for gram in grams]
             norm = math.hypot(*x) * math.hypot(*y)
             if norm > 0:
                 # Clipped: to repeat an n-gram earns nothing.
                 scores[i] += np.minimum(x, y) @ y / norm
 
-    gaps = np.array([len(a) - len(b) for a, b in pairs])
+    gaps = np.array([len(a) - len(b) for a, b in zip(candidates, references)])
     return 10 / 4 * scores * np.exp(-(gaps**2) / (2 * 6**2))
 
 
@@ -299,7 +291,7 @@ def output_metrics(predictions, weights):
 # ------------------------------------------------------------------------------- grounding
 
 
-def grounding_metrics(predictions: Predictions, weights: Array) -> tuple[dict, dict]:
+def grounding_metrics(predictions: Predictions, weights: Array):
     """Metrics of the grounding questions, and those of each class that is asked for."""
     per_class = {}
     precisions = []
@@ -485,12 +477,17 @@ def table(results: dict) -> str:
     for block, metrics in results.items():
         for metric, by_model in main_metrics(metrics).items():
             head = ["", *by_model]
-            first, *others = entries = list(by_model.values())
-            cells = [cell(m["value"], *m["interval"]) for m in entries]
-            values.append([f"{block}: {metric}", *cells])
+            row = [f"{block}: {metric}"]
+            for entry in by_model.values():
+                row.append(cell(entry["value"], *entry["interval"]))
+            values.append(row)
+
+            first, *others = by_model.values()
             if others and metric in DIFFERENCES and not math.isnan(first["interval"][0]):
-                cells = [cell(*m["difference"], sign="+") for m in others]
-                changes.append([f"minus {head[1]}: {metric}", "", *cells])
+                row = [f"minus {head[1]}: {metric}", ""]
+                for entry in others:
+                    row.append(cell(*entry["difference"], sign="+"))
+                changes.append(row)
     if not values:
         return "nothing to evaluate"
     return format_table([head, *values, *changes])
