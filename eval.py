@@ -209,30 +209,36 @@ def precision_recall_f1(counts):
     """
     tp, fp, fn = np.moveaxis(counts, 1, 0)
     there = np.where(tp + fn > 0, 0.0, np.nan)
-    return {
-        "f1": there + 2 * tp / (2 * tp + fp + fn),
-        "precision": there + tp / np.maximum(tp + fp, 1),
-        "recall": tp / (tp + fn),
-    }
+    f1 = there + 2 * tp / (2 * tp + fp + fn)
+    precision = there + tp / np.maximum(tp + fp, 1)
+    recall = tp / (tp + fn)
+    return {"f1": f1, "precision": precision, "recall": recall}
 
 
-def bleu_scores(candidates: list[str], references: list[str], weights: Array) -> Array:
-    """Corpus BLEU-1 .. 4 (Papineni et al. 2002), (4, S)."""
-    pairs = zip(candidates, references)
-    counts = [count_ngrams(tokenize(a), tokenize(b)) for a, b in pairs]  # (N, 4, 3)
+def bleu_scores(candidates: list[str], references: list[str], weights: Array) -> list[Array]:
+    """Corpus BLEU-1 .. 4 (Papineni et al. 2002), (S,) each."""
+    counts = []
+    for candidate, reference in zip(candidates, references):
+        counts.append(count_ngrams(tokenize(candidate), tokenize(reference)))
     # Counts are summed over the corpus before any ratio is taken.
-    matching, in_candidate, in_reference = np.tensordot(weights, counts, 1).T  # (4, S) each
+    totals = np.tensordot(weights, counts, 1)  # (S, 4, 3)
+    matching, in_candidate, in_reference = totals.T  # (4, S) each
+
     in_candidate = np.maximum(in_candidate, 1)
     log_precision = np.log(matching / in_candidate)
     # The length of a text is its number of 1-grams.
     brevity = np.minimum(0, 1 - in_reference[0] / in_candidate[0])
-    return np.array([np.exp(brevity + log_precision[:n].mean(0)) for n in range(1, 5)])
+    bleu = []
+    for n in range(1, 5):
+        log_mean = log_precision[:n].mean(0)
+        bleu.append(np.exp(brevity + log_mean))
+    return bleu
 
 
 def cider_scores(candidates: list[str], references: list[str]) -> Array:
     """CIDEr-D (Vedantam et al. 2015), (N,): one reference, sigma 6, n-grams of 1 to 4 tokens.
 
-    An n-gram weighs the more, the fewer references have it. So a single study has no CIDEr: NaN.
+    NaN for a single study: n-grams weigh by how few references have them, and here all have.
     """
     if len(references) == 1:
         return np.array([math.nan])
@@ -242,21 +248,26 @@ def cider_scores(candidates: list[str], references: list[str]) -> Array:
     for n in range(1, 5):
         written = [ngrams(tokens, n) for tokens in candidates]
         expected = [ngrams(tokens, n) for tokens in references]
-        # In how many references an n-gram is.
-        documents = Counter(itertools.chain.from_iterable(expected))
-        for i, (a, b) in enumerate(zip(written, expected)):
-            grams = a | b
-            frequency = np.array([documents[gram] for gram in grams])
-            idf = np.log(len(references) / np.maximum(frequency, 1))
-            x = idf * [a[gram] for gram in grams]
-            y = idf * [b[gram] for gram in grams]
-            norm = math.hypot(*x) * math.hypot(*y)
-            if norm > 0:
-                # Clipped: to repeat an n-gram earns nothing.
-                scores[i] += np.minimum(x, y) @ y / norm
-
+        scores += tf_idf_cosines(written, expected)
     gaps = np.array([len(a) - len(b) for a, b in zip(candidates, references)])
     return 10 / 4 * scores * np.exp(-(gaps**2) / (2 * 6**2))
+
+
+def tf_idf_cosines(candidates, references):
+    """(N,) similarities of n-gram counts. Rare ones, in few references, weigh more."""
+    documents = Counter(itertools.chain.from_iterable(references))
+    cosines = []
+    for a, b in zip(candidates, references):
+        grams = a | b
+        frequency = np.array([documents[gram] for gram in grams])
+        idf = np.log(len(references) / np.maximum(frequency, 1))
+        x = idf * [a[gram] for gram in grams]
+        y = idf * [b[gram] for gram in grams]
+        # Clipped: to repeat an n-gram earns nothing.
+        product = np.minimum(x, y) @ y
+        norm = math.hypot(*x) * math.hypot(*y)
+        cosines.append(product / norm if norm else 0)
+    return cosines
 
 
 def diversity_metrics(texts, labels, training, weights):
@@ -264,10 +275,12 @@ def diversity_metrics(texts, labels, training, weights):
     # A resample repeats texts, so there is no interval.
     distinct = np.full(len(weights), np.nan)
     distinct[0] = len(set(texts)) / len(texts)
+    normal = labels[:, 0]  # No Finding
+    lengths = [len(text.split()) for text in texts]
     metrics = {
         "distinct_share": distinct,
-        "normal_share": average(labels[:, 0], weights),
-        "mean_words": average([len(text.split()) for text in texts], weights),
+        "normal_share": average(normal, weights),
+        "mean_words": average(lengths, weights),
     }
     if training:
         copied = [plain_words(text) in training for text in texts]
@@ -277,9 +290,11 @@ def diversity_metrics(texts, labels, training, weights):
 
 def output_metrics(predictions, weights):
     """Of reports and grounding."""
+    valid = [p["valid"] for p in predictions]
+    truncated = [not p["finished"] for p in predictions]
     metrics = {
-        "format_valid": average([p["valid"] for p in predictions], weights),
-        "truncated": average([not p["finished"] for p in predictions], weights),
+        "format_valid": average(valid, weights),
+        "truncated": average(truncated, weights),
         "examples": np.full(len(weights), len(predictions)),
     }
     lengths = np.array([len(p["thinking"].split()) for p in predictions])
@@ -303,16 +318,17 @@ def grounding_metrics(predictions: Predictions, weights: Array):
         if any(p["boxes"] for p in asked):
             per_class[f"ap50 {name}"] = precision
 
-    scores = np.array([soft_f1_of(p) for p in predictions])
-    there = np.array([len(p["boxes"]) > 0 for p in predictions])
+    scores = list(map(soft_f1_of, predictions))
+    nonempty = np.array([len(p["boxes"]) > 0 for p in predictions])
     metrics = {
         "soft_f1": average(scores, weights),
-        "soft_f1_nonempty": average(scores, weights * there),
+        "soft_f1_nonempty": average(scores, weights * nonempty),
         "matched_iou": mean_matched_iou(predictions, weights),
         "map50": np.nanmean(precisions, 0),
-        "empty_accuracy": average(scores, weights * ~there),
     }
-    return metrics | output_metrics(predictions, weights), per_class
+    metrics["empty_accuracy"] = average(scores, weights * ~nonempty)
+    metrics |= output_metrics(predictions, weights)
+    return metrics, per_class
 
 
 def class_of(prediction):
@@ -356,7 +372,8 @@ def average_precision(predictions: Predictions, weights: Array) -> Array:
             if hit:
                 del free[np.argmax(overlaps)]
             ranked.append((place, i, hit))
-    _, owners, hits = np.array(sorted(ranked), int).reshape(-1, 3).T
+    ranked = np.array(sorted(ranked), int).reshape(-1, 3)
+    _, owners, hits = ranked.T  # (K,) each
 
     # Where an example is drawn k times, each of its boxes ranks k times.
     copies = weights[:, owners]  # (S, K)

@@ -19,6 +19,22 @@ from runtime.output import warn0
 from runtime.processes import run_main
 
 
+def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, str, list]:
+    """(reasoning, answer, boxes) of the greedy answer about one study. Raises InputError."""
+    config = run_config(checkpoint)
+    policy = load_policy(config, resolve(checkpoint))
+    # A question of the user's is answered in the format of boxes.
+    task = "grounding" if ask else "report"
+    question = ask or data.QUESTIONS["report"][0]
+    images = tuple(map(image_of, images))
+    style = data.style_of(config)
+    example = data.Example("generate", task, images, question, answer="", style=style)
+
+    (rollout,) = policy.sample([example], 1, config.grpo.max_new_tokens, temperature=0)
+    _, thinking, answer = data.parse_output(rollout.texts[0], task, style)
+    return thinking, answer, data.parse_boxes(answer)
+
+
 def run_config(checkpoint: str) -> Config:
     """The configuration that a checkpoint was trained with, or the defaults where there is none."""
     folder = Path(resolve(checkpoint)).resolve()
@@ -40,24 +56,6 @@ def image_of(name):
     if not Path(name).is_file():
         raise InputError(f"{name}: no such image")
     return name
-
-
-def generate(checkpoint, images, ask=""):
-    """(reasoning, answer, boxes) of the greedy answer about one study. Raises InputError."""
-    config = run_config(checkpoint)
-    policy = load_policy(config, resolve(checkpoint))
-    example = data.Example(
-        id="generate",
-        # A question of the user's is answered in the format of boxes.
-        task="grounding" if ask else "report",
-        images=tuple(map(image_of, images)),
-        question=ask or data.QUESTIONS["report"][0],
-        answer="",
-        style=data.style_of(config),
-    )
-    (rollout,) = policy.sample([example], 1, config.grpo.max_new_tokens, temperature=0)
-    _, thinking, answer = data.parse_output(rollout.texts[0], example.task, example.style)
-    return thinking, answer, data.parse_boxes(answer)
 
 
 def main():

@@ -9,6 +9,7 @@ behind each label.
 import argparse
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 from data import LABELS
@@ -21,6 +22,16 @@ from runtime.processes import run_main
 VALUES = ("", "1.0", "0.0", "-1.0")
 NAMES = ("blank", "positive", "negative", "uncertain")
 HEADERS = ("reports", "report", "report impression")
+
+
+def label_file(path: str, output: str) -> list[str]:
+    """Write the labels of the reports in `path` to `output`, and return the reports."""
+    reports = read_reports(path)
+    try:
+        write_atomically(Path(output), labels_csv(reports))
+    except OSError as error:
+        raise InputError(f"{output}: cannot write ({error.strerror})") from None
+    return reports
 
 
 def read_reports(path):
@@ -52,23 +63,13 @@ def labels_csv(reports):
     return file.getvalue()
 
 
-def evidence(reports):
+def evidence(reports: list[str]) -> Iterator[str]:
     """A line for every mention: report, label, state, the phrase and its cue, the clause."""
     for number, report in enumerate(reports, 1):
         for label, state, phrase, cue, clause in find_mentions(report):
             because = f" <- {cue}" if cue else ""
             found = f"{LABELS[label]} | {NAMES[state]} | {phrase}{because}"
             yield f"{number} | {found} | {clause.strip()}"
-
-
-def label_file(path, output):
-    """Write the labels of the reports in `path` to `output`, and return the reports."""
-    reports = read_reports(path)
-    try:
-        write_atomically(Path(output), labels_csv(reports))
-    except OSError as error:
-        raise InputError(f"{output}: cannot write ({error.strerror})") from None
-    return reports
 
 
 def main():

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import LABELS, open_image, parse_boxes
+from data import LABELS, Example, open_image, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
 from rewards import POSITIVE, UNCERTAIN, find_mentions, labeler
-from runtime.config import InputError
+from runtime.config import Config, InputError
 
 CASES = 60  # half of them reports, half grounding
 GROUPS = 2  # of each task
@@ -122,6 +122,21 @@ for (const button of buttons) button.onclick = () => {
   document.getElementById("shown").textContent = n + " shown";
 };
 """
+
+
+def page(cfg: Config, results: dict, predictions: dict, examples: list[Example]) -> str:
+    """The whole page. The predictions {model: [..]} and the examples are in the same order."""
+    out = escape(cfg.out)
+    stages = [Path(cfg.out, stage) for stage in ("sft", "cold_start", "more", "grpo")]
+    return f"""<!doctype html><html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>{out}</title><style>{STYLE}</style><h1>{out}</h1>
+<p>{escape(", ".join(predictions))} on {cfg.eval.split}; 95 % bootstrap intervals over patients.
+The top of eval.py says what each metric means.</p>
+{tables_html(results)}{"".join(map(curves, stages))}
+{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}
+<script>{SCRIPT}</script></html>"""
+
 
 # ------------------------------------------------------------------------------- tables
 
@@ -357,17 +372,3 @@ def cases_html(cfg, predictions, examples):
 <p>Underlined: phrases that the built-in rules read. <span class="chip tp">found</span><span
 class="chip fp">not in the reference</span><span class="chip fn">missed</span></p>
 <p id=shown>{len(chosen)} shown</p>{cases}"""
-
-
-def page(cfg, results, predictions, examples):
-    """The whole page. The predictions {model: [..]} and the examples are in the same order."""
-    out = escape(cfg.out)
-    stages = [Path(cfg.out, stage) for stage in ("sft", "cold_start", "more", "grpo")]
-    return f"""<!doctype html><html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>{out}</title><style>{STYLE}</style><h1>{out}</h1>
-<p>{escape(", ".join(predictions))} on {cfg.eval.split}; 95 % bootstrap intervals over patients.
-The top of eval.py says what each metric means.</p>
-{tables_html(results)}{"".join(map(curves, stages))}
-{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}
-<script>{SCRIPT}</script></html>"""
