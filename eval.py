@@ -289,7 +289,7 @@ def diversity_metrics(texts, labels, training, weights):
 
 
 def output_metrics(predictions, weights):
-    """Of reports and grounding."""
+    """Format, truncation and thinking, of reports and of grounding."""
     valid = [p["valid"] for p in predictions]
     truncated = [not p["finished"] for p in predictions]
     metrics = {
@@ -419,11 +419,13 @@ def with_interval(values):
     return [float(values[0]), *low_high.tolist()]
 
 
-def summarise(predictions: dict[str, Predictions], cfg: Config, training: list = ()) -> dict:
+def summarise(
+    predictions: dict[str, Predictions], cfg: Config, training: tuple | list = ()
+) -> dict:
     """{block: {metric: {model: {"value", "interval", "difference"}}}} of {model: predictions}.
 
     The difference to the first model, [value, low, high], is paired: all models are measured on the
-    same resamples. So all have to have predicted the same examples, in the same order.
+    same resamples. So all must have predicted the same examples, in the same order.
     """
     first, *_ = predictions.values()
     if not first:
@@ -443,9 +445,9 @@ def measure(predictions, weights, read_labels, training):
     blocks = {}
     tasks = group_by([p["task"] for p in predictions], predictions, weights)
     if "report" in tasks:
-        metrics, labels = report_metrics(*tasks["report"], read_labels, training)
-        blocks["reports"] = metrics
-        blocks["labels"] = labels
+        reports, own = tasks["report"]
+        found = report_metrics(reports, own, read_labels, training)
+        blocks["reports"], blocks["labels"] = found
     if "grounding" in tasks:
         asked, own = tasks["grounding"]
         blocks["grounding"], blocks["grounding labels"] = grounding_metrics(asked, own)

@@ -16,6 +16,9 @@ from data import LABELS
 from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN
 from tools import audit
 
+# Means of nothing are "-" in the table.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 REFERENCES = [
     "The heart is enlarged. There is no pleural effusion. Possible pneumonia.",
     "Heart size is normal. The lungs are clear. No pneumothorax is seen.",

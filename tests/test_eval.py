@@ -240,6 +240,7 @@ def test_reports_that_training_has_are_told_apart():
     assert "unseen_f1_micro13" not in without
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
 def test_a_collapsed_model_has_bleu_zero():
     rows = [report(0, "", "Clear lungs."), report(1, "Clear lungs", "Clear lungs are seen.")]
     m = of_reports(rows)
