@@ -21,6 +21,7 @@ CheXpert competition.
   normal_share                       share of reports labelled No Finding
   copied_share                       share that repeats a training report word for word
   mean_words                         per report
+  radeval:NAME                       mean over reports, what eval.radeval names
   *_reference                        the same of the reference reports
 Grounding.
   soft_f1                            mean over all examples; if nothing is there: 1 for saying so
@@ -61,6 +62,7 @@ from rewards import (
     gleu,
     iou,
     labeler,
+    library_score,
     match_boxes,
     ngrams,
     rouge_l,
@@ -77,6 +79,7 @@ Array = np.ndarray
 Predictions = list[dict]  # see prediction_record
 
 RESAMPLES = 1000  # of the bootstrap
+BATCH = 64  # examples that are decoded together
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 LABEL_SUBSETS = {"14": range(14), "13": range(1, 14), "5": [LABELS.index(label) for label in TOP5]}
 # The metrics of the table, and those whose differences it shows. metrics.json has all.
@@ -99,7 +102,7 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
     An example that the policy skips has none.
     """
     own = examples[rank() :: world_size()]
-    batches = batched(own, cfg.eval.batch_size)
+    batches = batched(own, BATCH)
     local = []
     for batch in progress(batches, f"predict {name}"):
         rollouts = policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0)
@@ -432,15 +435,16 @@ def summarise(
         return {}
     weights = bootstrap_weights(first, RESAMPLES, cfg.seed)
     read_labels = labeler(cfg.rewards)
+    scores = library_scores(cfg)
     # What has nothing to average is NaN, and needs no warning.
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         measured = {}
         for name, rows in predictions.items():
-            measured[name] = measure(rows, weights, read_labels, training)
+            measured[name] = measure(rows, weights, read_labels, training, scores)
         return compare(measured)
 
 
-def measure(predictions, weights, read_labels, training):
+def measure(predictions, weights, read_labels, training, scores):
     """{block: {metric: (S,)}} of one model. A task without predictions has no block."""
     blocks = {}
     tasks = group_by([p["task"] for p in predictions], predictions, weights)
@@ -448,6 +452,10 @@ def measure(predictions, weights, read_labels, training):
         reports, own = tasks["report"]
         found = report_metrics(reports, own, read_labels, training)
         blocks["reports"], blocks["labels"] = found
+        texts = [p["answer"] for p in reports]
+        references = [p["reference"] for p in reports]
+        for name, score in scores.items():
+            blocks["reports"][name] = average(score(texts, references), own)
     if "grounding" in tasks:
         asked, own = tasks["grounding"]
         blocks["grounding"], blocks["grounding labels"] = grounding_metrics(asked, own)
@@ -457,6 +465,12 @@ def measure(predictions, weights, read_labels, training):
             for kind, group in kinds.items():
                 blocks[f"grounding of {kind}"], _ = grounding_metrics(*group)
     return blocks
+
+
+def library_scores(cfg: Config) -> dict:
+    """{"radeval:NAME": score} of eval.radeval, see scorers/radeval.py. Raises InputError."""
+    names = [f"radeval:{name}" for name in cfg.eval.radeval]
+    return {name: library_score(name) for name in names}
 
 
 def group_by(values, predictions, weights):
@@ -514,7 +528,9 @@ def table(results: dict) -> str:
 
 def main_metrics(metrics: dict) -> dict:
     """Those of a block that the table shows, in its order."""
-    return {name: metrics[name] for name in IN_TABLE.split() if name in metrics}
+    shown = [name for name in IN_TABLE.split() if name in metrics]
+    shown += [name for name in metrics if name.startswith("radeval:")]
+    return {name: metrics[name] for name in shown}
 
 
 def cell(value: float, low: float, high: float, sign: str = "") -> str:
@@ -538,6 +554,7 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     """
     # If the labeler or a file cannot be read, we want to know before the decoding.
     labeler(cfg.rewards)
+    library_scores(cfg)
     examples = chosen_examples(cfg)
     training = training_reports(cfg, examples)
     others = {}
@@ -548,7 +565,7 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     predictions = {}
     for name, path in paths.items():
         # Nothing keeps the model: it is freed before the next one is loaded.
-        by_id = predict(model.load_policy(cfg, resolve(path)), examples, cfg, name)
+        by_id = predict(frozen_policy(cfg, path), examples, cfg, name)
         predictions[name] = by_id
         if rank() == 0:
             lines = [json.dumps(by_id[e.id]) + "\n" for e in examples if e.id in by_id]
@@ -573,6 +590,10 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     print0(text)
     write_page(folder / "report.html", cfg, results, predictions, examples)
     return text, results
+
+
+def frozen_policy(cfg, path):
+    return model.load_policy(cfg, resolve(path)).freeze_all()
 
 
 def chosen_examples(cfg: Config) -> list[Example]:

@@ -536,6 +536,7 @@ def starting_point(config: Config, stop: StopRequest) -> str | None:
 def main():
     config, stop = start_training(__doc__)
     rewards.check_rewards(config.rewards)
+    evaluation.library_scores(config)
     data.check_tasks(config)
 
     # A run continues only with the settings that it was started with.

@@ -255,8 +255,8 @@ class EvalConfig:
     split: Literal["train", "val", "test"] = "test"
     # Examples per task. 0: all.
     limit: int = bounded(0)
-    # Examples that are decoded together.
-    batch_size: int = bounded(64, 1)
+    # Scores of reports from the package radeval, NAME or NAME:KEY: see scorers/radeval.py.
+    radeval: list[str] = list_of()
 
 
 @dataclass

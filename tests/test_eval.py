@@ -105,7 +105,12 @@ def random_groundings(rng, n, digits=2):
 
 @pytest.fixture
 def cfg(tmp_path):
-    return load(f"out={tmp_path}", "eval.batch_size=2")
+    return load(f"out={tmp_path}")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 2)
 
 
 @pytest.fixture
@@ -531,6 +536,9 @@ class Policy:
 
     def __init__(self, skip=()):
         self.skip = skip
+
+    def freeze_all(self):
+        return self
 
     def sample(self, examples, group_size, max_new_tokens, temperature):
         assert (group_size, temperature) == (1, 0)

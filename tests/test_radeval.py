@@ -63,7 +63,7 @@ def test_our_corpus_bleu_is_the_library_s_on_the_same_tokens():
     texts = phantom_reports(1, 40)
     tokens = [[" ".join(rewards.tokenize(t)) for t in side] for side in (texts, references)]
     theirs = RadEval(metrics=["bleu"], show_progress=False)(tokens[1], tokens[0])["bleu"]
-    ours = evaluation.bleu_scores(texts, references, np.ones((1, 40)))[3, 0]
+    ours = evaluation.bleu_scores(texts, references, np.ones((1, 40)))[3][0]
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 

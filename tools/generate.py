@@ -22,7 +22,7 @@ from runtime.processes import run_main
 def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, str, list]:
     """(reasoning, answer, boxes) of the greedy answer about one study. Raises InputError."""
     config = run_config(checkpoint)
-    policy = load_policy(config, resolve(checkpoint))
+    policy = load_policy(config, resolve(checkpoint)).freeze_all()
     # A question of the user's is answered in the format of boxes.
     task = "grounding" if ask else "report"
     question = ask or data.QUESTIONS["report"][0]
