@@ -294,7 +294,12 @@ def study_examples(
     """The questions that source.tasks ask about a study, and those that its dataset asks."""
     chosen = set(source.tasks)
     wanted = {kind for kind, task in TASK_OF.items() if {kind, task} & chosen}
-    asked = [a for a in study.asked if (a.kind or a.task) in wanted]
+    # What nobody asks about is not looked at.
+    study.asked = [a for a in study.asked if (a.kind or a.task) in wanted]
+    if not (study.complete and "detection" in wanted):
+        study.boxes = {key: boxes for key, boxes in study.boxes.items() if key[0] in wanted}
+    clean_study(study, skip)
+    asked = study.asked
     if study.report is not None and "report" in wanted:
         asked.append(ask_report(study))
     if study.findings is not None and "classification" in wanted:
@@ -314,7 +319,7 @@ def study_examples(
     choose = partial(pick, rng) if split == "train" else itemgetter(0)
 
     images = tuple(str(image) if is_path(image) else image for image in study.images)
-    about_regions = region_questions(study, regions, detection, choose, skip)
+    about_regions = region_questions(study, regions, detection, choose)
     for item in chain(asked, about_regions):
         if problem := answer_problem(item):
             skip(f"{study.where}: {problem}")
@@ -337,12 +342,8 @@ def ask_findings(study):
     return Asked(f"{study.id}-list", "classification", answer=f"{names}.")
 
 
-def region_questions(study, regions, detection, choose, skip):
+def region_questions(study, regions, detection, choose):
     """A question about each of the regions, {(kind, name): boxes}, and one about all."""
-    shown = study.boxes if detection else regions
-    if problem := box_problem(chain.from_iterable(shown.values())):
-        skip(f"{study.where}: {problem}")
-        return
     for (kind, name), boxes in regions.items():
         answer = choose(ANSWERS).format(boxes_text(boxes))
         yield Asked(f"{study.id}-{name}", "grounding", "", answer, boxes, name, kind)
@@ -391,17 +392,45 @@ def answer_problem(asked):
     """Why a question cannot be used, or "". A dataset's own answers are kept, boxes and all."""
     if asked.task == "report" and not asked.answer.strip():
         return "the report is empty"
-    return box_problem(asked.boxes) if asked.answer is None else ""
-
-
-def box_problem(boxes):
-    """What is wrong with the first box that is not in the image, or ""."""
-    for box in boxes:
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            return (
-                f"box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions from 0 to 1)"
-            )
     return ""
+
+
+def clean_study(study, skip):
+    """Clip boxes to the image and leave out what is no box. Each is counted, the others stay."""
+    boxes = {}
+    for key, given in study.boxes.items():
+        kept = clean_boxes(given, study.where, skip)
+        if len(kept) < len(given):
+            # Not all that is to be seen has its box.
+            study.complete = False
+        if kept:
+            boxes[key] = kept
+    study.boxes = boxes
+    asked = []
+    for item in study.asked:
+        given = item.boxes
+        if item.answer is None:
+            item.boxes = clean_boxes(given, study.where, skip)
+        # Without its only box, a question would have "It is not seen" for an answer.
+        if item.boxes or not given:
+            asked.append(item)
+    study.asked = asked
+
+
+def clean_boxes(boxes, where, skip):
+    """Those of the boxes that are in the image, clipped to it."""
+    kept = []
+    for box in boxes:
+        clipped = tuple(min(max(value, 0), 1) for value in box)
+        right = len(box) == 4 and clipped[0] < clipped[2] and clipped[1] < clipped[3]
+        if clipped != tuple(box) or not right:
+            skip(
+                f"{where}: box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions "
+                f"from 0 to 1); it is {'clipped' if right else 'left out'}"
+            )
+        if right:
+            kept.append(clipped)
+    return kept
 
 
 # ------------------------------------------------------------------------------- thinking traces

@@ -438,10 +438,10 @@ def call_external(name: str, batch: list[Completion]) -> np.ndarray:
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == name.rpartition(":")[0]:
                 place = f", line {frame.lineno}"
-        raise InputError(
-            f"reward {name}{place}: {error!r} (a reward that may fail catches its errors and "
-            f"returns 0 or None)"
-        ) from None
+        hint = "a reward that may fail catches its errors and returns 0 or None"
+        if "string indices" in str(error):
+            hint = "completions are strings, not chat messages: take completion itself"
+        raise InputError(f"reward {name}{place}: {error!r} ({hint})") from None
 
 
 def finite_values(given, completions):

@@ -35,7 +35,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         path = locate(root, *patterns)
     tree = read_json(path)
     try:
-        studies = read_studies(tree, path, root, source.image_root(), split)
+        studies = read_studies(tree, path, source, split, skip)
     except MALFORMED as error:
         raise InputError(
             f"{path}: not in COCO's format, images with id, file_name, width, height and "
@@ -46,7 +46,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         yield study
 
 
-def read_studies(tree, path, root, images, split):
+def read_studies(tree, path, source, split, skip):
     """A study for each image of a file."""
     part = path.stem.removeprefix("instances_")
     folders = ("", "images", part, f"images/{part}", split, f"images/{split}")
@@ -56,14 +56,20 @@ def read_studies(tree, path, root, images, split):
     for row in tree["images"]:
         name, image = row["file_name"], row["id"]
         sizes[image] = row["width"], row["height"]
-        file = first_file(images, folders, name, Path(name).name)
+        file = first_file(source.image_root(), folders, name, Path(name).name)
         where = f"{path}, image {image}"
-        studies[image] = Study(str(name), patient_of(name, root), [file], where, complete=True)
+        patient = patient_of(name, Path(source.path))
+        studies[image] = Study(str(name), patient, [file], where, complete=True)
 
     for row in tree["annotations"]:
-        image = row["image_id"]
-        box = normalize_box(corners(*row["bbox"]), *sizes[image])
+        image, numbers = row["image_id"], row["bbox"]
         key = "abnormality", names[row["category_id"]]
+        try:
+            box = normalize_box(corners(*numbers), *sizes[image])
+        except (TypeError, ValueError, ZeroDivisionError):
+            skip(f"{studies[image].where}: bbox {numbers} is not x, y, width, height")
+            studies[image].complete = False
+            continue
         studies[image].boxes.setdefault(key, []).append(box)
     return list(studies.values())
 

@@ -1,10 +1,10 @@
 """IU X-Ray: reports.
 
-As R2Gen distributes it (annotation.json, images/), as Kaggle does (two CSV files,
-images_normalized/), or as OpenI does (ecgen-radiology/*.xml, NLMCXR_png/). The latter two have no
-split (see hash_split) and keep the original sections: the report is the findings, else the
-impression. OpenI does not say which view an image is: the first by name counts as frontal, which is
-wrong for one study in ten.
+As R2Gen distributes it (annotation.json, images/), as Kaggle does (two CSV files, and
+images_normalized/ or images/images_normalized/), or as OpenI does (ecgen-radiology/*.xml,
+NLMCXR_png/). The latter two have no split (see hash_split) and keep the original sections: the
+report is the findings, else the impression. OpenI does not say which view an image is: the first by
+name counts as frontal, which is wrong for one study in ten.
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from readers.r2gen import read_r2gen
-from readers.study import Skip, Studies, Study, hash_split, locate, read_csv
+from readers.study import Skip, Studies, Study, first_file, hash_split, locate, read_csv
 from runtime.config import Source
 
 # The reports of Kaggle, and of OpenI.
@@ -27,7 +27,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         yield from read_r2gen(source, split, skip, r2gen_patient)
         return
     read_all = read_kaggle if path.name == REPORTS else read_openi
-    studies = list(read_all(root, source.views, skip))
+    studies = list(read_all(source, skip))
     splits = hash_split(study.id for study in studies)
     for study in studies:
         if source.views == "frontal":
@@ -41,14 +41,16 @@ def r2gen_patient(row):
     return "iu/" + study.removeprefix("CXR")
 
 
-def read_kaggle(root, views, skip):
+def read_kaggle(source, skip):
     images = defaultdict(list)
+    folders = ("images_normalized", "images/images_normalized", "")
+    root = Path(source.path)
     path = root / "indiana_projections.csv"
     rows = read_csv(path, skip, "uid", "filename", "projection")
     for row in rows:
         view = row["projection"].strip()
-        if views != "frontal" or view.lower() == "frontal":
-            image = root / "images_normalized" / row["filename"]
+        if source.views != "frontal" or view.lower() == "frontal":
+            image = first_file(source.image_root(), folders, row["filename"])
             images[row["uid"]].append((view, image))
 
     path = root / REPORTS
@@ -62,8 +64,9 @@ def read_kaggle(root, views, skip):
         yield Study(uid, f"iu/{uid}", ordered, where, findings or row["impression"])
 
 
-def read_openi(root, _, skip):
-    for path in sorted(root.glob(TEXTS)):
+def read_openi(source, skip):
+    folders = ("NLMCXR_png", "")
+    for path in sorted(Path(source.path).glob(TEXTS)):
         try:
             tree = ElementTree.parse(path)
         except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
@@ -78,6 +81,6 @@ def read_openi(root, _, skip):
         images = []
         for image in tree.iter("parentImage"):
             name = image.get("id")
-            images.append(root / "NLMCXR_png" / f"{name}.png")
+            images.append(first_file(source.image_root(), folders, f"{name}.png"))
         uid = path.stem
         yield Study(uid, f"iu/{uid}", sorted(images), str(path), report)

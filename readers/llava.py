@@ -19,12 +19,14 @@ from readers.study import (
     of_split,
     parse_boxes,
     patient_of,
-    read_json,
+    read_list,
 )
-from runtime.config import InputError, Source
+from runtime.config import Source
 
-# A question with yes or no for an answer asks for no report.
-ASKS_FOR_REPORT = re.compile(r"(?i)(?!is|are|does|do|can|could)\b.*\b(report|findings)\b")
+# A question with yes or no for an answer asks for no report. "Document the findings." does.
+ASKS_FOR_REPORT = re.compile(
+    r"(?is)(?!(is|are|does|do|can|could)\b).*\b(report|findings|detailed (analysis|description))\b"
+)
 
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
@@ -32,11 +34,8 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
     files = list(root.glob("*.json"))
     alone = len(files) == 1
     path = files[0] if alone else locate(root, f"{split}.json", f"*{split}*.json")
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a list of conversations")
     studies = []
-    for n, row in enumerate(rows):
+    for n, row in enumerate(read_list(path, "conversations")):
         where = f"{path}, [{n}]"
         try:
             names, turns = parse_conversation(row)
@@ -49,7 +48,9 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
             continue
         files = [first_file(images, ("", "images"), name) for name in names]
         patient = patient_of(names[0], root)
-        studies.append(Study(name, patient, files, where, asked=questions(name, turns)))
+        studies.append(
+            Study(name, patient, files, where, asked=questions(name, turns, where, skip))
+        )
     yield from of_split(studies, split) if alone else studies
 
 
@@ -67,14 +68,21 @@ def parse_conversation(row):
     return names, list(zip(texts[::2], texts[1::2]))
 
 
-def questions(name, turns):
+def questions(name, turns, where, skip):
     """A question for each turn of human and gpt."""
     asked = []
     history = ()
     for k, (question, answer) in enumerate(turns):
         question = question.replace("<image>", "").strip()
         item = Asked(f"{name}-{k}", "classification", question, answer, history=history)
-        item.boxes = [box for box in parse_boxes(answer) if min(box) >= 0 and max(box) <= 1]
+        boxes = parse_boxes(answer)
+        if any(max(box) > 2 for box in boxes):
+            skip(
+                f"{where}: the boxes of turn {k + 1} are pixels or thousandths; convert them to "
+                f"fractions of the image, from 0 to 1"
+            )
+            continue
+        item.boxes = [box for box in boxes if min(box) >= 0 and max(box) <= 1]
         if item.boxes:
             item.task = "grounding"
             item.kind = "phrase"

@@ -26,7 +26,7 @@ FRAME = 1024
 
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
-    root = Path(source.path)
+    root, images = Path(source.path), source.image_root()
     boxes = read_boxes(locate(root, "BBox_List_2017.csv"), skip)
     labels = read_labels(root, skip)
     every = {*labels, *boxes}
@@ -34,14 +34,14 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
     test = read_test_list(root)
     splits = hash_split(patients.values(), test=0.2 if test is None else 0.0)
 
-    folders = ["images", "", *sorted(p.relative_to(root) for p in root.glob("images_*/images"))]
+    folders = ["images", "", *sorted(p.relative_to(images) for p in images.glob("images_*/images"))]
     for image in sorted(every if "classification" in source.tasks else boxes):
         patient = patients[image]
         held_out = test is not None and image in test
         if ("test" if held_out else splits[patient]) != split:
             continue
         study = Study(image, f"nih/{patient}", [], f"{root}, image {image}")
-        study.images = [first_file(root, folders, image)]
+        study.images = [first_file(images, folders, image)]
         study.findings = labels.get(image)
         study.boxes = boxes.get(image, {})
         yield study

@@ -16,7 +16,7 @@ from readers.study import (
     normalize_box,
     of_split,
     read_csv,
-    read_json,
+    read_list,
     split_name,
 )
 from runtime.config import Source
@@ -29,7 +29,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
     path = locate(root, "grounded_reports*.json")
     table = read_table(root / "master_table.csv", skip)
     studies = []
-    for n, row in enumerate(read_json(path)):
+    for n, row in enumerate(read_list(path, "studies")):
         where = f"{path}, [{n}]"
         try:
             study = parse_row(row, where)
@@ -39,7 +39,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         image = study.id
         known, _ = table.get(image, (None, None))
         study.patient = f"padchest/{known or image.split('_')[0]}"
-        study.images = [first_file(root, FOLDERS, image)]
+        study.images = [first_file(source.image_root(), FOLDERS, image)]
         studies.append(study)
     if not table:
         yield from of_split(studies, split)

@@ -137,6 +137,14 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_list(path: Path, what: str) -> list:
+    """A JSON file that holds a list."""
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list of {what}")
+    return rows
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file. JSON may hold other line separators as text."""
     return read_text(path).rstrip().split("\n")
@@ -144,7 +152,8 @@ def read_lines(path: Path) -> list[str]:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        # With or without a byte order mark.
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read ({reason_of(error)})") from None
 

@@ -73,3 +73,92 @@ def test_a_size_that_is_no_number_is_named(tmp_path):
     path.write_text(path.read_text().replace("200", "?", 1))
     with pytest.raises(InputError, match=r"train_meta\.csv, image v0: expected numbers"):
         data.load_split(load("data.source=vindr_cxr", f"data.path={tmp_path}"), "train")
+
+
+# ------------------------------------------------------------------------------- single boxes
+
+
+def boxes_of(tmp_path, boxes, *overrides):
+    row = {"id": 2, "images": ["a.png"], "phrase": "a nodule", "boxes": boxes}
+    examples = load_rows("jsonl", tmp_path, [REPORT, row], *overrides)
+    return [e.boxes for e in examples if e.task == "grounding"]
+
+
+GOOD = [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [[0.5, 0.1, 0.2, 0.9], [0.5, 0.5, 0.5, 0.9], [1.2, 0.1, 1.4, 0.2], [0.1, 0.2], ["nan"] * 4],
+    ids=["swapped", "without width", "outside", "two numbers", "no numbers"],
+)
+def test_a_box_that_is_none_is_left_out_and_counted(tmp_path, capsys, bad):
+    assert boxes_of(tmp_path, [bad, GOOD], "data.on_error=skip") == [(tuple(GOOD),)]
+    assert "left out" in capsys.readouterr().err
+
+
+def test_a_box_that_reaches_outside_is_clipped_and_counted(tmp_path, capsys):
+    found = boxes_of(tmp_path, [[0.8, -0.1, 1.3, 0.4], GOOD], "data.on_error=skip")
+    assert found == [((0.8, 0, 1, 0.4), tuple(GOOD))]
+    assert "clipped" in capsys.readouterr().err
+
+
+def test_a_question_without_a_box_left_is_not_asked(tmp_path):
+    assert boxes_of(tmp_path, [[0.5, 0.1, 0.2, 0.9]], "data.on_error=skip") == []
+
+
+def test_nothing_there_is_still_an_answer(tmp_path):
+    assert boxes_of(tmp_path, [], "data.on_error=skip") == [()]
+
+
+@pytest.mark.parametrize("bad", [[0.5, 0.1, 0.2, 0.9], [0.8, 0.1, 1.3, 0.4]])
+def test_a_wrong_box_stops_a_run_that_is_to_stop(tmp_path, bad):
+    with pytest.raises(InputError, match="inside the image"):
+        boxes_of(tmp_path, [bad, GOOD])
+
+
+def test_a_wrong_number_in_coco_leaves_out_its_box_alone(tmp_path, capsys):
+    root = layouts.coco(tmp_path)
+    path = root / "annotations" / "instances_train2017.json"
+    tree = json.loads(path.read_text())
+    tree["annotations"][0]["bbox"] = [1, 2, "x", 4]
+    path.write_text(json.dumps(tree))
+    settings = ["data.source=coco", f"data.path={root}"]
+    with pytest.raises(InputError, match="bbox"):
+        data.load_split(load(*settings), "train")
+    assert data.load_split(load(*settings, "data.on_error=skip"), "train")
+    assert "bbox" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- conversations
+
+
+def conversation(tmp_path, question, answer):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return load_rows("llava", tmp_path, [{"image": "a.png", "conversations": turns}])
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "<image>\nDocument the findings.",
+        "<image>\nPlease look at this image.\nThen write a report.",
+        "<image>\nPlease offer a detailed analysis based on this image.",
+        "<image>\nOutline a radiology report for this X-ray.",
+    ],
+)
+def test_questions_that_ask_for_a_report(tmp_path, question):
+    assert conversation(tmp_path, question, "Clear.")[0].task == "report"
+
+
+@pytest.mark.parametrize(
+    "question", ["Do the findings matter?", "Is there a report?", "What is it?"]
+)
+def test_questions_that_ask_for_no_report(tmp_path, question):
+    assert conversation(tmp_path, question, "Yes.")[0].task == "classification"
+
+
+@pytest.mark.parametrize("answer", ["At [310, 450, 780, 830].", "[12.5, 30.0, 45.0, 61.0]"])
+def test_boxes_in_other_units_are_not_taken_for_text(tmp_path, answer):
+    with pytest.raises(InputError, match="pixels or thousandths"):
+        conversation(tmp_path, "Where?", answer)

@@ -451,7 +451,7 @@ def test_lines_without_a_question_get_the_usual_wordings(tmp_path):
         ({**GOOD, "images": "a.png"}, "images: expected a list"),
         ({"id": 2, "images": ["a.png"]}, "neither report nor phrase"),
         ({**GOOD, "phrase": "x", "boxes": []}, "two examples, with an id each"),
-        ({**BOXES, "boxes": [[0.1, 0.2, 1.3, 0.4]]}, "inside the image"),
+        ({**BOXES, "boxes": [[0.1, 0.4, 0.3, 0.2]]}, "inside the image"),
         ({**BOXES, "boxes": [[0.5, 0.2, 0.3, 0.4]]}, "x1 < x2"),
         ({**BOXES, "boxes": "all"}, "line 2"),
         ("[" * 100_000, "line 2"),

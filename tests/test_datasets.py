@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from functools import partial
 
 import layouts
 import numpy as np
@@ -138,10 +139,152 @@ def test_mimic_cxr_from_r2gen(tmp_path):
             "PA and lateral views. Note: stable.",
         ),
         ("", ""),
+        # Other names of an impression, mixed case, misspelt.
+        ("CONCLUSION: D.", "D."),
+        ("Findings: E.\nImpression: F.", "E."),
+        ("FINIDNGS: G.\nIMPRESSSION: H.", "G."),
+        ("IMPRESSSION: H.", "H."),
+        # Both on one line.
+        ("FINDINGS: The lungs are clear.  IMPRESSION: Normal.", "The lungs are clear."),
+        # Sub-headings neither end nor cut the findings.
+        (
+            "FINDINGS:\nLUNGS: Clear.\nHEART: Normal size.\n\nIMPRESSION: Normal.",
+            "LUNGS: Clear.\nHEART: Normal size.",
+        ),
+        ("FINDINGS: Lungs: clear. Heart: normal.\nIMPRESSION: J.", "Lungs: clear. Heart: normal."),
+        # The name of the examination stands for the findings.
+        (
+            "CHEST, TWO VIEWS: The lungs are clear and the heart is normal.\nIMPRESSION: K.",
+            "The lungs are clear and the heart is normal.",
+        ),
+        (
+            "INDICATION: pain.\nPA AND LATERAL VIEWS OF THE CHEST: There is no focal opacity.",
+            "There is no focal opacity.",
+        ),
+        ("PORTABLE CHEST: 10:45\nIMPRESSION: L.", "L."),
+        ("EXAMINATION: CHEST (PA AND LAT)\nTECHNIQUE: Chest PA\nFINDINGS: M.", "M."),
+        # What follows the findings is not theirs.
+        ("FINDINGS: N.\nRECOMMENDATION: CT.", "N."),
+        ("FINDINGS: O.\nNOTIFICATION: The team was told.", "O."),
     ],
 )
 def test_findings_section(text, section):
     assert findings_section(text).strip() == section
+
+
+def test_where_both_sections_are_empty_the_last_paragraph_is_the_report(tmp_path):
+    root = layouts.mimic_cxr(tmp_path, "csv")
+    path = root / "mimic_cxr_sectioned.csv"
+    text = "No acute process in study 50771383."
+    replace_in(path, f"{text},,,", ",,The heart is normal.,")
+    (study,) = load_split(of("mimic_cxr", root, "data.tasks=[report]"), "val")
+    assert study.answer == "The heart is normal."
+
+
+# ------------------------------------------------------------------------------- views
+
+
+def with_codes(root, views):
+    """The metadata have no ViewPosition, but the codes of these dicoms."""
+    path = root / "mimic-cxr-2.0.0-metadata.csv"
+    head, *rows = path.read_text().splitlines()
+    lines = [f"{head},ViewCodeSequence_CodeMeaning"]
+    for row in rows:
+        dicom, subject, study, _, *rest = row.split(",")
+        lines.append(",".join([dicom, subject, study, "", *rest, views.get(dicom, "")]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def frontal(root):
+    config = of("mimic_cxr", root, "data.views=frontal", "data.tasks=[report]")
+    return load_split(config, "train")
+
+
+def test_where_the_position_is_empty_the_code_says_the_view(tmp_path):
+    root = layouts.mimic_cxr(tmp_path, "csv", end="")
+    with_codes(root, {"d1": "postero-anterior", "d2": "lateral", "d5": "antero-posterior"})
+    assert [e.images[0][-6:-4] for e in frontal(root)] == ["d1", "d5"]
+
+
+def test_images_of_unknown_view_are_left_out_and_counted(tmp_path, capsys):
+    root = layouts.mimic_cxr(tmp_path, "csv", end="")
+    with_codes(root, {"d1": "postero-anterior", "d2": "lateral"})
+    assert [e.id for e in frontal(root)] == ["50414267"]
+    # d3 to d6.
+    assert "4 images of train, whose view is unknown, are left out" in capsys.readouterr().err
+
+
+def test_r2gens_laterals_are_no_frontal_views(tmp_path, capsys):
+    root = layouts.mimic_r2gen(tmp_path / "r2gen")
+    layouts.mimic_cxr(tmp_path / "jpg", "csv", end="")
+    name = "mimic-cxr-2.0.0-metadata.csv"
+    (root / name).write_bytes((tmp_path / "jpg" / name).read_bytes())
+    assert [e.id for e in frontal(root)] == ["d1", "d5", "d6"]
+    assert "3 rows of train without an image" in capsys.readouterr().err
+
+
+def test_r2gens_views_are_not_guessed(tmp_path):
+    root = layouts.mimic_r2gen(tmp_path)
+    with pytest.raises(InputError, match=r"does not say which images are frontal.*data\.views=all"):
+        frontal(root)
+
+
+# ------------------------------------------------------------------------------- folders
+
+
+def test_iu_xray_from_kaggle_as_it_unpacks(tmp_path):
+    root = layouts.kaggle(tmp_path)
+    (root / "images").mkdir()
+    (root / "images_normalized").rename(root / "images" / "images_normalized")
+    assert load_split(of("iu_xray", root), "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "build", "folders"),
+    [
+        ("iu_xray", layouts.kaggle, ["images_normalized"]),
+        ("iu_xray", layouts.openi, ["NLMCXR_png"]),
+        ("iu_xray", layouts.r2gen, ["images"]),
+        ("mimic_cxr", layouts.mimic_r2gen, ["images"]),
+        ("mimic_cxr", partial(layouts.mimic_cxr, reports="csv"), ["files"]),
+        ("nih", layouts.nih, ["images_001", "images_002"]),
+        ("vindr_cxr", layouts.vindr_physionet, ["train", "test"]),
+    ],
+)
+def test_images_may_lie_in_a_folder_of_their_own(tmp_path, source, build, folders):
+    root = build(tmp_path / "reports")
+    pixels = tmp_path / "pixels"
+    pixels.mkdir()
+    expected = [len(part) for part in splits(of(source, root)).values()]
+    for folder in folders:
+        (root / folder).rename(pixels / folder)
+    found = splits(of(source, root, f"data.images={pixels}"))
+    assert [len(part) for part in found.values()] == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "build", "file"),
+    [
+        ("iu_xray", layouts.r2gen, "annotation.json"),
+        ("iu_xray", layouts.kaggle, "indiana_reports.csv"),
+        ("padchest_gr", layouts.padchest_gr, "grounded_reports_20240819.json"),
+        ("llava", layouts.llava, "train.json"),
+    ],
+)
+def test_files_may_begin_with_a_byte_order_mark(tmp_path, source, build, file):
+    root = build(tmp_path)
+    before = len(load_split(of(source, root), "train"))
+    path = root / file
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(load_split(of(source, root), "train")) == before
+
+
+@pytest.mark.parametrize("text", ["null", "{}", "3"])
+def test_a_file_without_a_list_is_one_line(tmp_path, text):
+    root = layouts.padchest_gr(tmp_path)
+    (root / "grounded_reports_20240819.json").write_text(text)
+    with pytest.raises(InputError, match="expected a list of studies"):
+        load_split(of("padchest_gr", root), "train")
 
 
 def test_a_study_without_certain_labels_is_not_called_normal(tmp_path):
@@ -577,7 +720,8 @@ def test_a_bad_box_leaves_the_other_questions(tmp_path):
     reports = load_split(of("padchest_gr", root, "data.tasks=[report]"), "train")
     assert "1_x.png" in [e.id for e in reports]
     train = load_split(of("padchest_gr", root, "data.on_error=skip"), "train")
-    assert [kind_of(e) for e in train if e.id.startswith("1_x")] == ["report"]
+    # Its other box has its own phrase.
+    assert [kind_of(e) for e in train if e.id.startswith("1_x")] == ["report", "phrase"]
 
 
 def test_an_empty_report_leaves_the_other_questions(tmp_path):
