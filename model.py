@@ -1226,14 +1226,15 @@ def build_tiny(seed: int, pixels: dict[str, int]) -> tuple[nn.Module, Any]:
     tokenizer = build_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    text = copy.deepcopy(TINY_TEXT) | ends | {"vocab_size": len(tokenizer)}
+    marks = {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
     config = Qwen3VLConfig(
-        text_config=copy.deepcopy(TINY_TEXT) | ends | {"vocab_size": len(tokenizer)},
-        vision_config=TINY_VISION,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        text_config=text, vision_config=TINY_VISION, tie_word_embeddings=True, **marks
     )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)

@@ -25,7 +25,7 @@ import numpy as np
 
 from data import LABELS, Box, Example, parse_boxes, parse_output
 from runtime.config import InputError, RewardsConfig
-from runtime.output import moved, warn0
+from runtime.output import moved, warn_once
 
 # The states of an observation, CheXbert's classes.
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
@@ -163,7 +163,7 @@ def says_nothing_there(answer: str) -> bool:
 
 
 def say_large_boxes(texts: list[str]):
-    """Warn if most boxes in the texts have numbers beyond 1, as Qwen-VL writes them."""
+    """Warn, once in a run, if most boxes have numbers beyond 1, as Qwen-VL writes them."""
     boxes = list(chain.from_iterable(parse_boxes(text) for text in texts))
     for text in texts:
         # (310,450),(780,830)
@@ -171,10 +171,11 @@ def say_large_boxes(texts: list[str]):
         boxes += [tuple(map(float, numbers)) for numbers in pairs]
     large = [box for box in boxes if max(box) > 1]
     if 2 * len(large) > len(boxes):
-        warn0(
-            f"{len(large)} of {len(boxes)} boxes of this step have numbers beyond 1, such as "
+        warn_once(
+            "large boxes",
+            f"{len(large)} of {len(boxes)} boxes of a step have numbers beyond 1, such as "
             f"{list(large[0])}: pixels or thousandths, which score 0. The prompt has to ask for "
-            f"numbers from 0 to 1, or SFT to teach them (grpo.init=auto)"
+            f"numbers from 0 to 1, or SFT to teach them (grpo.init=auto)",
         )
 
 

@@ -196,6 +196,7 @@ def score(rollouts: list[Rollout], config: Config):
     texts = list(chain.from_iterable(r.texts for r in rollouts))
     examples = [r.example for r in rollouts for _ in r.texts]
     token_ids = [ids.tolist() for r in rollouts for ids in r.tokens]
+    rewards.say_large_boxes(texts)
     style = data.style_of(config)
     total, components = rewards.score_completions(texts, examples, config.rewards, style, token_ids)
     first = 0
@@ -358,7 +359,6 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
     train_examples = data.load_split(config, "train")
     policy, optimizer, state = model.resume(run, config, start, grpo)
     reference = load_reference(policy, config, start)
-    data.say_repeats(train_examples, config)
     preflight(policy, train_examples, config)
     log = Log(run, config, state["step"], grpo.steps)
     print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}")
@@ -368,8 +368,6 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
         examples = data.grpo_batch(train_examples, step, config)
         mini_batches = sample_mini_batches(policy, examples, config, step)
         rollouts = list(chain.from_iterable(mini_batches))
-        if step == state["step"]:
-            rewards.say_large_boxes(list(chain.from_iterable(r.texts for r in rollouts)))
         log.lap("sample")
         # 2. Rewards: text and boxes in, numbers out.
         score(rollouts, config)
@@ -477,6 +475,7 @@ def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dic
 def preflight(policy: Policy, examples: list[Example], config: Config):
     """Fail in the first minute, not after hours: try the largest update, then the evaluation."""
     grpo = config.grpo
+    data.say_repeats(examples, config)
     usable = chain.from_iterable(policy.encode_all([example]) for example in examples)
     prompts = [prompt for _, prompt in islice(usable, 4 * grpo.micro_batch)]
     if not prompts:

@@ -24,9 +24,11 @@ def remember_features(policy, prompts):
         return
     pixels = torch.cat([p.images["pixel_values"] for p in new])
     grids = torch.cat([p.images["image_grid_thw"] for p in new])
+    # All at once, for one launch of each kernel.
     visual = policy.base.visual
     out = visual(pixels.type(visual.dtype), grid_thw=grids, return_dict=True)
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+    # A prompt has as many image tokens as its images have features.
     image_token = policy.model.config.image_token_id
     counts = [int((p.input_ids == image_token).sum()) for p in new]
     pieces = [level.split(counts) for level in levels]

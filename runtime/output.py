@@ -36,6 +36,16 @@ def warn0(text: str):
     print0(text, sys.stderr)
 
 
+WARNED = set()
+
+
+def warn_once(kind: str, text: str):
+    """The first warning of its kind, on the first process."""
+    if kind not in WARNED:
+        WARNED.add(kind)
+        warn0(text)
+
+
 def progress(items: Iterable, title: str, **options: Any) -> tqdm:
     """A progress bar on the first process."""
     hidden = rank() != 0

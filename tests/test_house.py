@@ -1,20 +1,17 @@
 """The house: what stands where, what may import what, how large it may be (docs/house.md)."""
 
 import ast
-import io
 import shutil
 import subprocess
 import sys
-import tokenize
 from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SHORT, metrics
+from helpers import ROOT, SHORT, SIX, count_tokens, metrics, python_files
 
 from runtime.config import known_keys
 
-SIX = ("train_grpo", "train_sft", "eval", "model", "rewards", "data")
 ROOMS = ("readers", "scorers", "fast", "runtime", "tools")
 # What each module or room may import of the others, at the top of a file.
 MAY_IMPORT = {
@@ -48,10 +45,6 @@ COLUMNS = 100
 KEYS = 80
 
 
-def python_files(*patterns):
-    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-
-
 @cache
 def code_files():
     """All code but tests and benchmarks."""
@@ -82,28 +75,6 @@ def imports_of(path):
     for name in top:
         every.remove(name)
     return top, every
-
-
-def count_tokens(path):
-    """Names, operators, numbers and strings; docstrings and comments do not count."""
-    text = path.read_text(encoding="utf-8")
-    docstrings = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    # From Python 3.12 on, an f-string is many tokens: it counts as the one that it was.
-    f_string, f_string_end = (
-        getattr(tokenize, f"FSTRING_{part}", None) for part in ("START", "END")
-    )
-    kinds = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING, f_string)
-    count, depth = 0, 0
-    for item in tokenize.generate_tokens(io.StringIO(text).readline):
-        if depth == 0 and item.type in kinds and item.start[0] not in docstrings:
-            count += 1
-        depth += (item.type == f_string) - (item.type == f_string_end)
-    return count
 
 
 @pytest.mark.parametrize("path", code_files(), ids=lambda path: str(path.relative_to(ROOT)))

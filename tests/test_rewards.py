@@ -23,6 +23,7 @@ import rewards
 from data import LABELS
 from rewards import BLANK, NEGATIVE, POSITIVE, UNCERTAIN
 from runtime.config import InputError, RewardsConfig
+from runtime.output import WARNED
 from tools.label import evidence, label_file
 
 WORDS = ["the", "heart", "is", "normal", "no", "effusion", "or", "edema", ",", ".", "small", "left"]
@@ -572,6 +573,17 @@ def test_match_empty_needs_a_plain_no(answer, expected):
     cfg = config({}, {"soft_f1": 1.0})
     total, _ = rewards.score_completions([answer], [example("grounding")], cfg, "plain")
     assert total[0] == expected
+
+
+@pytest.fixture(autouse=True)
+def not_warned_yet():
+    WARNED.clear()
+
+
+def test_large_boxes_are_said_once(capsys):
+    for _ in range(2):
+        rewards.say_large_boxes(["[310, 450, 780, 830]"])
+    assert capsys.readouterr().err.count("numbers beyond 1") == 1
 
 
 @pytest.mark.parametrize(
