@@ -2,7 +2,8 @@
 
   Example, open_images              one question about one study; images are opened when needed
   prompt_text, target_text          what the model is asked and what it should say, in 3 formats
-  parse_output, parse_boxes         the way back: from what a model wrote to answer and boxes
+  parse_output, parse_boxes         the way back: from what a model wrote to answer and boxes (the
+                                    latter is that of readers/study.py)
   study_examples                    the questions about a study that a reader has found
   with_traces                       thinking traces for the cold start
   load_split                        all examples of a split, from all sources, without leaks
@@ -292,6 +293,7 @@ def study_examples(
     study: Study, source: Source, split: str, seed: int, skip: Skip
 ) -> Iterator[Example]:
     """The questions that source.tasks ask about a study, and those that its dataset asks."""
+    # "grounding" asks for all four kinds of boxes, "detection" for one of them.
     chosen = set(source.tasks)
     wanted = {kind for kind, task in TASK_OF.items() if {kind, task} & chosen}
     # What nobody asks about is not looked at.
@@ -361,10 +363,10 @@ def ask_detection(study):
 
 def one_anatomy(regions, rng):
     """Only one of the anatomical regions. Every image has dozens: RadVLM asks for one, too."""
-    anatomy = [key for key in regions if key[0] == "anatomy"]
-    if anatomy:
-        anatomy.remove(pick(rng, anatomy))
-    return {key: boxes for key, boxes in regions.items() if key not in anatomy}
+    others = [key for key in regions if key[0] == "anatomy"]
+    if others:
+        others.remove(pick(rng, others))
+    return {key: boxes for key, boxes in regions.items() if key not in others}
 
 
 def usual_question(asked, choose):
@@ -614,8 +616,8 @@ def load_split(config: Config, split: str) -> list[Example]:
     """All examples of "train", "val" or "test" for the configured tasks and output format.
 
     Training examples come as often as the weight of their source says, and never from held-out
-    patients. With data.on_error=skip, examples that cannot be used are left out, counted and
-    reported; otherwise the first one raises InputError.
+    patients (unless all are held out, which is said). With data.on_error=skip, examples that cannot
+    be used are left out, counted and reported; otherwise the first one raises InputError.
     """
     parts = read_split(config, split)
     notices = []

@@ -396,11 +396,11 @@ def bootstrap_weights(predictions: Predictions, resamples: int, seed: int) -> Ar
 
     How much would a metric change with other patients? The bootstrap (Efron 1979) draws as many
     patients from ours, with replacement, and measures again. To draw a prediction twice is to weigh
-    it by 2, so a metric that takes weights needs no copies. With predictions of the patients A, A
-    and B, of which the second is wrong, three resamples may be:
+    it by 2, so a metric that takes weights needs no copies. Row 0 is no resample. With predictions
+    of the patients A, A and B, of which the second is wrong, and three resamples, there may be:
 
       weights  share of right ones
-      1 1 1    0.67                 no resample: the metric itself
+      1 1 1    0.67                 row 0: the metric itself
       2 2 0    0.50                 drawn: A, A
       1 1 1    0.67                 drawn: B, A
       0 0 2    1.00                 drawn: B, B

@@ -202,7 +202,8 @@ def part_of(name: str) -> str | None:
 def in_fsdp_forward(method):
     """A method of Policy that runs inside the forward of its model.
 
-    FSDP2 gathers the root's weights only there, see runtime.processes.shard_weights.
+    FSDP2 gathers the root's weights only there. shard_weights in runtime/processes.py gives the
+    model its method run_in_forward.
     """
 
     @functools.wraps(method)
@@ -598,6 +599,7 @@ class Policy:
         are all tokens, or the last n_scored (R numbers) of each row. Gradients flow through the
         log-probabilities only.
         """
+        # Checkpointing is active in train mode only. There is no dropout in either.
         self.model.train(self.config.model.gradient_checkpointing)
         rows = list(itertools.chain.from_iterable(completions))
         owner = [b for b, group in enumerate(completions) for _ in group]
@@ -668,7 +670,7 @@ class Policy:
         """A context with whole weights, for work without gradients. Collective at its ends."""
         return unsharded(self.model)
 
-    def pad_across_ranks(self, batches: list) -> Iterator:
+    def with_dummy_steps(self, batches: list) -> Iterator:
         """The batches one by one. Collective where weights are sharded.
 
         Sharded weights are gathered by all processes together, so a process without further
@@ -699,6 +701,7 @@ class Policy:
         for part, p in named:
             if part in parts:
                 p.requires_grad_(False)
+        # Are the features of images fixed? Of the tower and of what maps them.
         towers = [p for part, p in named if part == "vision"]
         seeing = [p for part, p in named if part and p.requires_grad]
         self.vision_frozen = bool(towers) and not seeing
@@ -936,6 +939,7 @@ def head_logits(
     logits = product(hidden, weight.T)
     if bias is not None:
         logits += bias
+    # FusedLogProbs.backward divides by it, too.
     if temperature != 1:
         logits /= temperature
     if banned is not None:
@@ -970,7 +974,9 @@ class FusedLogProbs(torch.autograd.Function):
 
       log p(t) = z[t] - m - log s
       entropy  = log s - sum exp(z - m) (z - m) / s
-      d log p(t) / d z = onehot(t) - p
+      d log p(t) / d z         = onehot(t) - p
+      d log p(t) / d hidden    = (weight[t] - sum_v p(v) weight[v]) / temperature
+      d log p(t) / d weight[v] = (onehot(t)[v] - p(v)) hidden / temperature
 
     A running maximum keeps m and s right (online log-sum-exp). The backward makes each tile again:
     one matrix product more, but no loss needs to be known, and each gradient is written once.
@@ -1334,6 +1340,7 @@ def save_checkpoint(
     """
     weights = policy.whole_weights()
     state |= {"step": step, "start": policy.start, "optimizers": optimizer.state()}
+    state["bad_steps"] = optimizer.bad_steps
 
     def write(folder):
         policy.save(folder, weights)
@@ -1342,10 +1349,16 @@ def save_checkpoint(
     write_checkpoint(run, step, policy.config.log.keep_last, write, is_best)
 
 
-def resume(run: Path, config: Config, start: str, section: Any) -> tuple[Policy, Optimizer, dict]:
+def load_or_resume(
+    run: Path, config: Config, start: str, section: Any
+) -> tuple[Policy, Optimizer, dict]:
     """Policy, optimizer and state of run/last; without one, of a fresh start with {"step": 0}.
 
     section: config.sft or config.grpo. Adapters are trained on top of the checkpoint `start`.
+
+    A run that is resumed goes on exactly: weights and optimiser states are saved as they are; which
+    examples make up a step, and the random numbers of their samples, are functions of seed and
+    step; there is no dropout; open_run refuses other settings; the log drops later lines.
     """
     last = run / "last" if last_step(run) else None
     # With adapters, the weights below them stay those of the start.
@@ -1373,6 +1386,7 @@ def resume(run: Path, config: Config, start: str, section: Any) -> tuple[Policy,
             f"{policy.start} there by now; point it back, or choose another folder with out=..."
         )
     optimizer.load_state(state.pop("optimizers"))
+    optimizer.bad_steps = state.pop("bad_steps", 0)
     return policy, optimizer, state
 
 

@@ -101,7 +101,12 @@ def best_assignment(overlaps):
     """[(row, column)] by row: the one-to-one assignment with the largest total, of (n, m) in 0..1.
 
     Rows enter one by one. The new row takes a column, whose row moves on to another column, and so
-    on to a free one. Bellman and Ford's method finds the path that gains most.
+    on to a free one. Bellman and Ford's method finds the path that gains most:
+
+              column 0  column 1
+      row 0     0.6       0.5      enters first and takes column 0
+      row 1     0.5       0.1      gains 0.1 in column 1, but 0.5 + 0.5 - 0.6 = 0.4 in column 0, if
+                                   row 0 moves on to column 1: the total is 1.0 and not 0.7
     """
     # With whole numbers, rounding cannot lead a path in a circle.
     value = np.rint(overlaps * 1e12).astype(int)

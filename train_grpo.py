@@ -3,24 +3,25 @@
   python train_grpo.py config.yaml [key=value ...]
   torchrun --nproc_per_node 8 train_grpo.py config.yaml [key=value ...]
 
-The parts of a step, numbered as in the code, and the settings of each (section `grpo`):
+The parts of a step, numbered as in the code, and the settings of each (section `grpo`; of several
+values, the first is the default):
 
   1. Rollout      G completions per prompt, full softmax       group_size, temperature
   2. Rewards      weighted components of each task             rewards.report, rewards.grounding
   3. Advantages   reward minus the group's mean, over a std    adv_norm: group | none | batch
-                  every component by itself (GDPO)             normalize_parts
-                  groups that teach nothing left out           drop_degenerate
-  4. Ratio        pi / pi_old per token or sequence (GSPO)     importance
+                  every component by itself (GDPO)             normalize_parts: false | true
+                  without groups of equal rewards              drop_degenerate: false | true
+  4. Ratio        pi / pi_old per token or sequence (GSPO)     importance: token | sequence
   5. Clipping     min(r A, clip(r, 1 - low, 1 + high) A)       clip_low, clip_high (DAPO)
-  6. KL           to the frozen start, in the loss             kl_coef (0: none), kl_estimator
+  6. KL           to the frozen start, in the loss             kl_coef, kl_estimator: k3 | k1 | k2
   7. Aggregation  mean over all tokens, mean over sequences,   loss_agg: token | sequence
                   or a constant divisor (Dr. GRPO)                       | constant
 
 Left out: a value network, top-k and top-p, KL in the reward, an asynchronous sampler.
 
-Four sizes count prompts. A step samples `prompts`; an optimiser step uses `mini_batch` of them,
-over all processes, and `epochs` is how often. On each process, a forward pass holds `micro_batch`
-and a decoding loop `sample_batch`.
+Four sizes count prompts. A step samples `prompts`. An optimiser step uses a mini-batch of
+`mini_batch` of them, over all processes, and each mini-batch is used `epochs` times. On each
+process, a forward pass holds `micro_batch` and a decoding loop `sample_batch`.
 Shapes: B prompts, G completions of each, R = B * G rows, T tokens.
 
 With init=auto, a start that does not exist is trained first. Writes OUT/grpo/ (config.yaml,
@@ -29,6 +30,7 @@ with OUT/eval/, which compares before and after.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -106,9 +108,12 @@ def policy_loss(
 def kl_terms(logp: Tensor, ref_logp: Tensor) -> dict[str, Tensor]:
     """Estimates of KL(policy || reference) from the policy's samples, per token (Schulman 2020).
 
-    k1 = log pi - log ref: unbiased, noisy, and its gradient is zero in expectation.
+    k1 = log pi - log ref: unbiased, noisy.
     k2 = k1^2 / 2: biased, low variance.
     k3 = ref/pi - 1 - log(ref/pi): unbiased, never negative.
+
+    Their gradients, for samples of the present policy, are in expectation: of k1 zero, of k2 that
+    of KL(policy || reference), of k3 that of KL(reference || policy).
     """
     k1 = logp - ref_logp
     return {"k1": k1, "k2": k1.square() / 2, "k3": torch.expm1(-k1) + k1}
@@ -144,7 +149,7 @@ def grpo_loss(
     loss, ratio = policy_loss(
         logp, old_logp, advantages, mask, grpo.clip_low, grpo.clip_high, grpo.importance
     )
-    # Clipping silences a token only where it would move further in the direction it is pushed.
+    # Clipping makes the gradient of a token zero only where it would move on the same way.
     a = advantages[:, None]
     low = (ratio < 1 - grpo.clip_low) & (a < 0)
     high = (ratio > 1 + grpo.clip_high) & (a > 0)
@@ -179,6 +184,7 @@ def sample_mini_batches(
     # Seeds the sampler, together with the example and the number of the completion.
     stream = (config.seed, step)
     mini_batches = []
+    # Sharded weights are gathered once for all that follows.
     with policy.unsharded():
         for mini_batch in batched(examples, grpo.mini_batch or grpo.prompts):
             local = mini_batch[rank() :: world_size()]
@@ -204,6 +210,7 @@ def score(rollouts: list[Rollout], config: Config):
         group = slice(first, first + len(rollout.texts))
         first = group.stop
         rollout.rewards = total[group].tolist()
+        # The weights of its task, by name.
         for name in getattr(config.rewards, rollout.example.task):
             values = components[name][group]
             # NaN: the component does not apply to a completion.
@@ -242,10 +249,10 @@ def assign_gdpo_advantages(rollouts: list[Rollout], config: Config):
             rollout.advantages += weights[name] * row
 
 
-def normalize(rewards: list[list[float]], norm: str) -> list[Tensor]:
+def normalize(scores: list[list[float]], norm: str) -> list[Tensor]:
     """Rewards of this process's groups, G numbers each -> their advantages (G,). Collective:
     adv_norm=batch takes the std over the groups of all processes."""
-    everyone, local = gather_rows(rewards)
+    everyone, local = gather_rows(scores)
     if not everyone:
         return []
     advantages = group_advantages(torch.tensor(everyone), norm)  # (B, G)
@@ -253,7 +260,7 @@ def normalize(rewards: list[list[float]], norm: str) -> list[Tensor]:
 
 
 def is_degenerate(rollout: Rollout) -> bool:
-    """All advantages are zero, so the group has no policy gradient."""
+    """All advantages are zero, so the group has no policy gradient (it has one of the KL)."""
     return not rollout.advantages.any()
 
 
@@ -269,14 +276,13 @@ def logprobs_of(rollouts: list[Rollout], name: str) -> Tensor:
     return pad_rows(list(chain.from_iterable(r.logprobs[name] for r in rollouts)))
 
 
-def keep_logprobs(rollouts: list[Rollout], name: str, logp: Tensor):
-    """Give each rollout its rows of logp (R, T), if it has none of this name."""
+def by_rollout(rollouts: list[Rollout], logp: Tensor) -> Iterator[tuple[Rollout, list[Tensor]]]:
+    """Each rollout with its G rows of logp (R, T), without padding."""
     first = 0
     for rollout in rollouts:
         rows = logp[first : first + len(rollout.tokens)]
         first += len(rows)
-        kept = [row[:length] for row, length in zip(rows, rollout.lengths)]
-        rollout.logprobs.setdefault(name, kept)
+        yield rollout, [row[:length] for row, length in zip(rows, rollout.lengths)]
 
 
 def score_tokens(
@@ -295,7 +301,8 @@ def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GR
     with policy.unsharded():
         for micro_batch in batched(used, grpo.micro_batch):
             logp, _, _ = score_tokens(policy, micro_batch, grpo.temperature)
-            keep_logprobs(micro_batch, name, logp)
+            for rollout, rows in by_rollout(micro_batch, logp):
+                rollout.logprobs[name] = rows
 
 
 @dataclass
@@ -321,11 +328,14 @@ def update(
 
     # Gradients add up over micro-batches. The optimizer sums them over processes.
     sums = []
-    for micro_batch in policy.pad_across_ranks(batched(used, grpo.micro_batch)):
+    for micro_batch in policy.with_dummy_steps(batched(used, grpo.micro_batch)):
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
-        # For 4: until its first update the policy is pi_old. Later epochs use these log-probs.
-        keep_logprobs(micro_batch, "old", logp.detach())
+        # For 4: in its first update, the policy is a rollout's pi_old. Later epochs use these
+        # log-probs, and mini-batches that come after an update had theirs recorded before it.
+        for rollout, rows in by_rollout(micro_batch, logp.detach()):
+            if "old" not in rollout.logprobs:
+                rollout.logprobs["old"] = rows
         old_logp = logprobs_of(micro_batch, "old")
         ref_logp = logprobs_of(micro_batch, "reference") if grpo.kl_coef else None
 
@@ -335,7 +345,7 @@ def update(
         loss.backward()
 
         # To log: sums over tokens, which update_metrics divides by all tokens of the step. The gap
-        # between sampling and scoring is taken for the same weights, so it checks the sampler.
+        # between sampling and scoring: both are log-probs under pi_old, so it checks the sampler.
         gap = (old_logp - logprobs_of(micro_batch, "sampled")).abs()
         values |= {"tokens": mask, "entropy": entropy, f"{GAP}/mean": gap}
         logged = {name: (value.detach() * mask).sum() for name, value in values.items()}
@@ -357,7 +367,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
     """Run GRPO from the checkpoint `start`, or continue it, until its last step or a stop."""
     grpo = config.grpo
     train_examples = data.load_split(config, "train")
-    policy, optimizer, state = model.resume(run, config, start, grpo)
+    policy, optimizer, state = model.load_or_resume(run, config, start, grpo)
     reference = load_reference(policy, config, start)
     preflight(policy, train_examples, config)
     log = Log(run, config, state["step"], grpo.steps)
@@ -381,7 +391,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
         log.lap("reference")
         # For 4: log-probs under pi_old of all mini-batches that come after an update.
         if len(mini_batches) > 1:
-            after_first = rollouts[len(mini_batches[0]) :]
+            after_first = list(chain.from_iterable(mini_batches[1:]))
             record_logprobs(policy, after_first, "old", grpo)
         log.lap("old")
         # 4-7. Ratio, clipping, KL, aggregation: an optimiser step per mini-batch and epoch.
@@ -410,7 +420,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
 
 def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | float]:
     """What the samples of all processes look like. Names follow TRL's GRPOTrainer. Collective."""
-    rewards = torch.tensor(gather_lists([r.rewards for r in rollouts]))  # (B, G)
+    totals = torch.tensor(gather_lists([r.rewards for r in rollouts]))  # (B, G)
     lengths = torch.tensor(gather_lists([r.lengths for r in rollouts])).double()  # (B, G)
     finished = torch.tensor(gather_lists([r.finished for r in rollouts]))  # (B, G)
     degenerate = gather_lists([is_degenerate(r) for r in rollouts])
@@ -418,8 +428,8 @@ def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | fl
     if not components:
         raise InputError(f"step {step + 1}: none of its prompts can be used (see above)")
     metrics = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(1, correction=0).mean(),
+        "reward": totals.mean(),
+        "reward_std": totals.std(1, correction=0).mean(),
         "frac_reward_zero_std": sum(degenerate) / len(degenerate),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -473,7 +483,8 @@ def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dic
 
 
 def preflight(policy: Policy, examples: list[Example], config: Config):
-    """Fail in the first minute, not after hours: try the largest update, then the evaluation."""
+    """Before the first step: choose the prompt that processes without work run along on, and fail
+    now rather than after hours: try the largest update, then the evaluation."""
     grpo = config.grpo
     data.say_repeats(examples, config)
     usable = chain.from_iterable(policy.encode_all([example]) for example in examples)
@@ -504,7 +515,10 @@ def preflight(policy: Policy, examples: list[Example], config: Config):
 
 
 def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:
-    """The policy that the KL term refers to: the start. Without its adapters, the policy is it."""
+    """The policy that the KL term refers to: the start. None if there is no such term.
+
+    With LoRA, it is the policy itself, with its adapters switched off.
+    """
     if not config.grpo.kl_coef:
         return None
     if config.grpo.lora_rank:

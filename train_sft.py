@@ -103,7 +103,7 @@ def update(
 
     # Gradients add up over micro-batches. The optimizer sums them over processes.
     loss_sum = torch.zeros((), device=policy.device)
-    for part in policy.pad_across_ranks(batched(studies, micro_batch)):
+    for part in policy.with_dummy_steps(batched(studies, micro_batch)):
         loss = sft_loss(policy, part, n_tokens)
         loss.backward()
         loss_sum += loss.detach()
@@ -193,7 +193,7 @@ def train(config: Config, stop: StopRequest) -> Path | None:
         return run / "best"
     studies = load_studies(config, "train")
     held_out = load_studies(config, "val")
-    policy, optimizer, state = model.resume(run, config, start, sft)
+    policy, optimizer, state = model.load_or_resume(run, config, start, sft)
     prepare_ranks(policy, studies)
     best = state.get("best", math.inf)
     log = Log(run, config, state["step"], sft.steps)

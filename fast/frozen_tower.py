@@ -38,7 +38,7 @@ def remember_features(policy, prompts):
 
 @contextmanager
 def known_features(visual, prompts):
-    """Inside, the tower gives what it is known to give for these prompts."""
+    """Inside, the tower gives what it is known to give for these prompts. Used by Policy.run."""
     levels = zip(*(p.features for p in prompts))
     embeddings, *deepstack = (torch.cat(level) for level in levels)
 

@@ -17,7 +17,7 @@ from runtime.output import rank, write_atomically
 from runtime.processes import gather_objects
 
 # What a run may be continued with other values of: sizes that only divide the work, how long, how
-# often. In `more`, sft.more_steps sets the learning rates.
+# often. (In the stage `more`, sft.more_steps sets the learning rates, so there it may not change.)
 MAY_CHANGE = {
     "grpo.steps",
     "grpo.save_every",
@@ -134,7 +134,8 @@ def open_run(run: Path, config: Config, sections: list[str], steps: int):
     steps: the last step that is asked for, which the run must not be past.
     """
     path = run / "config.yaml"
-    if path.exists() and (run / "last").exists():
+    # A step_N that no link names yet belongs to the old settings, too.
+    if path.exists() and any(run.glob("step_*")):
         if changed := changed_keys(run, config, sections):
             raise InputError(
                 f"{run} was made with {', '.join(changed)}; choose another folder with out=..., or "

@@ -209,7 +209,7 @@ class GRPOConfig:
     adv_norm: Literal["group", "none", "batch"] = "group"
     # Normalise each component of the reward by itself, then take the weighted sum (GDPO).
     normalize_parts: bool = False
-    # Leave out groups whose rewards are all equal.
+    # Leave out groups whose advantages are all zero: those of equal rewards.
     drop_degenerate: bool = False
     # The ratio of new to old probability counts from 1 - clip_low ...
     clip_low: float = bounded(0.2, high=1)

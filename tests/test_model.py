@@ -34,7 +34,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 import data
 import model
 from fast.patches import use_products
-from model import Optimizer, fused_logprobs, load_policy, resume, save_checkpoint
+from model import Optimizer, fused_logprobs, load_or_resume, load_policy, save_checkpoint
 from runtime.checkpoint import last_step, open_run
 from runtime.config import InputError
 from runtime.log import Log
@@ -666,14 +666,14 @@ def test_last_and_best_point_to_checkpoints(policy, optimizer, tmp_path):
 def test_a_checkpoint_is_what_was_saved(config, tmp_path, kind):
     """Weights, optimiser states and whatever else was given."""
     section = dataclasses.replace(config.sft, optimizer=kind)
-    policy, optimizer, state = resume(tmp_path, config, "tiny", section)
+    policy, optimizer, state = load_or_resume(tmp_path, config, "tiny", section)
     assert state == {"step": 0}
     for p in policy.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step(1e-3)
     save_checkpoint(tmp_path, 4, policy, optimizer, best=1.0)
 
-    again, states, state = resume(tmp_path, config, "tiny", section)
+    again, states, state = load_or_resume(tmp_path, config, "tiny", section)
     assert state == {"step": 4, "best": 1.0}
     weights = again.model.state_dict()
     for name, weight in policy.model.state_dict().items():
@@ -690,13 +690,13 @@ def test_a_start_that_has_moved_on_is_refused(policy, config, optimizer, tmp_pat
     start, run = tmp_path / "sft", tmp_path / "grpo"
     best = str(start / "best")
     save_checkpoint(start, 1, policy, optimizer, True)
-    again, fresh, _ = resume(run, config, best, config.sft)
+    again, fresh, _ = load_or_resume(run, config, best, config.sft)
     save_checkpoint(run, 1, again, fresh)
-    assert resume(run, config, best, config.sft)[2] == {"step": 1}
+    assert load_or_resume(run, config, best, config.sft)[2] == {"step": 1}
     save_checkpoint(start, 2, policy, optimizer, True)
     message = "grpo began at step_000001 of .*sft, and best is step_000002 there by now"
     with pytest.raises(InputError, match=message):
-        resume(run, config, best, config.sft)
+        load_or_resume(run, config, best, config.sft)
 
 
 def test_a_copy_without_its_links_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 import train_grpo
-from model import Rollout, resume, save_checkpoint
+from model import Rollout, load_or_resume, save_checkpoint
 from runtime.output import rank, world_size
 from runtime.processes import gather_lists, gather_objects, init_processes
 from tools.plan_memory import memory_plan
@@ -104,7 +104,7 @@ def train(out, parallel, options, steps):
     examples = data.load_split(config, "train")[:6]
     # Two views.
     examples[0] = dataclasses.replace(examples[0], images=examples[0].images * 2)
-    policy, optimizer, state = resume(out, config, str(START), grpo)
+    policy, optimizer, state = load_or_resume(out, config, str(START), grpo)
     reference = train_grpo.load_reference(policy, config, str(START))
     assert policy.sharded == (parallel == "shard" and world_size() > 1)
     train_grpo.preflight(policy, examples, config)
