@@ -102,6 +102,7 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
     An example that the policy skips has none.
     """
     own = examples[rank() :: world_size()]
+    policy.encode_ahead(own)
     batches = batched(own, BATCH)
     local = []
     for batch in progress(batches, f"predict {name}"):

@@ -28,7 +28,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,6 +103,11 @@ class Prompt:
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> "Prompt":
+        tokens = {name: tensor.to(device) for name, tensor in self.tokens.items()}
+        images = {name: tensor.to(device) for name, tensor in self.images.items()}
+        return Prompt(tokens, self.positions.to(device), self.next_position, images)
 
 
 @dataclass
@@ -235,6 +240,7 @@ class Policy:
         self.adapted: dict[str, LoRALinear] = {}  # by the name of the layer
         self.dummy_prompt: Prompt | None = None  # for dummy_step
         self.decoder: Any = None  # of fast/, which keeps its buffers
+        self.ahead: Any = None  # of fast/, see encode_ahead
 
         self.shared = config.model.shared_prefix and self.can_share()
         if config.model.gradient_checkpointing:
@@ -284,6 +290,24 @@ class Policy:
 
     def encode(self, example: Example) -> Prompt:
         """The model inputs of an example's prompt. Raises InputError."""
+        prompt = self.ahead and self.ahead.take(example)
+        if isinstance(prompt, Exception):
+            raise prompt
+        return (prompt or self.encode_here(example)).to(self.device)
+
+    def encode_ahead(self, upcoming: Iterable[Example]):
+        """Let data.workers processes encode these examples, in the order in which they will be
+        asked for."""
+        if self.ahead:
+            self.ahead.close()
+        self.ahead = None
+        if self.config.data.workers:
+            from fast.encode_ahead import EncodeAhead  # noqa: PLC0415
+
+            self.ahead = EncodeAhead(self, upcoming, self.config.data.workers)
+
+    def encode_here(self, example: Example) -> Prompt:
+        """The same on the CPU, in this process."""
         images = data.open_images(example)
         text = self.chat(example)
         # Some chat templates write the beginning of the text, some leave it to the tokenizer.
@@ -301,9 +325,8 @@ class Policy:
         # While the inputs are on the CPU: from a GPU, each number would have to be waited for.
         positions = self.positions(inputs)
         next_position = int(positions.max()) + 1
-        inputs = inputs.to(self.device)
         tokens = {name: inputs.pop(name) for name in TOKEN_INPUTS if name in inputs}
-        prompt = Prompt(tokens, positions.to(self.device), next_position, dict(inputs))
+        prompt = Prompt(tokens, positions, next_position, dict(inputs))
         limit = self.config.model.max_prompt_tokens
         if len(prompt) > limit:
             raise InputError(

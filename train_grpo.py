@@ -176,6 +176,15 @@ def grpo_loss(
 # ------------------------------------------------------------------------------- one step
 
 
+def local_examples(examples: list[Example], config: Config, first_step: int) -> Iterator[Example]:
+    """What this process will sample from, as sample_mini_batches goes through it."""
+    grpo = config.grpo
+    for step in range(first_step, grpo.steps):
+        batch = data.grpo_batch(examples, step, config)
+        for mini_batch in batched(batch, grpo.mini_batch or grpo.prompts):
+            yield from mini_batch[rank() :: world_size()]
+
+
 def sample_mini_batches(
     policy: Policy, examples: list[Example], config: Config, step: int
 ) -> list[list[Rollout]]:
@@ -369,7 +378,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
     train_examples = data.load_split(config, "train")
     policy, optimizer, state = model.load_or_resume(run, config, start, grpo)
     reference = load_reference(policy, config, start)
-    preflight(policy, train_examples, config)
+    preflight(policy, train_examples, config, state["step"])
     log = Log(run, config, state["step"], grpo.steps)
     print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}")
 
@@ -482,9 +491,10 @@ def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dic
 # ------------------------------------------------------------------------------- before the loop
 
 
-def preflight(policy: Policy, examples: list[Example], config: Config):
-    """Before the first step: choose the prompt that processes without work run along on, and fail
-    now rather than after hours: try the largest update, then the evaluation."""
+def preflight(policy: Policy, examples: list[Example], config: Config, first_step: int = 0):
+    """Before the first step: choose the prompt that processes without work run along on; fail now
+    rather than after hours: try the largest update, then the evaluation; and let the images of all
+    steps be decoded ahead."""
     grpo = config.grpo
     data.say_repeats(examples, config)
     usable = chain.from_iterable(policy.encode_all([example]) for example in examples)
@@ -512,6 +522,7 @@ def preflight(policy: Policy, examples: list[Example], config: Config):
     policy.model.zero_grad()
 
     evaluation.try_evaluation(policy, config)
+    policy.encode_ahead(local_examples(examples, config, first_step))
 
 
 def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:

@@ -30,6 +30,8 @@ from runtime.log import Log
 from runtime.output import print0, rank, world_size
 from runtime.processes import StopRequest, gather_objects, run_main, start_training
 
+PLAIN_SHARE = 0.5  # of the examples of a cold start, so that plain answers are not forgotten
+
 # ------------------------------------------------------------------------------- the loss
 
 
@@ -174,13 +176,20 @@ def stage_examples(config: Config, examples: list[Example]) -> list[Example]:
             f"sft.stage=cold_start needs thinking traces; data.source={config.data.source} has none"
         )
     random = np.random.default_rng([config.seed, 11]).random(len(traced))
-    plain = random < config.sft.plain_share
+    plain = random < PLAIN_SHARE
     return [replace(e, style="plain") if p else e for e, p in zip(traced, plain)]
 
 
 def load_studies(config: Config, split: str) -> list[list[Example]]:
     """The studies of a split, each as the examples that ask about it."""
     return data.by_study(stage_examples(config, data.load_split(config, split)))
+
+
+def local_studies(studies: list, config: Config, step: int) -> list[list[Example]]:
+    """This process's share of a step: a function of seed and step, so that a run can resume."""
+    sft = config.sft
+    places = data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)
+    return [studies[i] for i in places[rank() :: world_size()]]
 
 
 def train(config: Config, stop: StopRequest) -> Path | None:
@@ -203,11 +212,11 @@ def train(config: Config, stop: StopRequest) -> Path | None:
         f"steps {state['step']} to {sft.steps}"
     )
 
+    steps = range(state["step"], sft.steps)
+    batches = (local_studies(studies, config, step) for step in steps)
+    policy.encode_ahead(study[0] for batch in batches for study in batch)
     for step in log.steps():
-        # Which studies, in which order: a function of seed and step, so that a run can resume.
-        places = data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)
-        local = [studies[i] for i in places[rank() :: world_size()]]
-        encoded = encode_studies(policy, local)
+        encoded = encode_studies(policy, local_studies(studies, config, step))
         lr = learning_rate(step, sft.steps, sft.warmup, sft.lr)
         metrics = update(policy, optimizer, encoded, lr, sft.micro_batch)
         done = step + 1

@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "data.val_size",
     "data.test_size",
     "data.on_error",
+    "data.workers",
     "model.shared_prefix",
     "model.parallel",
     "model.gradient_checkpointing",

@@ -129,6 +129,8 @@ class DataConfig:
     views: Literal["all", "frontal"] = "all"
     # Leave out training reports that repeat a held-out report word for word.
     dedup: bool = False
+    # Processes that decode images while the device computes. 0: none.
+    workers: int = bounded(0)
     # Cold start: JSON lines with id and thinking. Empty: traces are made from the references.
     traces: str = ""
     # Think before answering.
@@ -169,8 +171,6 @@ class SFTConfig:
     lr: float = bounded(1e-5, above=0)
     # Steps until the peak.
     warmup: int = bounded(10)
-    # cold_start: share of the examples that are trained without thinking.
-    plain_share: float = bounded(0.5, high=1)
     # Steps between two validation losses, and checkpoints.
     eval_every: int = bounded(100, 1)
 

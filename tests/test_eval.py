@@ -540,6 +540,9 @@ class Policy:
     def freeze_all(self):
         return self
 
+    def encode_ahead(self, upcoming):
+        pass
+
     def sample(self, examples, group_size, max_new_tokens, temperature):
         assert (group_size, temperature) == (1, 0)
         rollouts = []
