@@ -17,6 +17,9 @@ import signal
 from torch.utils.data import DataLoader, Dataset
 
 
+PROMPTS_AHEAD = 16  # of each worker
+
+
 class EncodeAhead:
     """Prompts of the examples that will be asked for, in this order."""
 
@@ -28,6 +31,7 @@ class EncodeAhead:
             batch_size=None,
             sampler=upcoming,
             num_workers=workers,
+            prefetch_factor=PROMPTS_AHEAD,
             worker_init_fn=leave_signals,
             multiprocessing_context="fork",
         )
