@@ -16,7 +16,6 @@ import signal
 
 from torch.utils.data import DataLoader, Dataset
 
-
 PROMPTS_AHEAD = 16  # of each worker
 
 
