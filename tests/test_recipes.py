@@ -14,6 +14,7 @@ TINY = [
     "model.path=tiny",
     "model.max_pixels=9216",
     "model.precision=float32",
+    "data.workers=0",
     "sft.steps=2",
     "sft.more_steps=1",
     "sft.batch_size=3",
