@@ -612,6 +612,9 @@ def source_names(parts):
 # ------------------------------------------------------------------------------- splits
 
 
+TRIED = 4  # examples of each source whose images are decoded at the start of a training
+
+
 def load_split(config: Config, split: str) -> list[Example]:
     """All examples of "train", "val" or "test" for the configured tasks and output format.
 
@@ -638,6 +641,7 @@ def load_split(config: Config, split: str) -> list[Example]:
             raise InputError("; ".join([nothing, *notices]))
         part = with_traces(config, split, part, notices)
         if split == "train":
+            try_images(part, config, notices)
             part = oversample(part, source.weight, config.seed)
         prefix = f"{name}/" if len(parts) > 1 else ""
         examples += [replace(e, id=prefix + e.id, style=style_of(config)) for e in part]
@@ -648,6 +652,17 @@ def load_split(config: Config, split: str) -> list[Example]:
     if not examples:
         raise InputError(f"data.path={config.data.path!r}: no usable example in split {split!r}")
     return examples
+
+
+def try_images(part, config, notices):
+    """Decode the images of some examples: a wrong download shows now, and not after hours."""
+    for example in part[:: max(1, len(part) // TRIED)][:TRIED]:
+        try:
+            open_images(example)
+        except InputError as error:
+            if config.data.on_error == "stop":
+                raise
+            notices.append(f"{error} (of {TRIED} examples that were tried)")
 
 
 def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[str]]:

@@ -8,7 +8,7 @@ from functools import partial
 import layouts
 import numpy as np
 import pytest
-from helpers import load
+from helpers import ROOT, load
 from PIL import Image
 
 import data
@@ -1084,3 +1084,44 @@ def test_the_command_writes_the_sheet(tmp_path, monkeypatch, capsys):
     inspect_data.main()
     assert f"examples: {out / 'data.png'}" in capsys.readouterr().out
     assert Image.open(out / "data.png").width == 4 * 360
+
+
+# ------------------------------------------------------------------------------- broken images
+
+
+def cut(path):
+    """A download that was interrupted."""
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_every_image_is_decoded_on_request(tmp_path):
+    root = layouts.r2gen(tmp_path)
+    assert inspect_data.unreadable_images(of("iu_xray", root)) == (8, [])
+    cut(root / "images" / "CXR2" / "1.png")
+    count, (problem,) = inspect_data.unreadable_images(of("iu_xray", root))
+    assert count == 8
+    assert "CXR2/1.png: not a readable image" in problem
+
+
+def test_the_command_lists_images_that_cannot_be_read(tmp_path, capsys, monkeypatch):
+    root = layouts.r2gen(tmp_path / "data")
+    cut(root / "images" / "CXR2" / "1.png")
+    settings = ["data.source=iu_xray", f"data.path={root}", "data.tasks=[report]"]
+    argv = ["inspect_data", str(ROOT / "config.yaml"), *settings, f"out={tmp_path}", "--images"]
+    monkeypatch.setattr(sys, "argv", argv)
+    inspect_data.main()
+    assert "1 of 8 images cannot be read" in capsys.readouterr().out
+
+
+def test_training_tries_some_images_at_its_start(tmp_path):
+    root = layouts.r2gen(tmp_path)
+    cut(root / "images" / "CXR0" / "0.png")
+    with pytest.raises(InputError, match=r"CXR0/0\.png: not a readable image"):
+        load_split(of("iu_xray", root), "train")
+
+
+def test_where_errors_are_skipped_a_broken_image_is_said_at_the_start(tmp_path, capsys):
+    root = layouts.r2gen(tmp_path)
+    cut(root / "images" / "CXR0" / "0.png")
+    assert load_split(of("iu_xray", root, "data.on_error=skip"), "train")
+    assert "CXR0/0.png: not a readable image" in capsys.readouterr().err

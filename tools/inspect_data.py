@@ -1,12 +1,15 @@
 """What would a run read?  Tables of what is there, what is skipped and why, and a contact sheet.
 
   python -m tools.inspect_data config.yaml [key=value ...]
+  python -m tools.inspect_data config.yaml [key=value ...] --images
 
-Writes OUT/data.png: examples with their boxes.
+Writes OUT/data.png: examples with their boxes. --images decodes every image of all splits and lists
+those that cannot be read.
 """
 
 import itertools
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import rewards
 from model import load_policy
 from readers.study import LABELS, image_size
 from runtime.config import InputError
-from runtime.output import format_table
+from runtime.output import format_table, progress
 from runtime.processes import parse_args, run_main
 
 HEAD = [
@@ -180,8 +183,29 @@ def describe(config):
     return description.text(), contact_sheet(shown) if shown else None
 
 
+def unreadable_images(config):
+    """(how many image files there are, what is wrong with those that cannot be decoded)."""
+    paths = set()
+    for split in ("train", "val", "test"):
+        for example in data.load_split(config, split):
+            paths.update(filter(data.is_path, example.images))
+    paths = sorted(paths)
+    # Decoding leaves the interpreter free for the other threads.
+    with ThreadPoolExecutor() as pool:
+        found = progress(pool.map(image_problem, paths), "decode", total=len(paths))
+        return len(paths), list(filter(None, found))
+
+
+def image_problem(path):
+    try:
+        data.load_image(path)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def main():
-    config, _ = parse_args(__doc__)
+    config, args = parse_args(__doc__, images={"action": "store_true"})
     text, sheet = describe(config)
     print(text)
     if sheet is None:
@@ -190,6 +214,9 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(f"\nexamples: {path}")
+    if args.images:
+        count, problems = unreadable_images(config)
+        print("\n".join([*problems, f"{len(problems)} of {count} images cannot be read"]))
 
 
 if __name__ == "__main__":
