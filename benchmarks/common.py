@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -112,14 +114,33 @@ def print_head(head: str) -> None:
 # ------------------------------------------------------------------------------- the model
 
 
+def build_model(text: dict, vision: dict, rope: dict, side: int) -> tuple[nn.Module, Any]:
+    """The built-in Qwen3-VL with other sizes and random weights, on the device, and its processor.
+
+    text, vision, rope: what differs in the parts of its configuration. Its images have side x side
+    pixels.
+    """
+    small, processor = model.build_tiny(0, {"min_pixels": side * side, "max_pixels": side * side})
+    config = copy.deepcopy(small.config)
+    config.text_config.update(text)
+    config.text_config.rope_parameters |= rope
+    config.vision_config.update(vision)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings
+    processor.image_processor.patch_size = config.vision_config.patch_size
+
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        large = type(small)(config)
+    large.generation_config = small.generation_config
+    return large, processor
+
+
 def save_model(folder: Path, vocabulary: int, side: int) -> None:
     """Write a random Qwen3-VL as a model folder.
 
     Hidden 256, 4 layers, 4 heads over 2, a head of its own; vision tower 4 x 128, images of side x
     side pixels, which are (side / 28)^2 tokens.
     """
-    small, processor = model.build_tiny(0, {"min_pixels": side * side, "max_pixels": side * side})
-    config = copy.deepcopy(small.config)
     text = dict(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -133,14 +154,7 @@ def save_model(folder: Path, vocabulary: int, side: int) -> None:
     vision = dict(
         depth=4, intermediate_size=512, out_hidden_size=256, deepstack_visual_indexes=[0, 1, 2]
     )
-    config.text_config.update(text)
-    config.text_config.rope_parameters |= {"mrope_section": [12, 10, 10]}
-    config.vision_config.update(vision)
-    config.tie_word_embeddings = False
-
-    torch.manual_seed(0)
-    large = type(small)(config)
-    large.generation_config = small.generation_config
+    large, processor = build_model(text, vision, {"mrope_section": [12, 10, 10]}, side)
     model.Policy(large, processor, Config()).save(folder)
 
 

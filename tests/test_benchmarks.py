@@ -1,16 +1,52 @@
-"""The benchmark of a GPU runs its whole code with a tiny model."""
+"""benchmarks/gpu.py on a tiny model: each part runs, and one that fails stops no other."""
 
-import subprocess
+import importlib
 import sys
+import time
 
+import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.gpu
 
-def test_every_part_of_the_gpu_benchmark_runs():
-    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--profile"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "failed" not in done.stdout
-    table = done.stdout[done.stdout.rindex("| | measured") :]
-    for name in ("step, s", "decode 8 rows, plain loop", "head, bfloat16, ms", "gap of log-probs"):
-        assert name in table
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu")
+
+
+def test_each_part_runs(gpu, monkeypatch, capsys):
+    parts = ["--parts", "step", "decode", "head", "settings"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--profile", *parts])
+    gpu.main()
+    out = capsys.readouterr().out
+    assert "failed" not in out
+    rows, kernels = (below.split("\n\n")[0].splitlines() for below in out.split("---|\n")[1:])
+    assert len(rows) == 21
+    assert sum("<=" in row or ">=" in row for row in rows) == 6
+    assert len(kernels) == 10
+
+
+def fail(report):
+    raise ValueError("first line\nsecond line")
+
+
+def wait(report):
+    time.sleep(60)
+
+
+def succeed(report):
+    report.add("good", "1", "<= 2")
+
+
+def test_a_part_that_fails_or_is_too_slow_takes_one_row(gpu, capsys):
+    report = gpu.Report(minutes=0)
+    report.run("bad", fail)
+    report.run("slow", wait)
+    report.run("good", succeed)
+    report.print_table("Title")
+    bad, slow, good = capsys.readouterr().out.splitlines()[-3:]
+    assert bad == "| bad | failed: ValueError: first line |  |"
+    assert slow == "| slow | failed: TimeoutError: the time is over |  |"
+    assert good == "| good | 1 | <= 2 |"
