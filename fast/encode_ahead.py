@@ -12,6 +12,7 @@ asked for out of order is encoded where it is needed.
 
 import atexit
 import os
+import pickle
 import signal
 
 from torch.utils.data import DataLoader, Dataset
@@ -53,7 +54,7 @@ class EncodeAhead:
             return None
         _, result = self.next
         self.next = None
-        return result
+        return pickle.loads(result)
 
 
 class Encoder(Dataset):
@@ -64,10 +65,12 @@ class Encoder(Dataset):
 
     def __getitem__(self, example):
         try:
-            return example.id, self.policy.encode_here(example)
+            result = self.policy.encode_here(example)
         # It is raised in the main process, where the example is asked for.
         except Exception as error:
-            return example.id, error
+            result = error
+        # As bytes: tensors would travel in shared memory, of which a container has little.
+        return example.id, pickle.dumps(result)
 
 
 def leave_signals(_):
