@@ -140,7 +140,8 @@ BOX_FORM = (
 
 
 def knows_boxes(config: Config) -> bool:
-    """Has the policy seen our SFT, whose boxes have numbers from 0 to 1?"""
+    """Has the policy seen our SFT, whose boxes have numbers from 0 to 1? GRPO with init=base has
+    not, unless model.path is a checkpoint of ours."""
     ours = os.path.exists(os.path.join(config.model.path, "training_state.pt"))
     return config.grpo.init != "base" or ours
 
@@ -150,7 +151,10 @@ def with_box_form(example: Example) -> Example:
 
 
 def prompt_text(example: Example) -> str:
-    """The user turn. `suffix` is RadVLM-GRPO's switch for thinking; `tags` is MRG-R1's format."""
+    """The user turn. `suffix` is RadVLM-GRPO's switch for thinking; `tags` is MRG-R1's format.
+
+    load_split may have added BOX_FORM to the question.
+    """
     if example.style == "tags":
         tag = ANSWER_TAG[example.task]
         return f"{example.question} Think in <think></think>, then answer in <{tag}></{tag}>."

@@ -105,6 +105,7 @@ class Prompt:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> "Prompt":
+        """Before the features are known."""
         tokens = {name: tensor.to(device) for name, tensor in self.tokens.items()}
         images = {name: tensor.to(device) for name, tensor in self.images.items()}
         return Prompt(tokens, self.positions.to(device), self.next_position, images)
@@ -713,7 +714,11 @@ class Policy:
     # -- what is trained
 
     def freeze(self, parts: Sequence[str]):
-        """Do not train these parts: "vision", "projector". Raises InputError for a missing one."""
+        """Do not train these parts: "vision", "projector". Raises InputError for a missing one.
+
+        Frozen weights are held in model.precision. vision_frozen: neither part is trained, here or
+        because adapters stand elsewhere; then the features of an image stay the same.
+        """
         named = [(part_of(name), p) for name, p in self.model.named_parameters()]
         missing = set(parts) - {part for part, _ in named}
         if missing:
@@ -1379,7 +1384,8 @@ def load_or_resume(
 
     section: config.sft or config.grpo. Adapters are trained on top of the checkpoint `start`.
 
-    A run that is resumed goes on exactly: weights and optimiser states are saved as they are; which
+    A run that is resumed goes on exactly, on the same device and with the same division into
+    micro-batches and processes: weights and optimiser states are saved as they are; which
     examples make up a step, and the random numbers of their samples, are functions of seed and
     step; there is no dropout; open_run refuses other settings; the log drops later lines.
     """

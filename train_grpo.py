@@ -4,7 +4,7 @@
   torchrun --nproc_per_node 8 train_grpo.py config.yaml [key=value ...]
 
 The parts of a step, numbered as in the code, and the settings of each (section `grpo`; of several
-values, the first is the default):
+values, the first is the default of runtime/config.py, which config.yaml may change):
 
   1. Rollout      G completions per prompt, full softmax       group_size, temperature
   2. Rewards      weighted components of each task             rewards.report, rewards.grounding
@@ -89,7 +89,7 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate of each token, -min(r A, clip(r) A), and r = pi / pi_old: (R, T) each.
 
-    logp, old_logp, mask are (R, T), advantages (R,).
+    logp, old_logp and the boolean mask are (R, T), advantages (R,).
     """
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     if importance == "sequence":
@@ -335,13 +335,15 @@ def update(
     if n_tokens == 0:
         return Update([], 0.0)
 
-    # Gradients add up over micro-batches. The optimizer sums them over processes.
+    # Gradients add up over micro-batches. Where weights are sharded, a process with fewer of them
+    # runs dummy steps inside, which are not given out here.
     sums = []
     for micro_batch in policy.with_dummy_steps(batched(used, grpo.micro_batch)):
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
         # For 4: in its first update, the policy is a rollout's pi_old. Later epochs use these
         # log-probs, and mini-batches that come after an update had theirs recorded before it.
+        # The sampler's own would do, if they were not rounded in another way.
         for rollout, rows in by_rollout(micro_batch, logp.detach()):
             if "old" not in rollout.logprobs:
                 rollout.logprobs["old"] = rows
@@ -360,6 +362,7 @@ def update(
         logged = {name: (value.detach() * mask).sum() for name, value in values.items()}
         logged |= {"loss": loss.detach(), f"{GAP}/max": gap.max()}
         sums.append(logged)
+    # Sum over processes, clip, step, and forget the gradients.
     grad_norm = optimizer.step(lr)
     # A number that is read waits for the GPU, so all are read here.
     return Update([to_floats(logged) for logged in sums], grad_norm)
@@ -383,7 +386,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
     print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}")
 
     for step in log.steps():
-        # 1. Rollout: the policy samples G completions of each prompt.
+        # 1. Rollout: the policy samples G completions of each prompt. What follows fills these in.
         examples = data.grpo_batch(train_examples, step, config)
         mini_batches = sample_mini_batches(policy, examples, config, step)
         rollouts = list(chain.from_iterable(mini_batches))
@@ -393,7 +396,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
         # 3. Advantages: how much better a completion is than the others of its group.
         assign_advantages(rollouts, config)
         log.lap("reward")
-        # For 6: log-probs under the frozen reference.
+        # For 6: log-probs under the frozen reference, which may be the policy without adapters.
         if reference:
             with reference.without_adapters():
                 record_logprobs(reference, rollouts, "reference", grpo)
@@ -506,7 +509,7 @@ def preflight(policy: Policy, examples: list[Example], config: Config, first_ste
     with policy.unsharded():
         policy.remember_images(prompts)
 
-    # The longest prompts, all completions of full length.
+    # The longest of these prompts, all completions of full length.
     longest = sorted(prompts, key=len)[-grpo.micro_batch :]
     row = policy.stop_ids[:1].expand(grpo.max_new_tokens)
     completions = [[row] * grpo.group_size] * len(longest)

@@ -28,6 +28,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         return
     read_all = read_kaggle if path.name == REPORTS else read_openi
     studies = list(read_all(source, skip))
+    # A study is a patient here.
     splits = hash_split(study.id for study in studies)
     for study in studies:
         if source.views == "frontal":
