@@ -1,177 +1,647 @@
-"""GRPO's mathematics against numbers by hand, exact enumeration, and loops in float64."""
+"""What GRPO computes, one claim after another, in the order of train_grpo.py.
+
+Claims are checked against numbers by hand, loops in float64, sums over all outcomes, and the plain
+forward of the model. Shapes as there: B prompts, G completions of each, R = B * G rows, T tokens.
+"""
 
 import copy
 import dataclasses
 import math
-from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, all_tokens, distance, load, plain_logprobs, recorded, seeded, tolerance
+from helpers import (
+    SMALL,
+    all_tokens,
+    distance,
+    example,
+    load,
+    plain_logits,
+    plain_logprobs,
+    recorded,
+    seeded,
+    tolerance,
+)
 
 import data
 import train_grpo
-from data import Example
 from model import Rollout
 from runtime.config import GRPOConfig
 from train_grpo import (
     GAP,
+    Update,
+    assign_advantages,
     group_advantages,
     grpo_loss,
     kl_terms,
     policy_loss,
     record_logprobs,
+    sample_mini_batches,
+    score,
     token_weights,
+    trainable_groups,
     update,
+    update_metrics,
 )
 
 
-def float64(*numbers):
+def float64(numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def ragged(rng, rows=6, length=7):
-    """A mask (R, T) of rows of random lengths, the first of all tokens."""
-    lengths = torch.tensor(rng.integers(1, length + 1, rows))
-    lengths[0] = length
-    return torch.arange(length)[None] < lengths[:, None]
+def mask_of(lengths):
+    """(R, T): row r has lengths[r] tokens."""
+    places = torch.arange(max(lengths))
+    return places[None] < torch.tensor(lengths)[:, None]
+
+
+def close(tensor, numbers):
+    return torch.allclose(tensor.double(), float64(numbers), rtol=1e-6, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------- advantages
 
-
-def test_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
-    centred = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4])
-    # The first group's, with n - 1.
-    std = math.sqrt(4 * 0.25 / 3)
-    assert torch.allclose(group_advantages(rewards, "group"), centred / (std + 1e-4))
-    assert torch.equal(group_advantages(rewards, "none"), centred)
-    batch_std = float(np.std(rewards.numpy(), ddof=1))
-    assert torch.allclose(group_advantages(rewards, "batch"), centred / (batch_std + 1e-4))
+NORMS = ["group", "none", "batch"]
 
 
-@pytest.mark.parametrize("norm", ["group", "none", "batch"])
-def test_advantages_of_degenerate_groups(norm):
-    # Groups of one: no NaN.
+def test_an_advantage_is_the_reward_minus_the_mean_of_its_group():
+    advantages = group_advantages(float64([[1, 0, 0, 1], [3, 5, 3, 5]]), "none")
+    assert close(advantages, [[0.5, -0.5, -0.5, 0.5], [-1, 1, -1, 1]])
+
+
+def test_norm_group_divides_by_the_std_of_the_group():
+    """With n - 1, and with a little added so that a small std stays harmless."""
+    rewards = float64([[1, 0, 0, 1], [3, 5, 3, 5]])
+    first = 0.5 / (math.sqrt(4 * 0.25 / 3) + 1e-4)
+    second = 1 / (math.sqrt(4 * 1 / 3) + 1e-4)
+    expected = [[first, -first, -first, first], [-second, second, -second, second]]
+    assert close(group_advantages(rewards, "group"), expected)
+
+
+def test_norm_batch_divides_by_the_std_of_all_rewards():
+    rewards = [[1, 0, 0, 1], [3, 5, 3, 5]]
+    std = np.std(rewards, ddof=1) + 1e-4
+    expected = np.array([[0.5, -0.5, -0.5, 0.5], [-1, 1, -1, 1]]) / std
+    assert close(group_advantages(float64(rewards), "batch"), expected.tolist())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_equal_rewards_have_no_advantage(norm):
+    advantages = group_advantages(float64([[0.2, 0.2], [0, 1]]), norm)
+    assert not advantages[0].any()
+    assert advantages[1].all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_group_of_one_has_no_advantage(norm):
     assert not group_advantages(torch.tensor([[0.7], [0.1]]), norm).any()
-    # Rounding is no difference.
-    nearly = torch.tensor([[0.3, 0.3 + 3e-8, 0.3, 0.3]])
-    assert not group_advantages(nearly, norm).any()
-    assert group_advantages(torch.tensor([[0.3, 0.31, 0.3, 0.3]]), norm).any()
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
-def test_parts_are_normalised_one_by_one(norm):
-    """Each over the groups of its task: the other task's do not widen the std of the batch."""
-    config = load(*SMALL, "grpo.normalize_parts=true", "grpo.group_size=4", f"grpo.adv_norm={norm}")
-    parts = [
-        {"mccs": [0.0, 1.0, 0.0, 1.0], "label_f1": [0.010, 0.020, 0.020, 0.010]},
-        {"soft_f1": [0.3, 0.9, 0.4, 0.4]},
-        {"mccs": [0.5, 0.6, 0.5, 0.5], "label_f1": [0.0, 0.0, 1.0, 0.0]},
-    ]
-    rollouts = []
-    for task, components in zip(("report", "grounding", "report"), parts):
-        example = Example("a", task, (), "", "")
-        rollouts.append(Rollout(example, None, [], reward_components=components))
-    train_grpo.assign_advantages(rollouts, config)
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_difference_by_rounding_is_no_advantage(norm):
+    """Also beside a group whose rewards do differ."""
+    rewards = torch.tensor([[0.3, 0.3 + 3e-8, 0.3, 0.3], [0.0, 1.0, 0.0, 1.0]])
+    assert rewards[0, 0] != rewards[0, 1]
+    assert not group_advantages(rewards, norm)[0].any()
 
-    def normalised(*groups):
-        return group_advantages(torch.tensor(groups), norm)
 
-    mccs = normalised(parts[0]["mccs"], parts[2]["mccs"])
-    label_f1 = normalised(parts[0]["label_f1"], parts[2]["label_f1"])
-    report, grounding = config.rewards.report, config.rewards.grounding
-    expected = report["mccs"] * mccs + report["label_f1"] * label_f1
-    got = torch.stack([rollouts[0].advantages, rollouts[2].advantages])
-    assert torch.allclose(got, expected)
-    soft_f1 = normalised(parts[1]["soft_f1"])[0]
-    assert torch.allclose(rollouts[1].advantages, grounding["soft_f1"] * soft_f1)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("difference", [1e-5, 1e-2])
+def test_a_small_difference_is_an_advantage(norm, difference):
+    assert group_advantages(torch.tensor([[0.3, 0.3 + difference, 0.3, 0.3]]), norm).all()
+
+
+def test_advantages_are_computed_in_float64():
+    """In float32, the mean of numbers near 1,000 would be off by 1e-4."""
+    rewards = torch.tensor([[1000.1, 1000.2, 1000.4, 1000.1, 1000.3]])
+    exact = rewards.double() - rewards.double().mean()
+    advantages = group_advantages(rewards, "none")
+    assert advantages.dtype == torch.float32
+    assert distance(advantages, exact) < 1e-7
+
+
+# ------------------------------------------------------------------------------- ratio
+
+
+def ratios(ratio, mask, importance):
+    """What policy_loss makes of the ratios pi / pi_old of single tokens, (R, T)."""
+    old_logp = torch.full(mask.shape, -3.0, dtype=torch.float64)
+    logp = old_logp + float64(ratio).log()
+    advantages = torch.ones(len(mask))
+    _, got = policy_loss(logp, old_logp, advantages, mask, 0.2, 0.28, importance)
+    return got
+
+
+def test_the_ratio_is_the_new_probability_over_the_old():
+    logp = float64([[0.6, 0.1]]).log()
+    old_logp = float64([[0.3, 0.2]]).log()
+    _, ratio = policy_loss(logp, old_logp, float64([1]), mask_of([2]), 0.2, 0.28)
+    assert close(ratio, [[2, 0.5]])
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
+    """GSPO. 4 = sqrt(2 * 8), and 3 = cbrt(1 * 3 * 9)."""
+    got = ratios([[2, 8, 99], [1, 3, 9]], mask_of([2, 3]), "sequence")
+    assert close(got, [[4, 4, 4], [3, 3, 3]])
+
+
+def test_padding_has_a_ratio_of_one():
+    assert close(ratios([[2, 8, 99]], mask_of([2, 3])[:1], "token"), [[2, 8, 1]])
+
+
+# ------------------------------------------------------------------------------- clipping
+
+
+def surrogate(ratio, advantage):
+    """The objective of one token, clipped to ratios from 0.8 to 1.28."""
+    logp = float64([[ratio]]).log()
+    old_logp = torch.zeros_like(logp)
+    loss, _ = policy_loss(logp, old_logp, float64([advantage]), mask_of([1]), 0.2, 0.28)
+    return -loss.item()
+
+
+@pytest.mark.parametrize("ratio", [0.81, 1.0, 1.27])
+@pytest.mark.parametrize("advantage", [-2.0, 2.0])
+def test_inside_of_the_range_the_objective_is_ratio_times_advantage(ratio, advantage):
+    assert surrogate(ratio, advantage) == pytest.approx(ratio * advantage)
+
+
+def test_a_good_token_gains_nothing_above_the_range():
+    assert surrogate(1.5, 2.0) == pytest.approx(1.28 * 2.0)
+
+
+def test_a_bad_token_gains_nothing_below_the_range():
+    assert surrogate(0.5, -2.0) == pytest.approx(0.8 * -2.0)
+
+
+def test_a_good_token_below_the_range_is_not_clipped():
+    assert surrogate(0.5, 2.0) == pytest.approx(0.5 * 2.0)
+
+
+def test_a_bad_token_above_the_range_is_not_clipped():
+    assert surrogate(1.5, -2.0) == pytest.approx(1.5 * -2.0)
+
+
+def policy_gradient(ratio, advantage, importance="token"):
+    """d loss / d logp of the tokens of one completion, by their ratios."""
+    logp = float64([ratio]).log().requires_grad_()
+    mask = mask_of([len(ratio)])
+    old_logp = torch.zeros_like(logp)
+    loss, _ = policy_loss(logp, old_logp, float64([advantage]), mask, 0.2, 0.28, importance)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    return gradient[0]
+
+
+def test_at_the_old_policy_the_gradient_is_that_of_plain_policy_gradient():
+    """-A log pi, whose derivative by log pi is -A."""
+    assert close(policy_gradient([1, 1], 3.0), [-3, -3])
+
+
+def test_away_from_the_old_policy_the_gradient_is_weighted_by_the_ratio():
+    assert close(policy_gradient([0.9, 1.1], 3.0), [-2.7, -3.3])
+
+
+def test_a_good_token_is_silent_above_the_range_only():
+    assert close(policy_gradient([1, 1.5, 0.5, 1.1], 1.0), [-1, 0, -0.5, -1.1])
+
+
+def test_a_bad_token_is_silent_below_the_range_only():
+    assert close(policy_gradient([1, 1.5, 0.5, 1.1], -1.0), [1, 1.5, 0, 1.1])
+
+
+def test_with_sequence_ratios_all_tokens_are_pushed_alike():
+    """1.2 = sqrt(0.9 * 1.6), although 1.6 alone would be clipped."""
+    assert close(policy_gradient([0.9, 1.6], 1.0, "sequence"), [-1.2, -1.2])
+
+
+# ------------------------------------------------------------------------------- KL
+
+
+@pytest.fixture
+def two_distributions():
+    """Log-probabilities of 50 outcomes under a policy and a reference, in float64."""
+    rng = np.random.default_rng(5)
+    logp, ref_logp = (torch.tensor(rng.normal(size=50)).log_softmax(0) for _ in range(2))
+    return logp, ref_logp
+
+
+@pytest.mark.parametrize("name", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased(two_distributions, name):
+    """Their mean over all outcomes is sum p log(p / q)."""
+    logp, ref_logp = two_distributions
+    p, q = logp.exp().numpy(), ref_logp.exp().numpy()
+    exact = sum(p * np.log(p / q))
+    mean = (logp.exp() * kl_terms(logp, ref_logp)[name]).sum()
+    assert float(mean) == pytest.approx(exact)
+
+
+def test_k1_has_no_gradient_on_average(two_distributions):
+    logits, ref_logp = two_distributions
+    logits.requires_grad_()
+    logp = logits.log_softmax(0)
+    sampled_mean = (logp.exp().detach() * kl_terms(logp, ref_logp)["k1"]).sum()
+    (gradient,) = torch.autograd.grad(sampled_mean, logits)
+    assert float(gradient.abs().max()) < 1e-12
+
+
+def test_k2_is_half_the_square_of_the_log_ratio():
+    # A probability that is e^2 times that of the reference, and one e^-2 times.
+    assert close(kl_terms(float64([-1, -3]), float64([-3, -1]))["k2"], [2, 2])
+
+
+def test_k3_is_never_negative(two_distributions):
+    assert float(kl_terms(*two_distributions)["k3"].min()) >= 0
+
+
+def test_every_estimate_is_zero_at_the_reference():
+    logp = float64([-0.1, -5])
+    for term in kl_terms(logp, logp).values():
+        assert not term.any()
+
+
+def test_k3_is_precise_near_the_reference():
+    """d^2 / 2, where exp(d) - d - 1 in float32 would be rounding only."""
+    near = kl_terms(torch.zeros(1), torch.tensor([-1e-4]))["k3"]
+    assert float(near) == pytest.approx(5e-9, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------- aggregation
+
+AGGREGATIONS = ["token", "sequence", "constant"]
+
+
+def weights_by(loss_agg):
+    """Of two completions of one and of three tokens, where five are allowed."""
+    return token_weights(mask_of([1, 3]), loss_agg, n_tokens=4, n_sequences=2, max_new_tokens=5)
+
+
+def test_the_loss_is_a_mean_over_all_tokens():
+    w = 1 / 4
+    assert close(weights_by("token"), [[w, 0, 0], [w, w, w]])
+
+
+def test_the_loss_is_a_mean_over_the_means_of_sequences():
+    assert close(weights_by("sequence"), [[1 / 2, 0, 0], [1 / 6, 1 / 6, 1 / 6]])
+
+
+def test_the_loss_is_a_sum_over_a_constant_of_all_tokens_allowed():
+    w = 1 / (2 * 5)
+    assert close(weights_by("constant"), [[w, 0, 0], [w, w, w]])
+
+
+@pytest.mark.parametrize("loss_agg", AGGREGATIONS)
+def test_micro_batches_of_any_sizes_leave_every_weight_as_it_was(loss_agg):
+    mask = mask_of([7, 2, 1, 5, 6, 1, 3, 7, 4])
+    counts = int(mask.sum()), 9, 7
+    whole = token_weights(mask, loss_agg, *counts)
+    parts = [token_weights(part, loss_agg, *counts) for part in mask.split([2, 1, 6])]
+    assert torch.equal(whole, torch.cat(parts))
 
 
 # ------------------------------------------------------------------------------- the loss
 
 
-def loss_by_loops(logp, old, ref, advantages, mask, grpo):
-    """The loss, and how many tokens are clipped from below."""
-    sequences, clipped = [], 0
-    for i in range(len(mask)):
+def random_batch():
+    """Log-probabilities new, old and of the reference, advantages and mask of six completions."""
+    rng = np.random.default_rng(3)
+    mask = mask_of([7, 2, 5, 1, 7, 4])
+    logp, old_logp, ref_logp = (torch.tensor(rng.normal(-2, 0.6, mask.shape)) for _ in range(3))
+    advantages = torch.tensor(rng.normal(size=len(mask)))
+    return logp, old_logp, ref_logp, advantages, mask
+
+
+def loss_by_loops(logp, old_logp, ref_logp, advantages, mask, grpo):
+    """The definition, with k3."""
+    sequences = []
+    for i, a in enumerate(advantages.tolist()):
         n = int(mask[i].sum())
-        a = float(advantages[i])
-        log_ratios = [float(logp[i, t] - old[i, t]) for t in range(n)]
+        log_ratios = (logp[i, :n] - old_logp[i, :n]).tolist()
         if grpo.importance == "sequence":
             log_ratios = [sum(log_ratios) / n] * n
         terms = []
         for t in range(n):
             ratio = math.exp(log_ratios[t])
-            surrogate = min(ratio * a, min(max(ratio, 0.8), 1.28) * a)
-            d = float(ref[i, t] - logp[i, t])
-            terms.append(-surrogate + grpo.kl_coef * (math.exp(d) - d - 1))
-            clipped += ratio < 0.8 and a < 0
+            clipped = min(max(ratio, 1 - grpo.clip_low), 1 + grpo.clip_high)
+            d = float(ref_logp[i, t] - logp[i, t])
+            kl = math.exp(d) - d - 1
+            terms.append(-min(ratio * a, clipped * a) + grpo.kl_coef * kl)
         sequences.append(terms)
     if grpo.loss_agg == "token":
-        return np.mean(np.concatenate(sequences)), clipped
+        return np.mean(np.concatenate(sequences))
     if grpo.loss_agg == "sequence":
-        return np.mean([np.mean(terms) for terms in sequences]), clipped
-    return sum(map(sum, sequences)) / (len(mask) * grpo.max_new_tokens), clipped
+        return np.mean([np.mean(terms) for terms in sequences])
+    return sum(map(sum, sequences)) / (len(mask) * grpo.max_new_tokens)
 
 
 @pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("agg", ["token", "sequence", "constant"])
-def test_loss_equals_loops(importance, agg):
-    rng = np.random.default_rng([3, importance == "token", len(agg)])
-    mask = ragged(rng)
-    logp, old, ref = (torch.tensor(rng.normal(-2, 0.6, mask.shape)) for _ in range(3))
-    advantages = torch.tensor(rng.normal(size=len(mask)))
-    grpo = GRPOConfig(importance=importance, loss_agg=agg, kl_coef=0.1, max_new_tokens=9)
-    weights = token_weights(mask, agg, int(mask.sum()), len(mask), grpo.max_new_tokens)
-    loss, values = grpo_loss(logp, old, ref, advantages, mask, weights, grpo)
-
-    expected, clipped = loss_by_loops(logp, old, ref, advantages, mask, grpo)
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
-    assert float(values["clip_ratio/low_mean"][mask].sum()) == clipped
-    assert clipped or importance == "sequence"
+@pytest.mark.parametrize("loss_agg", AGGREGATIONS)
+def test_the_loss_equals_its_definition_in_loops(importance, loss_agg):
+    grpo = GRPOConfig(importance=importance, loss_agg=loss_agg, kl_coef=0.1, max_new_tokens=9)
+    batch = random_batch()
+    mask = batch[-1]
+    weights = token_weights(mask, loss_agg, int(mask.sum()), len(mask), grpo.max_new_tokens)
+    loss, _ = grpo_loss(*batch, weights, grpo)
+    assert float(loss) == pytest.approx(loss_by_loops(*batch, grpo), rel=1e-6)
 
 
-@pytest.mark.parametrize(("sign", "silent"), [(1.0, [0, 1, 0, 0]), (-1.0, [0, 0, 1, 0])])
-def test_gradient_of_the_clipped_objective(sign, silent):
-    """A token pushes by -A r; it is silent where clipping binds in the direction of the push."""
-    ratio = float64(1.0, 1.5, 0.5, 1.1)
-    logp = ratio.log()[None].requires_grad_()
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    old = torch.zeros_like(logp)
-    loss, _ = policy_loss(logp, old, float64(sign), mask, 0.2, 0.28)
-    (gradient,) = torch.autograd.grad(loss.sum(), logp)
-    assert torch.allclose(gradient[0], -sign * ratio * (1 - torch.tensor(silent)))
+def loss_of(ref_logp, **settings):
+    """The loss of the random batch as a sum over its tokens, and what is logged of them."""
+    logp, old_logp, _, advantages, mask = random_batch()
+    grpo = GRPOConfig(**settings)
+    return grpo_loss(logp, old_logp, ref_logp, advantages, mask, mask.double(), grpo)
 
 
-def test_kl_estimators_against_the_exact_divergence():
-    rng = np.random.default_rng(5)
-    p, q = (torch.tensor(rng.normal(size=50)).log_softmax(0) for _ in range(2))
-    exact = float((p.exp() * (p - q)).sum())
-    # Every outcome once.
-    terms = kl_terms(p, q)
-    assert float((p.exp() * terms["k1"]).sum()) == pytest.approx(exact)
-    assert float((p.exp() * terms["k3"]).sum()) == pytest.approx(exact)
-    assert float(terms["k3"].min()) >= 0
-    assert torch.allclose(terms["k2"], (p - q) ** 2 / 2)
-    # expm1: no cancellation.
-    tiny = kl_terms(torch.zeros(1), torch.full((1,), -1e-4))["k3"]
-    assert float(tiny) == pytest.approx(5e-9, rel=1e-3)
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_the_kl_to_the_reference_is_added_to_the_loss(name):
+    logp, _, ref_logp, _, mask = random_batch()
+    kl = kl_terms(logp, ref_logp)[name]
+    without, _ = loss_of(None)
+    loss, values = loss_of(ref_logp, kl_coef=0.5, kl_estimator=name)
+    assert float(loss - without) == pytest.approx(0.5 * float(kl[mask].sum()))
+    assert torch.equal(values["kl"], kl)
 
 
-@pytest.mark.parametrize("agg", ["token", "sequence", "constant"])
-def test_micro_batches_add_up(agg):
-    """Splitting a batch into micro-batches of any sizes leaves every token's weight as it was."""
-    mask = ragged(np.random.default_rng(8), rows=9)
-    n_tokens = int(mask.sum())
-    whole = token_weights(mask, agg, n_tokens, 9, 7)
-    parts = [token_weights(m, agg, n_tokens, 9, 7) for m in mask.split([2, 1, 6])]
-    assert torch.equal(whole, torch.cat(parts))
+def test_all_estimates_of_the_kl_are_logged():
+    logp, _, ref_logp, _, _ = random_batch()
+    _, values = loss_of(ref_logp)
+    for name, term in kl_terms(logp, ref_logp).items():
+        assert torch.equal(values[f"kl/{name}"], term)
 
 
-# ------------------------------------------------------------------------------- updates
+def test_without_a_reference_there_is_no_kl():
+    _, values = loss_of(None)
+    assert not [name for name in values if name.startswith("kl")]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "low", "high"), [(1.0, [0, 0, 0, 0], [0, 0, 1, 0]), (-1.0, [0, 0, 0, 1], [0] * 4)]
+)
+def test_a_token_counts_as_clipped_where_it_is_silent(advantage, low, high):
+    """Two ratios inside of the range, one above and one below it."""
+    logp = float64([[0.9, 1.1, 1.5, 0.5]]).log()
+    mask = mask_of([4])
+    grpo = GRPOConfig(clip_low=0.2, clip_high=0.28)
+    old_logp = torch.zeros_like(logp)
+    _, values = grpo_loss(logp, old_logp, None, float64([advantage]), mask, mask, grpo)
+    assert values["clip_ratio/low_mean"].tolist() == [low]
+    assert values["clip_ratio/high_mean"].tolist() == [high]
+    assert values["clip_ratio/region_mean"].int().tolist() == [np.add(low, high).tolist()]
+
+
+def test_the_ratio_is_logged():
+    logp, old_logp, _, _, mask = random_batch()
+    _, values = loss_of(None)
+    assert torch.allclose(values["ratio"][mask], (logp - old_logp).exp()[mask])
+
+
+# ------------------------------------------------------------------------------- 1. rollout
+
+
+class Sampler:
+    """A policy that notes what it is asked to sample."""
+
+    def __init__(self):
+        self.calls = []
+
+    def unsharded(self):
+        return nullcontext()
+
+    def sample(self, examples, *settings):
+        self.calls.append((examples, settings))
+        return [f"rollout of {e}" for e in examples]
+
+
+def mini_batches(*settings, sampler=None):
+    """Those of seven prompts, named 0 to 6."""
+    return sample_mini_batches(sampler or Sampler(), list("0123456"), load(*settings), step=5)
+
+
+def rollouts_of(names):
+    return [f"rollout of {name}" for name in names]
+
+
+def test_a_mini_batch_has_the_prompts_of_one_optimiser_step():
+    expected = [rollouts_of("012"), rollouts_of("345"), rollouts_of("6")]
+    assert mini_batches("grpo.mini_batch=3") == expected
+
+
+def test_without_a_size_there_is_one_mini_batch():
+    assert mini_batches("grpo.mini_batch=0", "grpo.prompts=7") == [rollouts_of("0123456")]
+
+
+def test_each_process_samples_its_share_of_each_mini_batch(monkeypatch):
+    """The second of two processes: every second prompt."""
+    monkeypatch.setattr(train_grpo, "rank", lambda: 1)
+    monkeypatch.setattr(train_grpo, "world_size", lambda: 2)
+    assert mini_batches("grpo.mini_batch=4") == [rollouts_of("13"), rollouts_of("5")]
+
+
+def test_no_more_prompts_are_sampled_together_than_allowed():
+    sampler = Sampler()
+    mini_batches("grpo.mini_batch=5", "grpo.sample_batch=2", sampler=sampler)
+    assert [len(examples) for examples, _ in sampler.calls] == [2, 2, 1, 2]
+
+
+def test_samples_depend_on_seed_and_step():
+    """Group size, length, temperature, and the stream of random numbers: (seed, step)."""
+    sampler = Sampler()
+    settings = ["grpo.group_size=3", "grpo.max_new_tokens=9", "grpo.temperature=0.8", "seed=4"]
+    mini_batches(*settings, sampler=sampler)
+    assert sampler.calls[0][1] == (3, 9, 0.8, (4, 5))
+
+
+# ------------------------------------------------------------------------------- 2. rewards
+
+BOX = "[0.00, 0.00, 1.00, 1.00]"
+
+
+def group(task="report", texts=(), lengths=(), **values):
+    """A rollout of a report, "clear lungs", or of one box, the whole image."""
+    answer, boxes = ("clear lungs", ()) if task == "report" else (BOX, ((0, 0, 1, 1),))
+    tokens = [torch.zeros(n, dtype=torch.long) for n in lengths]
+    return Rollout(example(task, answer, boxes), None, tokens, list(texts), **values)
+
+
+@pytest.fixture
+def scored():
+    """Groups of both tasks: a report is rewarded by its words, a box by its overlap, and each
+    token costs a tenth."""
+    config = load(
+        "rewards.report={gleu: 1, overlong: 0.5}",
+        "rewards.grounding={soft_f1: 2, overlong: 1}",
+        "rewards.overlong_start=0",
+        "rewards.overlong_end=10",
+    )
+    groups = [
+        group("grounding", [BOX, "no box"], [1, 2]),
+        group("report", ["clear lungs", "fracture"], [3, 4]),
+        group("grounding", ["no box", BOX], [5, 6]),
+    ]
+    score(groups, config)
+    return groups
+
+
+def test_every_group_gets_the_rewards_of_its_own_completions(scored):
+    assert scored[0].rewards == pytest.approx([2 - 0.1, -0.2])
+    assert scored[1].rewards == pytest.approx([1 - 0.15, -0.2])
+    assert scored[2].rewards == pytest.approx([-0.5, 2 - 0.6])
+
+
+def test_components_of_a_reward_are_kept_without_their_weights(scored):
+    assert scored[1].reward_components == {
+        "gleu": pytest.approx([1, 0]),
+        "overlong": pytest.approx([-0.3, -0.4]),
+    }
+    assert scored[2].reward_components == {
+        "soft_f1": pytest.approx([0, 1]),
+        "overlong": pytest.approx([-0.5, -0.6]),
+    }
+
+
+def test_a_component_that_applies_to_no_completion_of_a_group_is_left_out(tmp_path):
+    """One that applies to some is NaN for the others."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def length(completions, **columns):\n    return [len(c) or None for c in completions]\n"
+    )
+    name = f"{path}:length"
+    groups = [group(texts=["", ""], lengths=[1, 1]), group(texts=["ab", ""], lengths=[1, 1])]
+    score(groups, load(f"rewards.report={{'{name}': 1}}"))
+    assert groups[0].reward_components == {}
+    assert groups[1].reward_components == {name: pytest.approx([2, math.nan], nan_ok=True)}
+
+
+# ------------------------------------------------------------------------------- 3. advantages
+
+
+def test_every_group_gets_its_advantages():
+    groups = [group(rewards=[0.0, 1.0]), group(rewards=[6.0, 4.0])]
+    assign_advantages(groups, load("grpo.adv_norm=none"))
+    assert close(groups[0].advantages, [-0.5, 0.5])
+    assert close(groups[1].advantages, [1, -1])
+
+
+def test_norm_batch_is_over_the_groups_of_all_processes(monkeypatch):
+    """Another process has the groups (0, 8) and (1, 1), and comes first."""
+
+    def gather_rows(rows):
+        return [[0.0, 8.0], [1.0, 1.0], *rows], slice(2, 2 + len(rows))
+
+    monkeypatch.setattr(train_grpo, "gather_rows", gather_rows)
+    groups = [group(rewards=[2.0, 4.0])]
+    assign_advantages(groups, load("grpo.adv_norm=batch"))
+    std = np.std([0, 8, 1, 1, 2, 4], ddof=1) + 1e-4
+    assert close(groups[0].advantages, [-1 / std, 1 / std])
+
+
+GDPO_PARTS = [
+    {"mccs": [0.0, 1.0, 0.0, 1.0], "label_f1": [0.010, 0.020, 0.020, 0.010]},
+    {"soft_f1": [0.3, 0.9, 0.4, 0.4]},
+    {"mccs": [0.5, 0.6, 0.5, 0.5], "label_f1": [0.0, 0.0, 1.0, 0.0]},
+]
+
+
+def assign_by_parts(norm, parts, tasks=("report", "grounding", "report")):
+    """The groups with their advantages, and the configuration."""
+    config = load("grpo.normalize_parts=true", "grpo.group_size=4", f"grpo.adv_norm={norm}")
+    groups = [group(task, reward_components=part) for task, part in zip(tasks, parts)]
+    assign_advantages(groups, config)
+    return groups, config.rewards
+
+
+def parts_normalised(norm, name, places):
+    return group_advantages(torch.tensor([GDPO_PARTS[i][name] for i in places]), norm)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_parts_are_normalised_one_by_one_and_then_summed(norm):
+    """GDPO."""
+    groups, rewards = assign_by_parts(norm, GDPO_PARTS)
+    mccs = parts_normalised(norm, "mccs", [0, 2])
+    label_f1 = parts_normalised(norm, "label_f1", [0, 2])
+    expected = rewards.report["mccs"] * mccs + rewards.report["label_f1"] * label_f1
+    assert torch.allclose(groups[0].advantages, expected[0])
+    assert torch.allclose(groups[2].advantages, expected[1])
+
+
+def test_the_other_task_does_not_widen_the_std_of_a_part():
+    groups, rewards = assign_by_parts("batch", GDPO_PARTS)
+    (soft_f1,) = parts_normalised("batch", "soft_f1", [1])
+    assert torch.allclose(groups[1].advantages, rewards.grounding["soft_f1"] * soft_f1)
+
+
+def test_a_part_that_does_not_apply_counts_as_average():
+    """The mean of 1, 2 and 6 is 3."""
+    groups, rewards = assign_by_parts("group", [{"mccs": [1.0, 2.0, math.nan, 6.0]}])
+    expected = group_advantages(torch.tensor([[1.0, 2.0, 3.0, 6.0]]), "group")
+    assert torch.allclose(groups[0].advantages, rewards.report["mccs"] * expected[0])
+
+
+def test_all_processes_normalise_all_parts_in_one_order(monkeypatch):
+    """They do it together, so each calls as often as the others, also without a group."""
+    calls = []
+
+    def gather_rows(rows):
+        calls.append(len(rows))
+        return rows, slice(len(rows))
+
+    monkeypatch.setattr(train_grpo, "gather_rows", gather_rows)
+    assign_by_parts("group", GDPO_PARTS)
+    # label_f1, mccs, soft_f1
+    assert calls == [2, 2, 1]
+    calls.clear()
+    assign_by_parts("group", [])
+    assert calls == [0, 0, 0]
+
+
+def with_advantages(*rows):
+    return [group(advantages=torch.tensor(row)) for row in rows]
+
+
+def test_groups_without_an_advantage_are_left_out_on_request():
+    groups = with_advantages([0.0, 0.0], [-1.0, 1.0], [0.0, 0.1])
+    assert trainable_groups(groups, GRPOConfig(drop_degenerate=True)) == groups[1:]
+
+
+def test_otherwise_all_groups_are_trained_on():
+    groups = with_advantages([0.0, 0.0], [-1.0, 1.0])
+    assert trainable_groups(groups, GRPOConfig(drop_degenerate=False)) == groups
+
+
+# ------------------------------------------------------------------------------- 4-7. updates
+
+TEMPERATURE = 0.7
+LENGTHS = [12, 7, 1, 4]
+
+
+def section(**changes):
+    settings = {"micro_batch": 4, "max_new_tokens": 12, "temperature": TEMPERATURE}
+    return GRPOConfig(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def sampled(policy, examples):
+    """Four groups of random advantages, the second without any, with a reference nearby."""
+    prompts = data.grpo_batch(examples, 0, load(*SMALL, "grpo.prompts=4", "data.report_share=0.5"))
+    rollouts = policy.sample(prompts, len(LENGTHS), max(LENGTHS), TEMPERATURE, (0, 0))
+    generator = seeded(2)
+    for r in rollouts:
+        r.tokens = [ids[:n] for ids, n in zip(r.tokens, LENGTHS)]
+        logp = [row[:n] for row, n in zip(r.logprobs["sampled"], LENGTHS)]
+        noise = [torch.randn(len(row), generator=generator).to(row.device) for row in logp]
+        reference = [a + b / 5 for a, b in zip(logp, noise)]
+        r.logprobs = {"sampled": logp, "reference": reference}
+        r.advantages = torch.randn(len(LENGTHS), generator=generator)
+    rollouts[1].advantages.zero_()
+    return rollouts
+
+
+@pytest.fixture
+def rollouts(sampled):
+    """With log-probs of their own, which updates add to."""
+    return [dataclasses.replace(r, logprobs=dict(r.logprobs)) for r in sampled]
 
 
 class Descent:
@@ -188,149 +658,226 @@ class Descent:
         self.model.zero_grad()
         for name, gradient in self.gradients.items():
             named[name] -= lr * gradient
-        return 0.0
-
-
-def section(**changes):
-    changes = {"group_size": 8, "micro_batch": 4, "max_new_tokens": 12} | changes
-    return GRPOConfig(**changes)
-
-
-def total(result, name):
-    """The sum over all micro-batches of an update."""
-    return sum((Counter(part) for part in result.sums), Counter())[name]
-
-
-@pytest.fixture(scope="module")
-def sampled(policy, config, examples):
-    """Groups of random rewards, the second of equal ones, with a reference nearby."""
-    chosen = data.grpo_batch(examples, 0, load(*SMALL, "grpo.prompts=4", "data.report_share=0.5"))
-    rollouts = policy.sample(chosen, 8, 12, 1.0, (0, 0))
-    generator = seeded(2)
-    for r in rollouts:
-        r.rewards = torch.rand(8, generator=generator).tolist()
-        noise = [torch.randn(n, generator=generator).to(policy.device) for n in r.lengths]
-        r.logprobs["reference"] = [a + b / 5 for a, b in zip(r.logprobs["sampled"], noise)]
-    rollouts[1].rewards = [0.5] * 8
-    train_grpo.assign_advantages(rollouts, config)
-    return rollouts
-
-
-@pytest.fixture
-def rollouts(sampled):
-    """With log-probs of their own, which updates add to."""
-    return [dataclasses.replace(r, logprobs=dict(r.logprobs)) for r in sampled]
+        return 0.25
 
 
 def gradients(policy, rollouts, **changes):
-    """The gradients of one update, which changes no weight, and what it logs."""
+    """The gradients of one update, which changes no weight, by name."""
     descent = Descent(policy)
-    result = update(policy, descent, rollouts, 0.0, section(**changes))
-    return descent.gradients, result
+    copies = [dataclasses.replace(r, logprobs=dict(r.logprobs)) for r in rollouts]
+    update(policy, descent, copies, 0.0, section(**changes))
+    return descent.gradients
 
 
 def largest(gradients):
     return max(float(g.abs().max()) for g in gradients.values())
 
 
-def largest_gap(a, b):
+def differ(a, b):
+    """How far the gradients a are from b, relative to the largest number of b."""
     assert a.keys() == b.keys()
-    return max(distance(a[name], b[name]) for name in a)
+    assert largest(b) > 1e-4
+    return max(distance(a[name], b[name]) for name in a) / largest(b)
+
+
+def count_tokens(rollouts):
+    return sum(map(len, all_tokens(rollouts)))
+
+
+def summed(result, name):
+    """Over the micro-batches of an update."""
+    return sum(part[name] for part in result.sums)
 
 
 @pytest.mark.gpu
-def test_update_equals_the_plain_objective(policy, rollouts):
-    """The whole update against -mean(A log p) of plain rows through the model's own forward."""
-    got, result = gradients(policy, rollouts, kl_coef=0.0, micro_batch=3)
-    n_tokens = sum(map(len, all_tokens(rollouts)))
-    objective = 0.0
+def test_an_update_is_the_gradient_of_the_plain_objective(policy, rollouts):
+    """-mean(A log p) + kl_coef * mean(k3) of plain rows through the model's own forward."""
+    got = gradients(policy, rollouts, kl_coef=0.5, micro_batch=3)
+    loss = 0.0
     for r in rollouts:
-        for ids, advantage in zip(r.tokens, r.advantages):
-            logp = plain_logprobs(policy, r.prompt, ids)
-            objective = objective - advantage.to(policy.device) * logp.sum() / n_tokens
+        for ids, ref_logp, a in zip(r.tokens, r.logprobs["reference"], r.advantages):
+            logp = plain_logprobs(policy, r.prompt, ids, TEMPERATURE)
+            d = ref_logp - logp
+            kl = d.exp() - d - 1
+            loss = loss - a.to(policy.device) * logp.sum() + 0.5 * kl.sum()
+    loss = loss / count_tokens(rollouts)
     named = dict(policy.model.named_parameters())
-    expected = torch.autograd.grad(objective, list(named.values()))
-    expected = dict(zip(named, expected))
-
-    scale = largest(expected)
-    assert scale > 1e-4
-    assert largest_gap(got, expected) < tolerance("gradients", policy.device) * scale
-    assert total(result, "tokens") == n_tokens
-    gap = max(part[f"{GAP}/max"] for part in result.sums)
-    assert gap < tolerance("library", policy.device)
+    expected = torch.autograd.grad(loss, list(named.values()))
+    assert differ(got, dict(zip(named, expected))) < tolerance("gradients", policy.device)
 
 
 @pytest.mark.gpu
 def test_micro_batch_size_does_not_change_the_gradient(policy, rollouts):
-    one, _ = gradients(policy, rollouts, micro_batch=1, kl_coef=0.1)
-    four, _ = gradients(policy, rollouts, micro_batch=4, kl_coef=0.1)
-    assert largest(one) > 1e-4
-    assert largest_gap(one, four) < tolerance("gradients", policy.device) * largest(one)
+    one = gradients(policy, rollouts, micro_batch=1, kl_coef=0.1)
+    four = gradients(policy, rollouts, micro_batch=4, kl_coef=0.1)
+    assert differ(one, four) < tolerance("gradients", policy.device)
 
 
 @pytest.mark.gpu
-def test_drop_degenerate_leaves_the_group_out_of_the_denominator(policy, rollouts):
+@pytest.mark.parametrize("loss_agg", AGGREGATIONS)
+def test_the_divisor_of_the_loss_counts_all_processes(policy, rollouts, monkeypatch, loss_agg):
+    """Two with the same groups: each gives half of the gradient."""
+    alone = gradients(policy, rollouts[:1], loss_agg=loss_agg)
+    monkeypatch.setattr(train_grpo, "gather_lists", lambda items: items + items)
+    half = gradients(policy, rollouts[:1], loss_agg=loss_agg)
+    doubled = {name: 2 * gradient for name, gradient in half.items()}
+    assert differ(doubled, alone) < tolerance("gradients", policy.device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss_agg", ["token", "sequence"])
+def test_a_dropped_group_is_left_out_of_the_divisor(policy, rollouts, loss_agg):
     without = [rollouts[0], *rollouts[2:]]
-    expected, _ = gradients(policy, without, drop_degenerate=False)
-    got, result = gradients(policy, rollouts, drop_degenerate=True)
-    assert total(result, "tokens") == sum(map(len, all_tokens(without)))
-    limit = tolerance("gradients", policy.device)
-    assert largest_gap(got, expected) < limit * largest(expected)
-    # It would count otherwise.
-    kept, _ = gradients(policy, rollouts, drop_degenerate=False)
-    assert largest_gap(kept, expected) > 0.01 * largest(expected)
+    expected = gradients(policy, without, loss_agg=loss_agg)
+    got = gradients(policy, rollouts, loss_agg=loss_agg, drop_degenerate=True)
+    assert differ(got, expected) < tolerance("gradients", policy.device)
 
 
 @pytest.mark.gpu
-def test_a_step_of_degenerate_groups_changes_nothing(policy, rollouts):
+def test_a_group_without_advantages_counts_unless_it_is_dropped(policy, rollouts):
+    dropped = gradients(policy, rollouts, drop_degenerate=True)
+    kept = gradients(policy, rollouts, drop_degenerate=False)
+    assert differ(kept, dropped) > 0.01
+
+
+@pytest.mark.gpu
+def test_a_constant_divisor_counts_dropped_groups(policy, rollouts):
+    settings = {"loss_agg": "constant", "kl_coef": 0.0}
+    kept = gradients(policy, rollouts, **settings)
+    dropped = gradients(policy, rollouts, drop_degenerate=True, **settings)
+    assert differ(dropped, kept) < tolerance("gradients", policy.device)
+
+
+@pytest.mark.gpu
+def test_an_update_without_a_trainable_group_changes_nothing(policy, rollouts):
     descent = Descent(policy)
     result = update(policy, descent, rollouts[1:2], 1.0, section(drop_degenerate=True))
-    assert result.sums == []
-    assert result.grad_norm == 0
+    assert result == Update([], 0.0)
     assert not descent.gradients
 
 
+@pytest.fixture
+def moved(policy):
+    """A copy of the policy, to be trained."""
+    return copy.deepcopy(policy)
+
+
 @pytest.mark.gpu
-def test_several_updates_use_fixed_old_logprobs(policy, rollouts):
-    """After the policy has moved, ratios are taken against the recorded log-probs."""
-    moved = copy.deepcopy(policy)
-    grpo = section(micro_batch=2)
-    for r in rollouts:
-        del r.logprobs["reference"]
-    record_logprobs(policy, rollouts, "reference", grpo)
-    for r in rollouts:
-        assert [len(row) for row in r.logprobs["reference"]] == r.lengths
-    first = update(moved, Descent(moved), rollouts, 0.1, grpo)
-    old = recorded(rollouts, "old")
+def test_until_its_first_update_the_policy_is_the_old_one(policy, moved, rollouts):
+    record_logprobs(policy, rollouts, "before", section(micro_batch=3))
+    result = update(moved, Descent(moved), rollouts, 0.1, section())
     limit = tolerance("log-probs", policy.device)
-    assert distance(old, recorded(rollouts, "reference")) < limit
-    second = update(moved, Descent(moved), rollouts, 0.1, grpo)
+    assert distance(recorded(rollouts, "old"), recorded(rollouts, "before")) < limit
+    assert summed(result, "ratio") == pytest.approx(count_tokens(rollouts), rel=limit)
+
+
+@pytest.mark.gpu
+def test_later_updates_keep_the_old_log_probs(moved, rollouts):
+    update(moved, Descent(moved), rollouts, 0.1, section())
+    old = recorded(rollouts, "old")
+    update(moved, Descent(moved), rollouts, 0.1, section())
     assert torch.equal(recorded(rollouts, "old"), old)
 
-    n_tokens = total(first, "tokens")
-    assert total(first, "ratio") / n_tokens == pytest.approx(1, rel=limit)
-    assert abs(total(first, "kl/k1")) < 1e-3
-    assert abs(total(second, "ratio") / n_tokens - 1) > 1e-4
-    assert total(second, "kl/k3") > 1e-6
+
+@pytest.mark.gpu
+def test_later_updates_see_how_far_the_policy_has_moved(policy, moved, rollouts):
+    """From the policy that sampled, which is also the reference here."""
+    for r in rollouts:
+        del r.logprobs["reference"]
+    record_logprobs(policy, rollouts, "reference", section())
+    first = update(moved, Descent(moved), rollouts, 0.1, section())
+    second = update(moved, Descent(moved), rollouts, 0.1, section())
+    n_tokens = count_tokens(rollouts)
+    assert abs(summed(first, "kl/k1")) < 1e-3
+    assert summed(second, "kl/k3") > 1e-6
+    assert abs(summed(second, "ratio") / n_tokens - 1) > 1e-4
 
 
 @pytest.mark.gpu
-def test_the_gap_to_sampling_is_taken_for_the_weights_that_sampled(policy, rollouts):
+def test_recorded_log_probs_are_those_of_plain_rows(policy, rollouts):
+    record_logprobs(policy, rollouts, "here", section(micro_batch=3))
+    for r in rollouts:
+        for logp, ids in zip(r.logprobs["here"], r.tokens):
+            plain = plain_logprobs(policy, r.prompt, ids, TEMPERATURE)
+            assert distance(logp, plain) < tolerance("library", policy.device)
+            assert not logp.requires_grad
+
+
+@pytest.mark.gpu
+def test_no_log_probs_are_recorded_of_dropped_groups(policy, rollouts):
+    record_logprobs(policy, rollouts, "here", section(drop_degenerate=True))
+    assert ["here" in r.logprobs for r in rollouts] == [True, False, True, True]
+
+
+@pytest.mark.gpu
+def test_what_an_update_logs_are_sums_over_its_tokens(policy, rollouts):
+    """At ratio 1, the surrogate of every token is its advantage."""
+    result = update(policy, Descent(policy), rollouts, 0.0, section(kl_coef=0.0, micro_batch=3))
+    n_tokens = count_tokens(rollouts)
+    entropy = surrogates = 0.0
+    for r in rollouts:
+        for ids, a in zip(r.tokens, r.advantages.tolist()):
+            logits = plain_logits(policy, r.prompt, ids).detach() / TEMPERATURE
+            entropy += float(torch.special.entr(logits.softmax(-1)).sum())
+            surrogates += a * len(ids)
+    assert len(result.sums) == 2
+    assert summed(result, "tokens") == n_tokens
+    assert summed(result, "entropy") == pytest.approx(entropy, rel=1e-3)
+    assert summed(result, "loss") == pytest.approx(-surrogates / n_tokens, rel=1e-3)
+    assert result.grad_norm == 0.25
+
+
+@pytest.mark.gpu
+def test_the_gap_to_sampling_is_taken_for_the_weights_that_sampled(moved, rollouts):
     """In the second epoch the policy is far from them, and the sampler is as right as before."""
-    moved = copy.deepcopy(policy)
-    descent = Descent(moved)
     grpo = section(kl_coef=0.0)
-    updates = [update(moved, descent, rollouts, 1.0, grpo) for _ in range(2)]
-    metrics = train_grpo.update_metrics(updates)
+    descent = Descent(moved)
+    update(moved, descent, rollouts, 1.0, grpo)
+    metrics = update_metrics([update(moved, descent, rollouts, 1.0, grpo)])
     assert abs(metrics["ratio"] - 1) > 0.01
-    assert metrics[f"{GAP}/max"] < tolerance("library", policy.device)
-    assert metrics[f"{GAP}/mean"] < metrics[f"{GAP}/max"]
+    assert metrics[f"{GAP}/max"] < tolerance("library", moved.device)
 
 
 @pytest.mark.gpu
-def test_preflight_runs_the_largest_update_and_leaves_nothing(
-    policy, examples, config, monkeypatch
-):
+def test_the_gap_to_sampling_is_the_largest_and_the_mean_difference(policy, rollouts):
+    """One number of 24 tokens is wrong by a half."""
+    wrong = rollouts[0].logprobs["sampled"][0].clone()
+    wrong[0] -= 0.5
+    rollouts[0].logprobs["sampled"] = [wrong, *rollouts[0].logprobs["sampled"][1:]]
+    metrics = update_metrics([update(policy, Descent(policy), rollouts[:1], 0.0, section())])
+    limit = tolerance("library", policy.device)
+    assert metrics[f"{GAP}/max"] == pytest.approx(0.5, abs=limit)
+    assert metrics[f"{GAP}/mean"] == pytest.approx(0.5 / sum(LENGTHS), abs=limit)
+
+
+# ------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_means_over_the_tokens_of_all_updates():
+    """Loss and gradient norm are means over updates, and the largest gap is the largest."""
+    gap = f"{GAP}/max"
+    first = Update(
+        [
+            {"tokens": 2, "entropy": 3.0, "loss": 0.1, gap: 0.5},
+            {"tokens": 1, "entropy": 1.0, "loss": 0.2, gap: 0.7},
+        ],
+        1.0,
+    )
+    second = Update([{"tokens": 5, "entropy": 0.0, "loss": 0.5, gap: 0.6}], 2.0)
+    metrics = update_metrics([first, second])
+    assert metrics["entropy"] == pytest.approx(4 / 8)
+    assert metrics["loss"] == pytest.approx(0.8 / 2)
+    assert metrics["grad_norm"] == 1.5
+    assert metrics[gap] == 0.7
+    assert "tokens" not in metrics
+
+
+# ------------------------------------------------------------------------------- before the loop
+
+
+@pytest.mark.gpu
+def test_preflight_runs_the_largest_update_and_leaves_nothing(policy, examples, monkeypatch):
+    config = load(*SMALL, "grpo.micro_batch=3", "grpo.group_size=5", "grpo.max_new_tokens=20")
     seen = []
     logprobs = policy.logprobs
 
@@ -343,7 +890,6 @@ def test_preflight_runs_the_largest_update_and_leaves_nothing(
     monkeypatch.setattr(policy, "dummy_prompt", None)
     before = [p.detach().clone() for p in policy.parameters()]
     train_grpo.preflight(policy, examples, config)
-    grpo = config.grpo
-    assert seen == [[[grpo.max_new_tokens] * grpo.group_size] * grpo.micro_batch]
+    assert seen == [[[20] * 5] * 3]
     assert all(p.grad is None for p in policy.parameters())
     assert all(map(torch.equal, before, policy.parameters()))
