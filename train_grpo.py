@@ -87,7 +87,7 @@ def policy_loss(
     clip_high: float,
     importance: str = "token",
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of each token, -min(r A, clip(r) A), and r = pi / pi_old: (R, T) each.
+    """Returns the loss of each token, -min(r A, clip(r) A), and the ratio r = pi / pi_old, (R, T).
 
     logp, old_logp and the boolean mask are (R, T), advantages (R,).
     """
@@ -149,7 +149,8 @@ def grpo_loss(
     loss, ratio = policy_loss(
         logp, old_logp, advantages, mask, grpo.clip_low, grpo.clip_high, grpo.importance
     )
-    # Clipping makes the gradient of a token zero only where it would move on the same way.
+    # What to log of the clipping in policy_loss: it makes the gradient of a token zero only where it
+    # would move on the same way.
     a = advantages[:, None]
     low = (ratio < 1 - grpo.clip_low) & (a < 0)
     high = (ratio > 1 + grpo.clip_high) & (a > 0)

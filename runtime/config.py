@@ -327,7 +327,7 @@ def check_together(config):
         raise InputError("model.min_pixels is larger than model.max_pixels")
     if grpo.mini_batch > grpo.prompts:
         raise InputError(f"grpo.mini_batch={grpo.mini_batch} is larger than {grpo.prompts=}")
-    if grpo.normalize_parts and grpo.adv_norm == "none":
+    if grpo.normalize_parts and grpo.adv_norm not in ("group", "batch"):
         raise InputError(
             "grpo.normalize_parts=true divides by a std: it takes grpo.adv_norm=group or batch"
         )
