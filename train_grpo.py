@@ -149,8 +149,8 @@ def grpo_loss(
     loss, ratio = policy_loss(
         logp, old_logp, advantages, mask, grpo.clip_low, grpo.clip_high, grpo.importance
     )
-    # What to log of the clipping in policy_loss: it makes the gradient of a token zero only where it
-    # would move on the same way.
+    # Where the clipping of policy_loss makes a token's gradient zero: only if it would move on the
+    # same way.
     a = advantages[:, None]
     low = (ratio < 1 - grpo.clip_low) & (a < 0)
     high = (ratio > 1 + grpo.clip_high) & (a > 0)
