@@ -445,7 +445,7 @@ def call_external(name: str, batch: list[Completion]) -> np.ndarray:
             if frame.filename == name.rpartition(":")[0]:
                 place = f", line {frame.lineno}"
         hint = "a reward that may fail catches its errors and returns 0 or None"
-        if "string indices" in str(error):
+        if re.search("string ind|'str' object has no attribute", str(error)):
             hint = "completions are strings, not chat messages: take completion itself"
         raise InputError(f"reward {name}{place}: {error!r} ({hint})") from None
 

@@ -684,6 +684,16 @@ def test_a_reward_that_returns_nonsense_stops_the_run(own, function, message):
     assert "returns 0 or None" in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["Clear.", ""])
+@pytest.mark.parametrize("content", ['c[0]["content"]', 'c.get("content")'])
+def test_a_reward_for_chat_messages_is_told_that_completions_are_strings(tmp_path, text, content):
+    path = tmp_path / "chatty.py"
+    path.write_text(f"def f(completions, **_):\n    return [len({content}) for c in completions]\n")
+    cfg = config({f"{path}:f": 1}, {})
+    with pytest.raises(InputError, match=r"line 2: .*completions are strings, not chat messages"):
+        rewards.score_completions([text], [example(answer="a")], cfg, "plain")
+
+
 def test_a_reward_that_cannot_be_loaded_is_named(own, tmp_path):
     # This KeyError is not taken for a function that is not there.
     (tmp_path / "bad.py").write_text("{}['f']")
