@@ -440,7 +440,8 @@ def test_each_process_samples_its_share_of_each_mini_batch(monkeypatch):
 
 def test_no_more_prompts_are_sampled_together_than_allowed():
     sampler = Sampler()
-    mini_batches("grpo.mini_batch=5", "grpo.sample_batch=2", sampler=sampler)
+    settings = ["grpo.mini_batch=5", "grpo.sample_batch=2"]
+    assert mini_batches(*settings, sampler=sampler) == [rollouts_of("01234"), rollouts_of("56")]
     assert [len(examples) for examples, _ in sampler.calls] == [2, 2, 1, 2]
 
 

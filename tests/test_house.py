@@ -38,7 +38,8 @@ MAY_IMPORT_INSIDE = {
     "scorers": {"radeval"},
 }
 
-# The budgets. The aim for all code is 50,000: a change should bring it down.
+# The budgets, which docs/house.md names, too. The aim for all code is 54,000: a change should bring
+# it down, and a feature may raise the limit to what it needs.
 SIX_TOKENS = 30_000
 ALL_TOKENS = 60_400
 COLUMNS = 100
@@ -117,7 +118,10 @@ def test_there_is_no_seventh_module():
 def test_budgets():
     tokens = {path: count_tokens(path) for path in code_files()}
     assert sum(tokens[ROOT / f"{name}.py"] for name in SIX) <= SIX_TOKENS
-    assert sum(tokens.values()) <= ALL_TOKENS
+    total = sum(tokens.values())
+    assert total <= ALL_TOKENS, (
+        f"{total - ALL_TOKENS} tokens too many in all code: see docs/house.md"
+    )
 
 
 def test_no_line_is_too_wide():
