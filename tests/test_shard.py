@@ -139,6 +139,8 @@ def train_as(local_rank, world, port, *args):
     torch.set_num_threads(1)
     init_processes()
     train(*args)
+    # As run_main does: else one that ends early can take the others with it.
+    torch.distributed.destroy_process_group()
 
 
 def free_port():
