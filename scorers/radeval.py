@@ -5,6 +5,9 @@ No metric is computed here. `radeval:NAME` or, for a metric that gives several n
 and a column of the evaluation. Install it with: pip install -r requirements-radeval.txt
 """
 
+import contextlib
+import io
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -21,8 +24,12 @@ def radeval_score(name: str) -> Callable[[list[str], list[str]], list[float]]:
     """
     _, metric, *key = name.split(":", 2)
     try:
-        from radeval.rewards import make_reward_fn  # noqa: PLC0415
+        # Without a network, the import prints that a list of words is missing.
+        with contextlib.redirect_stderr(io.StringIO()):
+            from radeval.rewards import make_reward_fn  # noqa: PLC0415
 
+        # RadGraph, and so RadCliQ, of version 2.2.1 imports from the former name of the package.
+        sys.modules.setdefault("RadEval", sys.modules["radeval"])
         function = make_reward_fn(metric, "reference", *key)
     except ImportError as error:
         raise InputError(

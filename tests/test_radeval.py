@@ -4,6 +4,7 @@ Its BLEU and ROUGE need no weights and run for real. `.ci/run` installs it witho
 pip install --no-deps radeval==2.2.1
 """
 
+import importlib
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from helpers import (
     LEARNING,
     ROOT,
     example,
+    is_one_error_line,
     load,
     metrics,
     phantom_reports,
@@ -72,6 +74,12 @@ def test_an_answer_without_text_has_a_score():
     assert score == 0
 
 
+def test_its_former_name_can_be_imported():
+    """As its RadGraph does, which then fails where names of files have capitals."""
+    library_score("radeval:bleu")
+    assert importlib.import_module("RadEval.metrics._registry").get_metric_class("bleu")
+
+
 # ------------------------------------------------------------------------------- rewards
 
 
@@ -130,6 +138,13 @@ def test_the_recipe_has_the_reward_of_the_paper():
 
 
 # ------------------------------------------------------------------------------- a run
+
+
+def test_a_run_with_a_wrong_name_prints_one_line(tmp_path):
+    table = "rewards.report={radeval:blue: 1}"
+    status, _, err = run_script("train_grpo.py", *LEARNING, table, f"out={tmp_path}")
+    assert status == 1
+    assert is_one_error_line(err, "radeval:blue")
 
 
 def test_a_run_with_it_as_reward_and_as_column(tmp_path):
