@@ -56,9 +56,10 @@ def explain(error):
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     if "per-sample" in reason:
         reason += " (here: radeval:NAME:KEY)"
-    if isinstance(error, OSError):
+    # A name or a key that is wrong has its own message. RadGraph raises a bare Exception.
+    elif not isinstance(error, ValueError):
         reason += (
-            " (its weights come from the Hugging Face hub: run it once with network access, or "
-            "copy them into HF_HOME)"
+            " (if its weights are missing: they come from the Hugging Face hub, so run it once "
+            "with network access, or copy what that leaves in ~/.cache)"
         )
     return reason
