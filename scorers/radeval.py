@@ -38,7 +38,12 @@ def radeval_score(name: str) -> Callable[[list[str], list[str]], list[float]]:
     except Exception as error:
         raise InputError(f"{name} cannot be loaded: {explain(error)}") from None
 
+    latest = []
+
     def score(texts, references):
+        # RadCliQ knows its references again by their address, which a new list may get, too, if
+        # the one before is gone.
+        latest[:] = [references]
         # Some metrics refuse an empty text.
         texts = [text if text.strip() else "." for text in texts]
         try:

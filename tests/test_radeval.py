@@ -74,6 +74,30 @@ def test_an_answer_without_text_has_a_score():
     assert score == 0
 
 
+def test_references_are_not_taken_for_earlier_ones(monkeypatch):
+    """RadCliQ keeps what it computes of references, and knows them again by id(references)."""
+    from scorers.radeval import radeval_score  # noqa: PLC0415
+
+    def make_reward_fn(metric, reference_column):
+        known = []
+
+        def function(texts, reference):
+            if known[:1] != [id(reference)]:
+                known[:] = [id(reference), float(len(reference[0]))]
+            return [known[1]] * len(texts)
+
+        return function
+
+    radeval_score.cache_clear()
+    monkeypatch.setattr("radeval.rewards.make_reward_fn", make_reward_fn)
+    cfg = load("rewards.report={radeval:mine: 1}").rewards
+    for length in range(1, 30):
+        references = [example(answer="b" * length)] * 2
+        total, _ = score_completions(["a", "a"], references, cfg, "plain")
+        assert list(total) == [length, length]
+    radeval_score.cache_clear()
+
+
 def test_its_former_name_can_be_imported():
     """As its RadGraph does, which then fails where names of files have capitals."""
     library_score("radeval:bleu")
