@@ -13,8 +13,6 @@ from functools import lru_cache
 
 from runtime.config import InputError
 
-PREFIX = "radeval:"
-
 
 @lru_cache
 def radeval_score(name: str) -> Callable[[list[str], list[str]], list[float]]:
