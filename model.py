@@ -28,6 +28,7 @@ import json
 import os
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -291,21 +292,17 @@ class Policy:
 
     def encode(self, example: Example) -> Prompt:
         """The model inputs of an example's prompt. Raises InputError."""
-        prompt = self.ahead and self.ahead.take(example)
-        if isinstance(prompt, Exception):
-            raise prompt
-        return (prompt or self.encode_here(example)).to(self.device)
+        encode = self.ahead or self.encode_here
+        return encode(example).to(self.device)
 
     def encode_ahead(self, upcoming: Iterable[Example]):
         """Let data.workers processes encode these examples, in the order in which they will be
         asked for."""
-        if self.ahead:
-            self.ahead.close()
-        self.ahead = None
         if self.config.data.workers:
-            from fast.encode_ahead import EncodeAhead  # noqa: PLC0415
+            from fast.encode_ahead import encode_ahead  # noqa: PLC0415
 
-            self.ahead = EncodeAhead(self, upcoming, self.config.data.workers)
+            # Weak, so that the model is freed when nothing else keeps it.
+            self.ahead = encode_ahead(weakref.proxy(self), upcoming)
 
     def encode_here(self, example: Example) -> Prompt:
         """The same on the CPU, in this process."""

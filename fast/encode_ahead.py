@@ -10,70 +10,67 @@ The order is known long before: which examples make up a step is a function of t
 asked for out of order is encoded where it is needed.
 """
 
-import atexit
 import os
 import pickle
 import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context, parent_process
 
-from torch.utils.data import DataLoader, Dataset
+import torch
 
-PROMPTS_AHEAD = 16  # of each worker
-
-
-class EncodeAhead:
-    """Prompts of the examples that will be asked for, in this order."""
-
-    def __init__(self, policy, upcoming, workers):
-        # Without this, tokenizers warns that the process was forked.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        loader = DataLoader(
-            Encoder(policy),
-            batch_size=None,
-            sampler=upcoming,
-            num_workers=workers,
-            prefetch_factor=PROMPTS_AHEAD,
-            worker_init_fn=leave_signals,
-            multiprocessing_context="fork",
-        )
-        self.results = iter(loader)
-        self.next = None
-        # Before multiprocessing kills the workers, which torch would take for an accident.
-        atexit.register(self.close)
-
-    def close(self):
-        """End the workers."""
-        self.results = iter(())
-        atexit.unregister(self.close)
-
-    def take(self, example):
-        """The result for the example, if it is the next one: a Prompt, or what it raises."""
-        # The next one stays here until it is asked for.
-        if self.next is None:
-            self.next = next(self.results, None)
-        if self.next is None or self.next[0] != example.id:
-            return None
-        _, result = self.next
-        self.next = None
-        return pickle.loads(result)
+PROMPTS_AHEAD = 8  # of each worker
+POOLS = []  # kept to the end: Python does not exit well after freeing one with work to do
 
 
-class Encoder(Dataset):
-    """What a worker does with an example."""
+def encode_ahead(policy, upcoming):
+    """A function like policy.encode_here, for examples that are asked for in this order."""
+    # Without this, tokenizers warns that the process was forked.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    workers = policy.config.data.workers
+    # A forked worker has the processor. It never touches the device.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), start_worker, [policy])
+    POOLS.append(pool)
+    upcoming = iter(upcoming)
+    under_way = deque()
 
-    def __init__(self, policy):
-        self.policy = policy
+    def submit(count):
+        for example in islice(upcoming, count):
+            under_way.append((example, pool.submit(encode_in_worker, example)))
 
-    def __getitem__(self, example):
-        try:
-            result = self.policy.encode_here(example)
-        # It is raised in the main process, where the example is asked for.
-        except Exception as error:
-            result = error
-        # As bytes: tensors would travel in shared memory, of which a container has little.
-        return example.id, pickle.dumps(result)
+    def encode(example):
+        # Whether it is the next one decides, not which worker is faster.
+        if not under_way or under_way[0][0] != example:
+            return policy.encode_here(example)
+        _, result = under_way.popleft()
+        submit(1)
+        if not under_way:
+            pool.shutdown()
+        return pickle.loads(result.result())
+
+    submit(PROMPTS_AHEAD * workers)
+    return encode
 
 
-def leave_signals(_):
-    """A request to stop is for the main process, which ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def start_worker(policy):
+    """The first thing that a worker does."""
+    encode_in_worker.policy = policy
+    # Slurm and torchrun send signals to workers, too. The main process decides when it stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # The threads of torch do not survive a fork.
+    torch.set_num_threads(1)
+
+
+def end_with_parent():
+    """However the main process ends, no worker stays behind."""
+    parent_process().join()
+    os._exit(0)
+
+
+def encode_in_worker(example):
+    # As bytes: tensors would travel in shared memory, of which a container has little.
+    return pickle.dumps(encode_in_worker.policy.encode_here(example))
