@@ -23,6 +23,7 @@ values, g query heads for each of them, d their width.
 """
 
 import copy
+import weakref
 
 import torch
 from torch import nn
@@ -61,7 +62,8 @@ class SharedDecoder:
     """The buffers of R rows of up to T tokens, and the step that adds a token to each row."""
 
     def __init__(self, policy, prefill, uniform, temperature):
-        self.policy = policy
+        # The policy keeps the decoder, and must not be kept by it in turn: it would not be freed.
+        self.policy = weakref.proxy(policy)
         self.text = policy.base.language_model
         self.stop_ids = policy.stop_ids
         self.temperature = temperature

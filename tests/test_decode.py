@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -168,6 +169,15 @@ def test_a_longer_prompt_gets_new_buffers(policy, prompts, monkeypatch):
     uniform = random_numbers(3, 9, 8, policy.device)
     for prompt in (shortest, longest):
         assert_equal(policy, [prompt], uniform)
+
+
+def test_a_decoder_does_not_keep_its_policy(config, examples):
+    policy = load_policy(config)
+    policy.sample(examples[:1], 2, 4, 1.0)
+    assert policy.decoder
+    kept = weakref.ref(policy)
+    del policy
+    assert kept() is None
 
 
 def test_a_copy_of_a_policy_decodes_with_its_own_weights(policy, prompts):
