@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers  # comes with transformers
 import torch
 import transformers
 from PIL import Image
@@ -1197,6 +1196,8 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 def build_tokenizer(vocabulary: int = 1024) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with Qwen's special tokens, trained on the phantoms' own texts."""
+    import tokenizers  # noqa: PLC0415 (comes with transformers)
+
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     # Digits one by one, as in Qwen.
     words = tokenizers.Regex(r"\p{N}|[^\s\p{L}\p{N}]+| ?\p{L}+|\s+")

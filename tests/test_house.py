@@ -27,11 +27,11 @@ MAY_IMPORT = {
     "runtime": {"runtime"},
     "tools": {*SIX, *ROOMS},
 }
-# What a setting asks for is imported where it is used. Optional packages: wandb,
-# radeval.
+# What a setting asks for is imported where it is used. Optional packages: wandb, radeval; and
+# tokenizers, of which only the tiny model needs more than transformers offers.
 MAY_IMPORT_INSIDE = {
     "eval": {"tools"},
-    "model": {"fast"},
+    "model": {"fast", "tokenizers"},
     "rewards": {"scorers"},
     "data": {"readers"},
     "runtime": {"wandb"},

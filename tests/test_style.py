@@ -1,6 +1,7 @@
 """How dense the code may be: what a reader has to hold in mind at once.
 
-Size is counted in tokens, so line breaks hide nothing. A budget may go down, not up.
+Size is counted in tokens, so line breaks hide nothing. These budgets may go down, not up; those of
+the whole code stand in tests/test_house.py.
 """
 
 import ast
@@ -11,7 +12,7 @@ import tokenize
 import pytest
 from helpers import ROOT, SIX, docstring_lines, python_files
 
-# For each file: tokens per line of code, and per statement. Wanted are 9.0 and 12.0.
+# For each file: tokens per line of code, and per statement. The exceptions are what a file has now.
 PER_LINE = 9.0
 PER_STATEMENT = 12.0
 EXCEPTIONS = {
@@ -26,7 +27,14 @@ EXCEPTIONS = {
 }
 LONG_STATEMENT = 40  # tokens; imports, signatures and tables may be longer
 LONG_FUNCTION = 50  # lines, with the docstring
-COMMENTS = 0.03  # share of the lines in train_grpo.py, model.py and fast/
+COMMENTS = 0.06  # share of the lines in train_grpo.py, model.py and fast/
+FEW_COMMENTS = {
+    "model.py": 0.045,
+    "fast/frozen_tower.py": 0.054,
+    "fast/patches.py": 0.034,
+    "fast/shared_decode.py": 0.049,
+    "fast/shared_prefix.py": 0.04,
+}
 FILES = [*python_files(*(f"{name}.py" for name in SIX)), *python_files("fast/[!_]*.py")]
 
 by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -132,4 +140,5 @@ def is_imported(name):
 def test_comments_say_why(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     comments = [line for line in lines if line.lstrip().startswith("#")]
-    assert len(comments) / len(lines) >= COMMENTS
+    wanted = FEW_COMMENTS.get(str(path.relative_to(ROOT)), COMMENTS)
+    assert len(comments) / len(lines) >= wanted
