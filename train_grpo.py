@@ -21,7 +21,7 @@ Left out: a value network, top-k and top-p, KL in the reward, an asynchronous sa
 
 Four sizes count prompts. A step samples `prompts`. An optimiser step uses a mini-batch of
 `mini_batch` of them, over all processes, and each mini-batch is used `epochs` times. On each
-process, a forward pass holds `micro_batch` and a decoding loop `sample_batch`.
+process, a decoding loop holds `sample_batch`, and a forward pass as many as `micro_tokens` allows.
 Shapes: B prompts, G completions of each, R = B * G rows, T tokens.
 
 With init=auto, a start that does not exist is trained first. Writes OUT/grpo/ (config.yaml,
@@ -31,7 +31,7 @@ with OUT/eval/, which compares before and after.
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -45,16 +45,26 @@ import model
 import rewards
 import train_sft
 from data import Example, batched
-from model import Optimizer, Policy, Rollout, pad_rows, save_checkpoint
+from model import Optimizer, Policy, Prompt, Rollout, pad_rows, save_checkpoint
 from runtime.checkpoint import last_step, open_run, resolve
 from runtime.config import Config, GRPOConfig, InputError
 from runtime.log import Log
 from runtime.output import print0, rank, world_size
-from runtime.processes import StopRequest, gather_lists, gather_rows, run_main, start_training
+from runtime.processes import (
+    StopRequest,
+    gather_lists,
+    gather_objects,
+    gather_rows,
+    run_main,
+    start_training,
+)
 
 # ------------------------------------------------------------------------------- the algorithm
 
 EQUAL = 1e-6  # rewards closer than this differ by rounding only
+PROMPTS_TO_TRY = 16  # the longest of these takes part in the preflight
+CPU_MICRO_TOKENS = 4096  # grpo.micro_tokens=0 on a CPU
+MEMORY_SHARE = 0.5  # for activations; sampling keeps keys and values, and memory has gaps
 GAP = "sampling/sampling_logp_difference"  # between sampling and scoring the same tokens
 
 
@@ -281,6 +291,20 @@ def trainable_groups(rollouts: list[Rollout], grpo: GRPOConfig) -> list[Rollout]
     return [r for r in rollouts if not is_degenerate(r)]
 
 
+def micro_batches(rollouts: list[Rollout], micro_tokens: int) -> list[list[Rollout]]:
+    """The rollouts in order, as many together as have micro_tokens tokens; at least one."""
+    batches = []
+    room = 0
+    for rollout in rollouts:
+        size = len(rollout.prompt) + sum(rollout.lengths)
+        if size > room:
+            batches.append([])
+            room = micro_tokens
+        batches[-1].append(rollout)
+        room -= size
+    return batches
+
+
 def logprobs_of(rollouts: list[Rollout], name: str) -> Tensor:
     """Log-probabilities that the rollouts keep, (R, T)."""
     return pad_rows(list(chain.from_iterable(r.logprobs[name] for r in rollouts)))
@@ -309,7 +333,7 @@ def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GR
     """Keep the log-probabilities under `policy` as logprobs[name] of every rollout."""
     used = trainable_groups(rollouts, grpo)
     with policy.unsharded():
-        for micro_batch in batched(used, grpo.micro_batch):
+        for micro_batch in micro_batches(used, grpo.micro_tokens):
             logp, _, _ = score_tokens(policy, micro_batch, grpo.temperature)
             for rollout, rows in by_rollout(micro_batch, logp):
                 rollout.logprobs[name] = rows
@@ -339,7 +363,7 @@ def update(
     # Gradients add up over micro-batches. Where weights are sharded, a process with fewer of them
     # runs dummy steps inside, which are not given out here.
     sums = []
-    for micro_batch in policy.with_dummy_steps(batched(used, grpo.micro_batch)):
+    for micro_batch in policy.with_dummy_steps(micro_batches(used, grpo.micro_tokens)):
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
         # For 4: in its first update, the policy is a rollout's pi_old. Later epochs use these
@@ -378,13 +402,13 @@ def to_floats(tensors: dict[str, Tensor]) -> dict[str, float]:
 
 def train(config: Config, run: Path, start: str, stop: StopRequest):
     """Run GRPO from the checkpoint `start`, or continue it, until its last step or a stop."""
-    grpo = config.grpo
     train_examples = data.load_split(config, "train")
-    policy, optimizer, state = model.load_or_resume(run, config, start, grpo)
+    policy, optimizer, state = model.load_or_resume(run, config, start, config.grpo)
     reference = load_reference(policy, config, start)
-    preflight(policy, train_examples, config, state["step"])
+    micro_tokens = preflight(policy, train_examples, config, state)
+    grpo = replace(config.grpo, micro_tokens=micro_tokens)
     log = Log(run, config, state["step"], grpo.steps)
-    print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}")
+    print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}; {micro_tokens=}")
 
     for step in log.steps():
         # 1. Rollout: the policy samples G completions of each prompt. What follows fills these in.
@@ -422,7 +446,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
             log.sample(done, record)
         stopping = stop.requested()
         if stopping or done % grpo.save_every == 0 or done == grpo.steps:
-            save_checkpoint(run, done, policy, optimizer)
+            save_checkpoint(run, done, policy, optimizer, micro_tokens=micro_tokens)
         if stopping and done < grpo.steps:
             print0(f"{run}: stopped after step {done}; the same command continues from here")
             return
@@ -495,38 +519,77 @@ def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dic
 # ------------------------------------------------------------------------------- before the loop
 
 
-def preflight(policy: Policy, examples: list[Example], config: Config, first_step: int = 0):
-    """Before the first step: choose the prompt that processes without work run along on; fail now
-    rather than after hours: try the largest update, then the evaluation; and let the images of all
-    steps be decoded ahead."""
+def preflight(policy: Policy, examples: list[Example], config: Config, state: dict) -> int:
+    """Fail now rather than after hours: try the largest update, then the evaluation.
+
+    Also chooses the prompt that processes without work run along on, and lets the images of all
+    steps be decoded ahead. Returns grpo.micro_tokens, or what stands for 0. Collective.
+    """
     grpo = config.grpo
     data.say_repeats(examples, config)
     usable = chain.from_iterable(policy.encode_all([example]) for example in examples)
-    prompts = [prompt for _, prompt in islice(usable, 4 * grpo.micro_batch)]
+    prompts = [prompt for _, prompt in islice(usable, PROMPTS_TO_TRY)]
     if not prompts:
         raise InputError("none of the training examples can be used (see the messages above)")
     # With sharded weights, a process without work runs along on this prompt.
     policy.dummy_prompt = prompts[0]
+    longest = max(prompts, key=len)
     with policy.unsharded():
-        policy.remember_images(prompts)
+        policy.remember_images([longest])
 
-    # The longest of these prompts, all completions of full length.
-    longest = sorted(prompts, key=len)[-grpo.micro_batch :]
-    row = policy.stop_ids[:1].expand(grpo.max_new_tokens)
-    completions = [[row] * grpo.group_size] * len(longest)
+    # A run that is resumed goes on with the number that it began with.
+    micro_tokens = grpo.micro_tokens or state.get("micro_tokens")
+    micro_tokens = micro_tokens or choose_micro_tokens(policy, longest, grpo)
+    local = -(-(grpo.mini_batch or grpo.prompts) // world_size())
+    fitting = micro_tokens // full_size(longest, grpo)
+    count = max(1, min(local, fitting))
     try:
-        logp, _, _ = policy.logprobs(longest, completions, grpo.temperature)
-        logp.sum().backward()
+        try_update(policy, [longest] * count, grpo)
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"the largest batch does not fit: lower grpo.micro_batch={grpo.micro_batch} or "
+            f"the largest batch does not fit: lower grpo.micro_tokens={micro_tokens} or "
             f"grpo.max_new_tokens={grpo.max_new_tokens}, or set model.gradient_checkpointing=true "
             f"({str(error).splitlines()[0]})"
         ) from None
     policy.model.zero_grad()
 
     evaluation.try_evaluation(policy, config)
-    policy.encode_ahead(local_examples(examples, config, first_step))
+    policy.encode_ahead(local_examples(examples, config, state["step"]))
+    return micro_tokens
+
+
+def full_size(prompt: Prompt, grpo: GRPOConfig) -> int:
+    """Tokens of a prompt and its completions, all of full length."""
+    return len(prompt) + grpo.group_size * grpo.max_new_tokens
+
+
+def try_update(policy: Policy, prompts: list[Prompt], grpo: GRPOConfig):
+    """Forward and backward of prompts with completions of full length."""
+    row = policy.stop_ids[:1].expand(grpo.max_new_tokens)
+    completions = [[row] * grpo.group_size] * len(prompts)
+    logp, _, _ = policy.logprobs(prompts, completions, grpo.temperature)
+    logp.sum().backward()
+
+
+def choose_micro_tokens(policy: Policy, prompt: Prompt, grpo: GRPOConfig) -> int:
+    """The tokens whose activations take MEMORY_SHARE of the GPU's free memory. Collective: of
+    several processes, the least."""
+    if policy.device.type == "cpu":
+        return CPU_MICRO_TOKENS
+    # The first try leaves the gradients, so the second one shows what activations take.
+    before = torch.cuda.memory_allocated()
+    try_update(policy, [prompt], grpo)
+    with_gradients = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try_update(policy, [prompt], grpo)
+    activations = torch.cuda.max_memory_allocated() - with_gradients
+
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    # The optimizer will keep two numbers of each gradient.
+    free -= 2 * (with_gradients - before)
+    fitting = MEMORY_SHARE * free / activations
+    return min(gather_objects(int(fitting * full_size(prompt, grpo))))
 
 
 def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:

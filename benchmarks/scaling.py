@@ -163,7 +163,7 @@ def step_time(processes: int, parallel: str, steps: int) -> float:
         "data.train_size=200",
         "data.val_size=2",
         "data.test_size=2",
-        "grpo.micro_batch=6",
+        "grpo.micro_tokens=4200",
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:

@@ -80,7 +80,7 @@ class Ours:
             "data.train_size=64",
             f"grpo.prompts={case.prompts}",
             f"grpo.group_size={G}",
-            f"grpo.micro_batch={case.prompts}",
+            "grpo.micro_tokens=100_000",
             f"grpo.sample_batch={case.prompts}",
             f"grpo.max_new_tokens={NEW}",
             "grpo.temperature=1",

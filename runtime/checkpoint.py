@@ -21,7 +21,7 @@ from runtime.processes import gather_objects
 MAY_CHANGE = {
     "grpo.steps",
     "grpo.save_every",
-    "grpo.micro_batch",
+    "grpo.micro_tokens",
     "grpo.sample_batch",
     "sft.micro_batch",
     "sft.more_steps",

@@ -189,8 +189,9 @@ class GRPOConfig:
     mini_batch: int = bounded(0)
     # How often each mini-batch is used.
     epochs: int = bounded(1, 1)
-    # Prompts per forward pass, on each process.
-    micro_batch: int = bounded(4, 1)
+    # Tokens of prompts and completions per forward pass of an update, on each process; a prompt
+    # and its completions stay together. 0: as many as the memory takes.
+    micro_tokens: int = bounded(0)
     # Prompts that are sampled together, on each process.
     sample_batch: int = bounded(16, 1)
     # A completion that is longer is cut.
@@ -284,6 +285,9 @@ class Config:
 
 # ------------------------------------------------------------------------------- reading
 
+# Keys that older configurations may have, and what to do instead.
+GONE = {"grpo.micro_batch": "set grpo.micro_tokens, or leave it out: the memory decides"}
+
 # What yaml raises for bad input: also a date that cannot be, or `!!int ''`.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
@@ -374,6 +378,8 @@ def set_key(config: Config, name: str, value: Any, origin: str | Path):
         getattr(config.rewards, task)[component] = parse_number(name, value)
         return
     keys = known_keys()
+    if name in GONE:
+        raise InputError(f"{origin}: {name} is gone: {GONE[name]}")
     if name not in keys:
         nearest = difflib.get_close_matches(name, keys, 1, 0)[0]
         raise InputError(

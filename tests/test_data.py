@@ -60,6 +60,7 @@ def test_overrides_and_types(tmp_path):
         ("grpo.freeze=[tower]", "grpo.freeze: expected one of vision, projector, got 'tower'"),
         ("sft.freeze=vision", "sft.freeze: expected a list"),
         ("sft.train_vision=false", "unknown key 'sft.train_vision'"),
+        ("grpo.micro_batch=4", "grpo.micro_batch is gone: set grpo.micro_tokens"),
     ],
 )
 def test_bad_overrides_name_the_key(override, message):

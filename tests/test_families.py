@@ -379,7 +379,7 @@ def case(request, tmp_path_factory):
         "model.max_pixels=12544",
         "grpo.group_size=3",
         "grpo.temperature=1",
-        "grpo.micro_batch=2",
+        "grpo.micro_tokens=300",
         "grpo.kl_coef=0",
     )
     return SimpleNamespace(

@@ -8,12 +8,15 @@ import copy
 import dataclasses
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    LEARNING,
     SMALL,
+    START,
     all_tokens,
     distance,
     example,
@@ -36,6 +39,7 @@ from train_grpo import (
     group_advantages,
     grpo_loss,
     kl_terms,
+    micro_batches,
     policy_loss,
     record_logprobs,
     sample_mini_batches,
@@ -615,10 +619,11 @@ def test_otherwise_all_groups_are_trained_on():
 
 TEMPERATURE = 0.7
 LENGTHS = [12, 7, 1, 4]
+MANY = 10_000  # tokens: all groups in one micro-batch
 
 
 def section(**changes):
-    settings = {"micro_batch": 4, "max_new_tokens": 12, "temperature": TEMPERATURE}
+    settings = {"micro_tokens": MANY, "max_new_tokens": 12, "temperature": TEMPERATURE}
     return GRPOConfig(**settings | changes)
 
 
@@ -681,6 +686,11 @@ def differ(a, b):
     return max(distance(a[name], b[name]) for name in a) / largest(b)
 
 
+def size_of(rollouts):
+    """Tokens of prompts and completions."""
+    return sum(len(r.prompt) for r in rollouts) + count_tokens(rollouts)
+
+
 def count_tokens(rollouts):
     return sum(map(len, all_tokens(rollouts)))
 
@@ -693,7 +703,7 @@ def summed(result, name):
 @pytest.mark.gpu
 def test_an_update_is_the_gradient_of_the_plain_objective(policy, rollouts):
     """-mean(A log p) + kl_coef * mean(k3) of plain rows through the model's own forward."""
-    got = gradients(policy, rollouts, kl_coef=0.5, micro_batch=3)
+    got = gradients(policy, rollouts, kl_coef=0.5, micro_tokens=size_of(rollouts[:3]))
     loss = 0.0
     for r in rollouts:
         for ids, ref_logp, a in zip(r.tokens, r.logprobs["reference"], r.advantages):
@@ -707,11 +717,37 @@ def test_an_update_is_the_gradient_of_the_plain_objective(policy, rollouts):
     assert differ(got, dict(zip(named, expected))) < tolerance("gradients", policy.device)
 
 
+def test_micro_batches_take_prompts_in_order_until_the_budget_is_full():
+    sizes = [5, 5, 30, 1, 9, 10, 2]
+    rollouts = [SimpleNamespace(prompt=[0] * (size - 1), lengths=[1]) for size in sizes]
+    batches = micro_batches(rollouts, 10)
+    assert [[len(r.prompt) + 1 for r in batch] for batch in batches] == [
+        [5, 5],
+        [30],
+        [1, 9],
+        [10],
+        [2],
+    ]
+    assert micro_batches(rollouts, 1) == [[r] for r in rollouts]
+    assert micro_batches([], 10) == []
+
+
 @pytest.mark.gpu
-def test_micro_batch_size_does_not_change_the_gradient(policy, rollouts):
-    one = gradients(policy, rollouts, micro_batch=1, kl_coef=0.1)
-    four = gradients(policy, rollouts, micro_batch=4, kl_coef=0.1)
-    assert differ(one, four) < tolerance("gradients", policy.device)
+@pytest.mark.parametrize("seed", range(3))
+def test_micro_tokens_do_not_change_the_gradient(policy, rollouts, seed):
+    """Groups of random lengths, in random micro-batches and in a single one."""
+    rng = np.random.default_rng(seed)
+    for r in rollouts:
+        lengths = rng.integers(1, [n + 1 for n in LENGTHS])
+        r.tokens = [ids[:n] for ids, n in zip(r.tokens, lengths)]
+        for name, rows in r.logprobs.items():
+            r.logprobs[name] = [row[:n] for row, n in zip(rows, lengths)]
+    # From one group in a micro-batch to all but one.
+    micro_tokens = int(rng.integers(1, size_of(rollouts[:-1])))
+    assert len(micro_batches(rollouts, micro_tokens)) > 1
+    parts = gradients(policy, rollouts, micro_tokens=micro_tokens, kl_coef=0.1)
+    whole = gradients(policy, rollouts, micro_tokens=MANY, kl_coef=0.1)
+    assert differ(parts, whole) < tolerance("gradients", policy.device)
 
 
 @pytest.mark.gpu
@@ -765,7 +801,7 @@ def moved(policy):
 
 @pytest.mark.gpu
 def test_until_its_first_update_the_policy_is_the_old_one(policy, moved, rollouts):
-    record_logprobs(policy, rollouts, "before", section(micro_batch=3))
+    record_logprobs(policy, rollouts, "before", section(micro_tokens=size_of(rollouts[:3])))
     result = update(moved, Descent(moved), rollouts, 0.1, section())
     limit = tolerance("log-probs", policy.device)
     assert distance(recorded(rollouts, "old"), recorded(rollouts, "before")) < limit
@@ -796,7 +832,7 @@ def test_later_updates_see_how_far_the_policy_has_moved(policy, moved, rollouts)
 
 @pytest.mark.gpu
 def test_recorded_log_probs_are_those_of_plain_rows(policy, rollouts):
-    record_logprobs(policy, rollouts, "here", section(micro_batch=3))
+    record_logprobs(policy, rollouts, "here", section(micro_tokens=size_of(rollouts[:3])))
     for r in rollouts:
         for logp, ids in zip(r.logprobs["here"], r.tokens):
             plain = plain_logprobs(policy, r.prompt, ids, TEMPERATURE)
@@ -813,7 +849,8 @@ def test_no_log_probs_are_recorded_of_dropped_groups(policy, rollouts):
 @pytest.mark.gpu
 def test_what_an_update_logs_are_sums_over_its_tokens(policy, rollouts):
     """At ratio 1, the surrogate of every token is its advantage."""
-    result = update(policy, Descent(policy), rollouts, 0.0, section(kl_coef=0.0, micro_batch=3))
+    grpo = section(kl_coef=0.0, micro_tokens=size_of(rollouts[:3]))
+    result = update(policy, Descent(policy), rollouts, 0.0, grpo)
     n_tokens = count_tokens(rollouts)
     entropy = surrogates = 0.0
     for r in rollouts:
@@ -878,7 +915,10 @@ def test_metrics_are_means_over_the_tokens_of_all_updates():
 
 @pytest.mark.gpu
 def test_preflight_runs_the_largest_update_and_leaves_nothing(policy, examples, monkeypatch):
-    config = load(*SMALL, "grpo.micro_batch=3", "grpo.group_size=5", "grpo.max_new_tokens=20")
+    longest = max(len(policy.encode(e)) for e in examples[: train_grpo.PROMPTS_TO_TRY])
+    three = 3 * (longest + 5 * 20) + 1
+    settings = f"grpo.micro_tokens={three}", "grpo.group_size=5", "grpo.max_new_tokens=20"
+    config = load(*SMALL, *settings)
     seen = []
     logprobs = policy.logprobs
 
@@ -890,7 +930,69 @@ def test_preflight_runs_the_largest_update_and_leaves_nothing(policy, examples, 
     # It is set here, and put back.
     monkeypatch.setattr(policy, "dummy_prompt", None)
     before = [p.detach().clone() for p in policy.parameters()]
-    train_grpo.preflight(policy, examples, config)
+    assert train_grpo.preflight(policy, examples, config, {"step": 0}) == three
     assert seen == [[[20] * 5] * 3]
     assert all(p.grad is None for p in policy.parameters())
     assert all(map(torch.equal, before, policy.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("key", "state", "expected"), [(700, 500, 700), (0, 500, 500), (0, None, 4096)]
+)
+def test_micro_tokens_are_the_setting_or_those_of_the_run_or_chosen(
+    policy, examples, monkeypatch, key, state, expected
+):
+    monkeypatch.setattr(policy, "device", torch.device("cpu"))
+    monkeypatch.setattr(policy, "dummy_prompt", None)
+    for name in ("try_evaluation", "try_update"):
+        module = train_grpo if name == "try_update" else train_grpo.evaluation
+        monkeypatch.setattr(module, name, lambda *args: None)
+    config = load(*SMALL, f"grpo.micro_tokens={key}")
+    state = {"step": 1, "micro_tokens": state} if state else {"step": 0}
+    assert train_grpo.preflight(policy, examples, config, state) == expected
+
+
+def test_on_a_gpu_the_free_memory_chooses_micro_tokens(policy, examples, monkeypatch):
+    """The optimizer takes 60 of 300 free bytes, and half of the others is for activations, of which
+    a group takes 24 bytes."""
+    prompt = policy.encode(examples[0])
+    allocated = iter([100, 130])
+    counters = {
+        "memory_allocated": lambda: next(allocated),
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda: 130 + 24,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (300, 1000),
+    }
+    for name, function in counters.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(train_grpo, "try_update", lambda *args: None)
+    monkeypatch.setattr(train_grpo, "gather_objects", lambda value: [value + 1, value])
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    grpo = section()
+    group = len(prompt) + grpo.group_size * grpo.max_new_tokens
+    assert train_grpo.choose_micro_tokens(gpu, prompt, grpo) == 5 * group
+
+
+def test_a_run_keeps_its_micro_tokens(tmp_path):
+    """Resumed with the same setting, 0, it goes on with those that it began with."""
+    stop = SimpleNamespace(requested=lambda: False)
+    short = *LEARNING, f"out={tmp_path}", "grpo.micro_tokens=0", "grpo.max_new_tokens=4"
+
+    def state_after(steps):
+        train_grpo.train(load(*short, f"grpo.steps={steps}"), tmp_path, str(START), stop)
+        return torch.load(tmp_path / "last" / "training_state.pt", weights_only=True)
+
+    state = state_after(1)
+    if not torch.cuda.is_available():
+        assert state["micro_tokens"] == train_grpo.CPU_MICRO_TOKENS
+    torch.save(state | {"micro_tokens": 50}, tmp_path / "last" / "training_state.pt")
+    assert state_after(2)["micro_tokens"] == 50
+
+
+@pytest.mark.gpu
+def test_what_the_memory_chooses_fits(policy, examples, device):
+    """On a GPU by its memory, on a CPU by a constant."""
+    prompt = policy.encode(examples[0])
+    assert train_grpo.choose_micro_tokens(policy, prompt, section()) >= 4096
+    policy.model.zero_grad()

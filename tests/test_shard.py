@@ -30,7 +30,7 @@ SETTINGS = [
     "data.train_size=6",
     "data.test_size=2",
     "grpo.group_size=3",
-    "grpo.micro_batch=1",
+    "grpo.micro_tokens=1",
     "grpo.kl_coef=0.1",
     "grpo.drop_degenerate=true",
     "grpo.max_new_tokens=8",
@@ -107,7 +107,7 @@ def train(out, parallel, options, steps):
     policy, optimizer, state = load_or_resume(out, config, str(START), grpo)
     reference = train_grpo.load_reference(policy, config, str(START))
     assert policy.sharded == (parallel == "shard" and world_size() > 1)
-    train_grpo.preflight(policy, examples, config)
+    train_grpo.preflight(policy, examples, config, {"step": 0})
     norms = state.get("norms", [])
     for step in range(state["step"], steps):
         rollouts = local_rollouts(step, policy, examples, grpo.group_size)

@@ -38,7 +38,7 @@ def test_the_memory_plan_is_what_a_step_keeps(examples, frozen, precision):
     """Activations nearly, weights, gradients and optimiser states byte for byte."""
     config = load(
         *SMALL,
-        "grpo.micro_batch=2",
+        "grpo.micro_tokens=1500",
         "grpo.group_size=8",
         "grpo.max_new_tokens=80",
         f"grpo.freeze={frozen}",

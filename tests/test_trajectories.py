@@ -41,7 +41,7 @@ GRPO = [
     "grpo.prompts=6",
     "grpo.group_size=4",
     "grpo.max_new_tokens=40",
-    "grpo.micro_batch=4",
+    "grpo.micro_tokens=600",
     "grpo.temperature=1",
     "grpo.lr=1e-3",
     "grpo.save_every=1",
@@ -106,7 +106,7 @@ SETTINGS = {
 # processes (0: without torchrun).
 WAYS = [
     ("default", "as it is", [], 0),
-    ("default", "micro-batches of 1", ["grpo.micro_batch=1", "grpo.sample_batch=2"], 0),
+    ("default", "micro-batches of 1", ["grpo.micro_tokens=1", "grpo.sample_batch=2"], 0),
     ("default", "plain rows", ["model.shared_prefix=false"], 0),
     ("default", "killed and resumed", [], 0),
     ("default", "two processes, replicated", ["model.parallel=replicate"], 2),

@@ -102,7 +102,12 @@ def memory_plan(policy, config, section, gpus=None):
 
     # With a shared prefix, a prompt counts once and not once per completion.
     copies = 1 if policy.shared else rows
-    prompts = min(section.micro_batch, local)
+    if section is config.grpo:
+        # With grpo.micro_tokens=0, as many as fit: here the least.
+        prompts = max(1, section.micro_tokens // (prompt_tokens + rows * row_tokens))
+    else:
+        prompts = section.micro_batch
+    prompts = min(prompts, local)
     tokens = prompts * (copies * prompt_tokens + rows * row_tokens)
     activations = tokens * kept_of_token(config, text, operand)
     if vision and not policy.vision_frozen:
