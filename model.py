@@ -246,6 +246,8 @@ class Policy:
         self.shared = config.model.shared_prefix and self.can_share()
         if config.model.gradient_checkpointing:
             self.enable_checkpointing()
+        if config.model.compile:
+            self.compile_layers()
 
         # A completion ends with the end of a turn, or with what the model counts as an end.
         self.end_id = self.end_of_turn()
@@ -270,6 +272,11 @@ class Policy:
     def dtype(self) -> torch.dtype:
         """Of the operands of matrix products."""
         return getattr(torch, self.config.model.precision)
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The layers of the language model and of the vision tower, by their names."""
+        named = self.model.named_modules()
+        return {name: m for name, m in named if isinstance(m, GradientCheckpointingLayer)}
 
     def autocast(self) -> Any:
         if self.dtype != torch.float32:
@@ -484,7 +491,8 @@ class Policy:
         uniform = torch.from_numpy(np.stack(uniform)).to(self.device)  # (R, max_new_tokens)
 
         prompts = [prompt for _, prompt in pairs]
-        with self.autocast():
+        # Compiled layers would be compiled again for each cache that they fill.
+        with torch.compiler.set_stance("force_eager"), self.autocast():
             tokens, logprobs, finished = self.decode_groups(prompts, uniform, temperature)
 
         # Rows i G to (i + 1) G belong to prompt i.
@@ -681,9 +689,7 @@ class Policy:
     def shard(self):
         """Spread the weights over the processes, see runtime.processes.shard_weights."""
         half = torch.bfloat16 if self.config.model.precision == "bfloat16" else None
-        modules = self.model.modules()
-        blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
-        shard_weights(self.model, blocks, half)
+        shard_weights(self.model, list(self.blocks().values()), half)
         self.sharded = True
 
     def unsharded(self) -> Any:
@@ -892,6 +898,17 @@ class Policy:
             for name in ("p", "dropout", "attention_dropout"):
                 if isinstance(vars(module).get(name), float):
                     setattr(module, name, 0.0)
+
+    def compile_layers(self):
+        """Compile the parts of each block: norms, attention, MLP. Their code is shared by blocks.
+
+        Not whole blocks: gradient checkpointing calls what it repeats within them.
+        """
+        for name, block in self.blocks().items():
+            for part, module in block.named_children():
+                # A tower's attention loops over images, so each number of images would be compiled.
+                if not (part_of(name) == "vision" and "attn" in part):
+                    module.compile(dynamic=True)
 
     def end_of_turn(self) -> int:
         """The token after an answer in the chat template. Gemma's is not its end of text."""
@@ -1114,6 +1131,8 @@ def image_only(family):
     return ImageOnly
 
 
+# A smaller image is enlarged to this, in multiples of a merged patch (RadVLM).
+MIN_PIXELS = 1024
 # What transformers raises for a folder that holds no model.
 NOT_LOADED = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 
@@ -1124,7 +1143,7 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
     Without weights it can encode prompts and tell its size, at no cost. Raises InputError.
     """
     path = str(path or config.model.path)
-    pixels = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
+    pixels = {"min_pixels": MIN_PIXELS, "max_pixels": config.model.max_pixels}
     if path == "tiny":
         return Policy(*build_tiny(config.seed, pixels), config, path)
     if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith(("/", "."))):
@@ -1145,9 +1164,7 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
             f"that work here"
         )
     if "max_pixels" not in processor.image_processor.valid_kwargs.__annotations__:
-        print0(
-            f"model.min_pixels, model.max_pixels: no effect, {model_type} has its own image sizes"
-        )
+        print0(f"model.max_pixels: no effect, {model_type} has its own image sizes")
     # Old folders keep the chat template with the tokenizer.
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:

@@ -161,7 +161,7 @@ def save_model(folder: Path, vocabulary: int, side: int) -> None:
 def model_config(folder: str | Path, side: int, *overrides: str) -> Config:
     """config.yaml with the model that save_model has written, and overrides."""
     pixels = side * side
-    of_model = [f"model.path={folder}", f"model.min_pixels={pixels}", f"model.max_pixels={pixels}"]
+    of_model = [f"model.path={folder}", f"model.max_pixels={pixels}"]
     return load_config(ROOT / "config.yaml", [*of_model, *overrides])
 
 

@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 MIN_ROWS_TO_SPLIT = 12
 
 
+@torch.compiler.disable  # what follows depends on the batch: with model.compile, run as it is
 def shared_attention(
     module, query, key, value, attention_mask, scaling=None, shared=None, **options
 ):

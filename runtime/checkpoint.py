@@ -32,6 +32,7 @@ MAY_CHANGE = {
     "model.shared_prefix",
     "model.parallel",
     "model.gradient_checkpointing",
+    "model.compile",
 }
 
 

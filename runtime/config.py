@@ -59,8 +59,6 @@ class ModelConfig:
     path: str = "tiny"
     # Of the forward pass. Weights and optimiser stay in float32.
     precision: Literal["float32", "bfloat16"] = "float32"
-    # A smaller image is enlarged to this, in multiples of a merged patch.
-    min_pixels: int = bounded(1024, 1)
     # A larger image is reduced to this, in multiples of a merged patch.
     max_pixels: int = bounded(451584, 1)
     # A longer prompt is an error: cutting it would cut image tokens.
@@ -69,6 +67,8 @@ class ModelConfig:
     shared_prefix: bool = True
     # Compute activations again in the backward pass, which saves memory.
     gradient_checkpointing: bool = False
+    # Compile the layers for updates (torch.compile), once for all lengths. Sampling goes without.
+    compile: bool = False
     # shard: weights, gradients and optimiser states are spread over the processes (FSDP2).
     parallel: Literal["replicate", "shard"] = "replicate"
     # The linear layers that get adapters where lora_rank > 0, by the last part of their names.
@@ -286,7 +286,10 @@ class Config:
 # ------------------------------------------------------------------------------- reading
 
 # Keys that older configurations may have, and what to do instead.
-GONE = {"grpo.micro_batch": "set grpo.micro_tokens, or leave it out: the memory decides"}
+GONE = {
+    "grpo.micro_batch": "set grpo.micro_tokens, or leave it out: the memory decides",
+    "model.min_pixels": "leave it out; images are at least 32 x 32 pixels",
+}
 
 # What yaml raises for bad input: also a date that cannot be, or `!!int ''`.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
@@ -327,8 +330,6 @@ def check_together(config):
     grpo = config.grpo
     require(config.out, "out", "a folder", config.out)
     require(config.data.tasks, "data.tasks", "at least one task", config.data.tasks)
-    if config.model.min_pixels > config.model.max_pixels:
-        raise InputError("model.min_pixels is larger than model.max_pixels")
     if grpo.mini_batch > grpo.prompts:
         raise InputError(f"grpo.mini_batch={grpo.mini_batch} is larger than {grpo.prompts=}")
     if grpo.normalize_parts and grpo.adv_norm not in ("group", "batch"):

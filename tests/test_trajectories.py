@@ -9,6 +9,7 @@ boxes, so that rewards differ within groups.
 """
 
 import json
+import shutil
 import signal
 import sys
 import tempfile
@@ -106,6 +107,13 @@ SETTINGS = {
 # processes (0: without torchrun).
 WAYS = [
     ("default", "as it is", [], 0),
+    ("default", "compiled", ["model.compile=true"], 0),
+    (
+        "default",
+        "two processes, sharded, compiled",
+        ["model.parallel=shard", "model.compile=true"],
+        2,
+    ),
     ("default", "micro-batches of 1", ["grpo.micro_tokens=1", "grpo.sample_batch=2"], 0),
     ("default", "plain rows", ["model.shared_prefix=false"], 0),
     ("default", "killed and resumed", [], 0),
@@ -211,6 +219,8 @@ def other_samples(new, old):
 def test_trajectories(tmp_path, request, device, setting, way, args, processes):
     if processes > 1:
         request.getfixturevalue("several_processes")
+    if "compiled" in way and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler: g++")
     old = json.loads(STORED.read_text())[setting]
     new = run(setting, tmp_path, args, processes, old["tokens"], interrupt="killed" in way)
     for name, (of_step, of_mean) in differences(new, old).items():

@@ -9,7 +9,6 @@ layers, and everything of one. SFT counts 256 tokens of questions and answers a 
 """
 
 import numpy as np
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
 from model import TILE_SIZE, load_policy
@@ -139,9 +138,7 @@ def weight_sizes(policy, config, section, shares):
         parts["weights"] = FLOAT * total / shares
         if has_reference:
             parts["reference"] = parts["weights"]
-        modules = policy.model.modules()
-        blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
-        sizes = [count(block.parameters()) for block in blocks]
+        sizes = [count(block.parameters()) for block in policy.blocks().values()]
         # To sample, all blocks at once; else one and the next.
         gathered = sum(sizes) if section is config.grpo else 2 * max(sizes)
         parts["gathered weights"] = FLOAT * (total - sum(sizes)) + operand * gathered
