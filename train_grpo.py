@@ -30,14 +30,15 @@ with OUT/eval/, which compares before and after.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import data
 import eval as evaluation
@@ -49,37 +50,29 @@ from model import Optimizer, Policy, Prompt, Rollout, pad_rows, save_checkpoint
 from runtime.checkpoint import last_step, open_run, resolve
 from runtime.config import Config, GRPOConfig, InputError
 from runtime.log import Log
+from runtime.memory import tokens_that_fit
 from runtime.output import print0, rank, world_size
-from runtime.processes import (
-    StopRequest,
-    gather_lists,
-    gather_objects,
-    gather_rows,
-    run_main,
-    start_training,
-)
+from runtime.processes import StopRequest, gather_lists, gather_rows, run_main, start_training
 
 # ------------------------------------------------------------------------------- the algorithm
 
 EQUAL = 1e-6  # rewards closer than this differ by rounding only
-PROMPTS_TO_TRY = 16  # the longest of these takes part in the preflight
-CPU_MICRO_TOKENS = 4096  # grpo.micro_tokens=0 on a CPU
-MEMORY_SHARE = 0.5  # for activations; sampling keeps keys and values, and memory has gaps
+PROMPTS_TO_TRY = 16  # the longest of these is tried in the preflight
 GAP = "sampling/sampling_logp_difference"  # between sampling and scoring the same tokens
 
 
 def group_advantages(rewards: Tensor, norm: str = "group", eps: float = 1e-4) -> Tensor:
     """Advantages (B, G) of rewards (B, G): reward minus group mean, over a standard deviation.
 
-    norm: the std of the group, of the whole batch, or none. Equal rewards give zeros, and so does
-    a group of one. Computed in float64.
+    norm: the std of the group, of the whole batch, or none. Equal rewards give zeros. G > 1.
+    Computed in float64.
     """
     r = rewards.double()
     centred = r - r.mean(1, keepdim=True)
     if norm == "group":
-        scale = r.std(1, keepdim=True, correction=min(1, r.shape[1] - 1)) + eps
+        scale = r.std(1, keepdim=True) + eps
     elif norm == "batch":
-        scale = r.std(correction=min(1, r.numel() - 1)) + eps
+        scale = r.std() + eps
     else:
         scale = 1.0
 
@@ -187,13 +180,10 @@ def grpo_loss(
 # ------------------------------------------------------------------------------- one step
 
 
-def local_examples(examples: list[Example], config: Config, first_step: int) -> Iterator[Example]:
-    """What this process will sample from, as sample_mini_batches goes through it."""
-    grpo = config.grpo
-    for step in range(first_step, grpo.steps):
-        batch = data.grpo_batch(examples, step, config)
-        for mini_batch in batched(batch, grpo.mini_batch or grpo.prompts):
-            yield from mini_batch[rank() :: world_size()]
+def local_mini_batches(examples: list[Example], grpo: GRPOConfig) -> list[list[Example]]:
+    """What this process samples from, of each mini-batch of a step."""
+    mini_batches = batched(examples, grpo.mini_batch or grpo.prompts)
+    return [mini_batch[rank() :: world_size()] for mini_batch in mini_batches]
 
 
 def sample_mini_batches(
@@ -206,8 +196,7 @@ def sample_mini_batches(
     mini_batches = []
     # Sharded weights are gathered once for all that follows.
     with policy.unsharded():
-        for mini_batch in batched(examples, grpo.mini_batch or grpo.prompts):
-            local = mini_batch[rank() :: world_size()]
+        for local in local_mini_batches(examples, grpo):
             rollouts = []
             for chunk in batched(local, grpo.sample_batch):
                 rollouts += policy.sample(
@@ -225,14 +214,13 @@ def score(rollouts: list[Rollout], config: Config):
     rewards.say_large_boxes(texts)
     style = data.style_of(config)
     total, components = rewards.score_completions(texts, examples, config.rewards, style, token_ids)
-    first = 0
-    for rollout in rollouts:
-        group = slice(first, first + len(rollout.texts))
-        first = group.stop
-        rollout.rewards = total[group].tolist()
+    groups = -1, config.grpo.group_size
+    total = total.reshape(groups)
+    for i, rollout in enumerate(rollouts):
+        rollout.rewards = total[i].tolist()
         # The weights of its task, by name.
         for name in getattr(config.rewards, rollout.example.task):
-            values = components[name][group]
+            values = components[name].reshape(groups)[i]
             # NaN: the component does not apply to a completion.
             if not np.isnan(values).all():
                 rollout.reward_components[name] = values.tolist()
@@ -310,13 +298,13 @@ def logprobs_of(rollouts: list[Rollout], name: str) -> Tensor:
     return pad_rows(list(chain.from_iterable(r.logprobs[name] for r in rollouts)))
 
 
-def by_rollout(rollouts: list[Rollout], logp: Tensor) -> Iterator[tuple[Rollout, list[Tensor]]]:
-    """Each rollout with its G rows of logp (R, T), without padding."""
-    first = 0
+def keep_logprobs(rollouts: list[Rollout], name: str, logp: Tensor):
+    """Each rollout keeps its rows of logp (R, T) as logprobs[name], unless it has some."""
+    rows = iter(logp)
     for rollout in rollouts:
-        rows = logp[first : first + len(rollout.tokens)]
-        first += len(rows)
-        yield rollout, [row[:length] for row, length in zip(rows, rollout.lengths)]
+        # Without padding.
+        own = [next(rows)[:length] for length in rollout.lengths]
+        rollout.logprobs.setdefault(name, own)
 
 
 def score_tokens(
@@ -335,12 +323,11 @@ def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GR
     with policy.unsharded():
         for micro_batch in micro_batches(used, grpo.micro_tokens):
             logp, _, _ = score_tokens(policy, micro_batch, grpo.temperature)
-            for rollout, rows in by_rollout(micro_batch, logp):
-                rollout.logprobs[name] = rows
+            keep_logprobs(micro_batch, name, logp)
 
 
 @dataclass
-class Update:
+class UpdateStats:
     """What there is to log of one optimiser step."""
 
     sums: list[dict[str, float]]  # over tokens, of each micro-batch of this process
@@ -349,7 +336,7 @@ class Update:
 
 def update(
     policy: Policy, optimizer: Optimizer, rollouts: list[Rollout], lr: float, grpo: GRPOConfig
-) -> Update:
+) -> UpdateStats:
     """4-7. One optimiser step on a mini-batch, of which `rollouts` is our share. Collective."""
     # The divisors of the loss count all micro-batches and processes, so they come first.
     used = trainable_groups(rollouts, grpo)
@@ -358,7 +345,7 @@ def update(
     counted = rollouts if grpo.loss_agg == "constant" else used
     n_sequences = sum(gather_lists([len(r.tokens) for r in counted]))
     if n_tokens == 0:
-        return Update([], 0.0)
+        return UpdateStats([], 0.0)
 
     # Gradients add up over micro-batches. Where weights are sharded, a process with fewer of them
     # runs dummy steps inside, which are not given out here.
@@ -369,9 +356,7 @@ def update(
         # For 4: in its first update, the policy is a rollout's pi_old. Later epochs use these
         # log-probs, and mini-batches that come after an update had theirs recorded before it.
         # The sampler's own would do, if they were not rounded in another way.
-        for rollout, rows in by_rollout(micro_batch, logp.detach()):
-            if "old" not in rollout.logprobs:
-                rollout.logprobs["old"] = rows
+        keep_logprobs(micro_batch, "old", logp.detach())
         old_logp = logprobs_of(micro_batch, "old")
         ref_logp = logprobs_of(micro_batch, "reference") if grpo.kl_coef else None
 
@@ -380,21 +365,21 @@ def update(
         loss, values = grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo)
         loss.backward()
 
-        # To log: sums over tokens, which update_metrics divides by all tokens of the step. The gap
-        # between sampling and scoring: both are log-probs under pi_old, so it checks the sampler.
+        # The gap between sampling and scoring. Both are log-probs under pi_old, so it checks the
+        # sampler.
         gap = (old_logp - logprobs_of(micro_batch, "sampled")).abs()
-        values |= {"tokens": mask, "entropy": entropy, f"{GAP}/mean": gap}
+        # To log: sums over tokens, which update_metrics divides by all tokens of the step.
+        values["tokens"] = mask
+        values["entropy"] = entropy
+        values[f"{GAP}/mean"] = gap
         logged = {name: (value.detach() * mask).sum() for name, value in values.items()}
-        logged |= {"loss": loss.detach(), f"{GAP}/max": gap.max()}
+        logged["loss"] = loss.detach()
+        logged[f"{GAP}/max"] = gap.max()
         sums.append(logged)
     # Sum over processes, clip, step, and forget the gradients.
     grad_norm = optimizer.step(lr)
     # A number that is read waits for the GPU, so all are read here.
-    return Update([to_floats(logged) for logged in sums], grad_norm)
-
-
-def to_floats(tensors: dict[str, Tensor]) -> dict[str, float]:
-    return {name: tensor.item() for name, tensor in tensors.items()}
+    return UpdateStats(tree_map(float, sums), grad_norm)
 
 
 # ------------------------------------------------------------------------------- the loop
@@ -410,6 +395,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
     log = Log(run, config, state["step"], grpo.steps)
     print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}; {micro_tokens=}")
 
+    # From state["step"] on, with a progress bar and a clock.
     for step in log.steps():
         # 1. Rollout: the policy samples G completions of each prompt. What follows fills these in.
         examples = data.grpo_batch(train_examples, step, config)
@@ -428,7 +414,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
         log.lap("reference")
         # For 4: log-probs under pi_old of all mini-batches that come after an update.
         if len(mini_batches) > 1:
-            after_first = list(chain.from_iterable(mini_batches[1:]))
+            after_first = rollouts[len(mini_batches[0]) :]
             record_logprobs(policy, after_first, "old", grpo)
         log.lap("old")
         # 4-7. Ratio, clipping, KL, aggregation: an optimiser step per mini-batch and epoch.
@@ -467,7 +453,7 @@ def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | fl
     metrics = {
         "reward": totals.mean(),
         "reward_std": totals.std(1, correction=0).mean(),
-        "frac_reward_zero_std": sum(degenerate) / len(degenerate),
+        "frac_reward_zero_std": np.mean(degenerate),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -484,13 +470,13 @@ def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | fl
     return metrics
 
 
-def update_metrics(updates: list[Update]) -> dict[str, float]:
+def update_metrics(updates: list[UpdateStats]) -> dict[str, float]:
     """Means over the tokens of all updates and processes. Collective."""
     sums = gather_lists(list(chain.from_iterable(u.sums for u in updates)))
     total = Counter()
-    for micro_batch in sums:
+    for of_micro_batch in sums:
         # Counter.update adds.
-        total.update(micro_batch)
+        total.update(of_micro_batch)
     n_tokens = total.pop("tokens", 1)
     metrics = {name: value / n_tokens for name, value in total.items()}
 
@@ -504,16 +490,13 @@ def update_metrics(updates: list[Update]) -> dict[str, float]:
 
 def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dict]:
     """The first group of each task, for samples.jsonl: the metrics hide a lot. Collective."""
-    local = {}
-    for rollout in rollouts:
-        local.setdefault(rollout.example.task, rollout.record())
-    records = gather_lists(list(local.values()))
     # Each process gives its first. The first of all is the same whatever their number.
+    local = {r.example.task: r for r in reversed(rollouts)}
+    records = gather_lists([r.record() for r in local.values()])
     order = [example.id for example in examples]
     records.sort(key=lambda record: order.index(record["id"]))
-    reports = [record for record in records if record["task"] == "report"]
-    grounding = [record for record in records if record["task"] == "grounding"]
-    return reports[:1] + grounding[:1]
+    first = {record["task"]: record for record in reversed(records)}
+    return [first[task] for task in ("report", "grounding") if task in first]
 
 
 # ------------------------------------------------------------------------------- before the loop
@@ -537,12 +520,14 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     with policy.unsharded():
         policy.remember_images([longest])
 
+    size = len(longest) + grpo.group_size * grpo.max_new_tokens
     # A run that is resumed goes on with the number that it began with.
     micro_tokens = grpo.micro_tokens or state.get("micro_tokens")
-    micro_tokens = micro_tokens or choose_micro_tokens(policy, longest, grpo)
-    local = -(-(grpo.mini_batch or grpo.prompts) // world_size())
-    fitting = micro_tokens // full_size(longest, grpo)
-    count = max(1, min(local, fitting))
+    if not micro_tokens:
+        micro_tokens = tokens_that_fit(partial(try_update, policy, [longest], grpo), size)
+    first_batch = data.grpo_batch(examples, state["step"], config)
+    local, *_ = local_mini_batches(first_batch, grpo)
+    count = max(1, min(len(local), micro_tokens // size))
     try:
         try_update(policy, [longest] * count, grpo)
     except torch.OutOfMemoryError as error:
@@ -554,13 +539,11 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     policy.model.zero_grad()
 
     evaluation.try_evaluation(policy, config)
-    policy.encode_ahead(local_examples(examples, config, state["step"]))
+    steps = range(state["step"], grpo.steps)
+    batches = (data.grpo_batch(examples, step, config) for step in steps)
+    local = chain.from_iterable(local_mini_batches(batch, grpo) for batch in batches)
+    policy.encode_ahead(chain.from_iterable(local))
     return micro_tokens
-
-
-def full_size(prompt: Prompt, grpo: GRPOConfig) -> int:
-    """Tokens of a prompt and its completions, all of full length."""
-    return len(prompt) + grpo.group_size * grpo.max_new_tokens
 
 
 def try_update(policy: Policy, prompts: list[Prompt], grpo: GRPOConfig):
@@ -569,27 +552,6 @@ def try_update(policy: Policy, prompts: list[Prompt], grpo: GRPOConfig):
     completions = [[row] * grpo.group_size] * len(prompts)
     logp, _, _ = policy.logprobs(prompts, completions, grpo.temperature)
     logp.sum().backward()
-
-
-def choose_micro_tokens(policy: Policy, prompt: Prompt, grpo: GRPOConfig) -> int:
-    """The tokens whose activations take MEMORY_SHARE of the GPU's free memory. Collective: of
-    several processes, the least."""
-    if policy.device.type == "cpu":
-        return CPU_MICRO_TOKENS
-    # The first try leaves the gradients, so the second one shows what activations take.
-    before = torch.cuda.memory_allocated()
-    try_update(policy, [prompt], grpo)
-    with_gradients = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    try_update(policy, [prompt], grpo)
-    activations = torch.cuda.max_memory_allocated() - with_gradients
-
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    # The optimizer will keep two numbers of each gradient.
-    free -= 2 * (with_gradients - before)
-    fitting = MEMORY_SHARE * free / activations
-    return min(gather_objects(int(fitting * full_size(prompt, grpo))))
 
 
 def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:

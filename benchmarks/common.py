@@ -161,6 +161,8 @@ def save_model(folder: Path, vocabulary: int, side: int) -> None:
 def model_config(folder: str | Path, side: int, *overrides: str) -> Config:
     """config.yaml with the model that save_model has written, and overrides."""
     pixels = side * side
+    # Smaller films are enlarged to this size, so that prompts have the length that is asked for.
+    model.MIN_PIXELS = pixels
     of_model = [f"model.path={folder}", f"model.max_pixels={pixels}"]
     return load_config(ROOT / "config.yaml", [*of_model, *overrides])
 

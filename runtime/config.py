@@ -198,11 +198,12 @@ class GRPOConfig:
     max_new_tokens: int = bounded(1024, 1)
     # Of sampling, and of the log-probs that are trained.
     temperature: float = bounded(1.0, above=0)
-    # As in sft.
+    # muon learns more from random weights in as many steps.
     optimizer: Literal["adamw", "muon"] = "adamw"
-    # As in sft.
+    # Parts that this stage does not train: the vision tower, what maps its features to text.
     freeze: list[Part] = list_of()
-    # As in sft. With adapters, the reference is the policy without them.
+    # Above 0: train low-rank adapters of model.lora_targets, with alpha = 2 rank. The reference is
+    # the policy without them.
     lora_rank: int = bounded(0)
     # Constant.
     lr: float = bounded(1e-6, above=0)

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,10 +32,11 @@ from helpers import (
 import data
 import train_grpo
 from model import Rollout
+from runtime import memory
 from runtime.config import GRPOConfig
 from train_grpo import (
     GAP,
-    Update,
+    UpdateStats,
     assign_advantages,
     group_advantages,
     grpo_loss,
@@ -96,11 +98,6 @@ def test_equal_rewards_have_no_advantage(norm):
     advantages = group_advantages(float64([[0.2, 0.2], [0, 1]]), norm)
     assert not advantages[0].any()
     assert advantages[1].all()
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_a_group_of_one_has_no_advantage(norm):
-    assert not group_advantages(torch.tensor([[0.7], [0.1]]), norm).any()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -474,6 +471,7 @@ def scored():
     """Groups of both tasks: a report is rewarded by its words, a box by its overlap, and each
     token costs a tenth."""
     config = load(
+        "grpo.group_size=2",
         "rewards.report={gleu: 1, overlong: 0.5}",
         "rewards.grounding={soft_f1: 2, overlong: 1}",
         "rewards.overlong_start=0",
@@ -513,7 +511,7 @@ def test_a_component_that_applies_to_no_completion_of_a_group_is_left_out(tmp_pa
     )
     name = f"{path}:length"
     groups = [group(texts=["", ""], lengths=[1, 1]), group(texts=["ab", ""], lengths=[1, 1])]
-    score(groups, load(f"rewards.report={{'{name}': 1}}"))
+    score(groups, load("grpo.group_size=2", f"rewards.report={{'{name}': 1}}"))
     assert groups[0].reward_components == {}
     assert groups[1].reward_components == {name: pytest.approx([2, math.nan], nan_ok=True)}
 
@@ -789,7 +787,7 @@ def test_a_constant_divisor_counts_dropped_groups(policy, rollouts):
 def test_an_update_without_a_trainable_group_changes_nothing(policy, rollouts):
     descent = Descent(policy)
     result = update(policy, descent, rollouts[1:2], 1.0, section(drop_degenerate=True))
-    assert result == Update([], 0.0)
+    assert result == UpdateStats([], 0.0)
     assert not descent.gradients
 
 
@@ -894,14 +892,14 @@ def test_the_gap_to_sampling_is_the_largest_and_the_mean_difference(policy, roll
 def test_metrics_are_means_over_the_tokens_of_all_updates():
     """Loss and gradient norm are means over updates, and the largest gap is the largest."""
     gap = f"{GAP}/max"
-    first = Update(
+    first = UpdateStats(
         [
             {"tokens": 2, "entropy": 3.0, "loss": 0.1, gap: 0.5},
             {"tokens": 1, "entropy": 1.0, "loss": 0.2, gap: 0.7},
         ],
         1.0,
     )
-    second = Update([{"tokens": 5, "entropy": 0.0, "loss": 0.5, gap: 0.6}], 2.0)
+    second = UpdateStats([{"tokens": 5, "entropy": 0.0, "loss": 0.5, gap: 0.6}], 2.0)
     metrics = update_metrics([first, second])
     assert metrics["entropy"] == pytest.approx(4 / 8)
     assert metrics["loss"] == pytest.approx(0.8 / 2)
@@ -942,7 +940,7 @@ def test_preflight_runs_the_largest_update_and_leaves_nothing(policy, examples, 
 def test_micro_tokens_are_the_setting_or_those_of_the_run_or_chosen(
     policy, examples, monkeypatch, key, state, expected
 ):
-    monkeypatch.setattr(policy, "device", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(policy, "dummy_prompt", None)
     for name in ("try_evaluation", "try_update"):
         module = train_grpo if name == "try_update" else train_grpo.evaluation
@@ -952,10 +950,9 @@ def test_micro_tokens_are_the_setting_or_those_of_the_run_or_chosen(
     assert train_grpo.preflight(policy, examples, config, state) == expected
 
 
-def test_on_a_gpu_the_free_memory_chooses_micro_tokens(policy, examples, monkeypatch):
+def test_on_a_gpu_the_free_memory_chooses_micro_tokens(monkeypatch):
     """The optimizer takes 60 of 300 free bytes, and half of the others is for activations, of which
-    a group takes 24 bytes."""
-    prompt = policy.encode(examples[0])
+    100 tokens take 24 bytes."""
     allocated = iter([100, 130])
     counters = {
         "memory_allocated": lambda: next(allocated),
@@ -963,15 +960,14 @@ def test_on_a_gpu_the_free_memory_chooses_micro_tokens(policy, examples, monkeyp
         "max_memory_allocated": lambda: 130 + 24,
         "empty_cache": lambda: None,
         "mem_get_info": lambda: (300, 1000),
+        "is_available": lambda: True,
     }
     for name, function in counters.items():
         monkeypatch.setattr(torch.cuda, name, function)
-    monkeypatch.setattr(train_grpo, "try_update", lambda *args: None)
-    monkeypatch.setattr(train_grpo, "gather_objects", lambda value: [value + 1, value])
-    gpu = SimpleNamespace(device=torch.device("cuda"))
-    grpo = section()
-    group = len(prompt) + grpo.group_size * grpo.max_new_tokens
-    assert train_grpo.choose_micro_tokens(gpu, prompt, grpo) == 5 * group
+    monkeypatch.setattr(memory, "gather_objects", lambda value: [value + 1, value])
+    turns = iter("12")
+    assert memory.tokens_that_fit(lambda: next(turns), 100) == 100 * 5
+    assert not list(turns)
 
 
 def test_a_run_keeps_its_micro_tokens(tmp_path):
@@ -985,14 +981,15 @@ def test_a_run_keeps_its_micro_tokens(tmp_path):
 
     state = state_after(1)
     if not torch.cuda.is_available():
-        assert state["micro_tokens"] == train_grpo.CPU_MICRO_TOKENS
+        assert state["micro_tokens"] == memory.CPU_TOKENS
     torch.save(state | {"micro_tokens": 50}, tmp_path / "last" / "training_state.pt")
     assert state_after(2)["micro_tokens"] == 50
 
 
 @pytest.mark.gpu
-def test_what_the_memory_chooses_fits(policy, examples, device):
-    """On a GPU by its memory, on a CPU by a constant."""
-    prompt = policy.encode(examples[0])
-    assert train_grpo.choose_micro_tokens(policy, prompt, section()) >= 4096
+def test_what_the_memory_chooses(policy, examples):
+    """On a GPU what fits, on a CPU a constant."""
+    prompts = [policy.encode(examples[0])]
+    work = partial(train_grpo.try_update, policy, prompts, section())
+    assert memory.tokens_that_fit(work, 100) >= 4096
     policy.model.zero_grad()
