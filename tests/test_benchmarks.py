@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a tiny model: each part runs, and one that fails stops no other."""
+"""benchmarks/gpu.py and gap.py on tiny models: each part runs, one that fails stops no other."""
 
 import importlib
 import sys
@@ -26,6 +26,17 @@ def test_each_part_runs(gpu, monkeypatch, capsys):
     assert len(rows) == 21
     assert sum("<=" in row or ">=" in row for row in rows) == 6
     assert len(kernels) == 10
+
+
+def test_the_gap_is_that_of_bfloat16(gpu, monkeypatch, capsys):
+    """Nothing in float32, and every part counts."""
+    monkeypatch.setattr(sys, "argv", ["gap.py", "--tiny"])
+    importlib.import_module("gap").main()
+    rows = capsys.readouterr().out.split("---|\n")[1].splitlines()
+    means = [float(row.split("|")[2]) for row in rows]
+    assert len(means) == 9
+    assert means[0] < 1e-5
+    assert all(mean > means[0] for mean in means[1:])
 
 
 def fail(report):
