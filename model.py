@@ -10,7 +10,6 @@
   sample_tokens          one token for each row of logits
   fused_logprobs         log-probabilities without the [tokens, vocabulary] logits
   load_policy            a local folder, a hub id, or the built-in tiny Qwen3-VL
-  Optimizer              AdamW, or Muon beside it
   save_checkpoint, resume
 
 Sampling and scoring stand here in their plain form, Policy.plain_decode and plain_hidden. With
@@ -43,10 +42,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -70,15 +68,9 @@ import data
 from data import Example
 from runtime.checkpoint import last_step, write_checkpoint
 from runtime.config import Config, InputError
+from runtime.optimizer import Optimizer
 from runtime.output import moved, print0, world_size
-from runtime.processes import (
-    gather_objects,
-    shard_state,
-    shard_weights,
-    sum_gradients,
-    unsharded,
-    whole_tensor,
-)
+from runtime.processes import gather_objects, shard_weights, unsharded, whole_tensor
 
 # ------------------------------------------------------------------------------- data types
 
@@ -105,10 +97,10 @@ class Prompt:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> "Prompt":
-        """Before the features are known."""
-        tokens = {name: tensor.to(device) for name, tensor in self.tokens.items()}
-        images = {name: tensor.to(device) for name, tensor in self.images.items()}
-        return Prompt(tokens, self.positions.to(device), self.next_position, images)
+        def move(tensor):
+            return tensor.to(device)
+
+        return Prompt(**tree_map_only(Tensor, move, vars(self)))
 
 
 @dataclass
@@ -136,12 +128,17 @@ class Rollout:
         """What samples.jsonl holds of it."""
         samples = []
         for g, text in enumerate(self.texts):
-            parts = {name: values[g] for name, values in self.reward_components.items()}
-            # NaN: the component does not apply.
-            applied = {name: value for name, value in parts.items() if value == value}
-            advantage = self.advantages[g].item()
-            sample = {"text": text, "reward": self.rewards[g], "advantage": advantage}
-            samples.append(sample | {"parts": applied})
+            sample = {
+                "text": text,
+                "reward": self.rewards[g],
+                "advantage": self.advantages[g].item(),
+                "parts": {},
+            }
+            for name, values in self.reward_components.items():
+                # NaN: the component does not apply.
+                if values[g] == values[g]:
+                    sample["parts"][name] = values[g]
+            samples.append(sample)
         return {
             "id": self.example.id,
             "task": self.example.task,
@@ -234,7 +231,7 @@ class Policy:
         self.tokenizer = processor.tokenizer
         cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = torch.device(cuda if torch.cuda.is_available() else "cpu")
-        if not self.head[0].is_meta:
+        if not self.head.is_meta:
             self.model.to(self.device)
         self.sharded = False
         self.vision_frozen = False
@@ -259,10 +256,9 @@ class Policy:
         self.banned = torch.tensor(self.vision_ids(), dtype=torch.long, device=self.device)
 
     @property
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, H) and bias (V,) of the language-model head, often the embedding's weight."""
-        head = self.model.get_output_embeddings()
-        return head.weight, head.bias
+    def head(self) -> Tensor:
+        """Weight (V, H) of the language-model head, often that of the embedding."""
+        return self.model.get_output_embeddings().weight
 
     def parameters(self) -> list[nn.Parameter]:
         """Those that are trained."""
@@ -550,8 +546,8 @@ class Policy:
     ) -> tuple[Tensor, Tensor]:
         """Sample R rows by the model's own forward, each with its own copy of its prompt.
 
-        uniform (R, T). Returns tokens and log-probabilities (R, T). What follows a row's first stop
-        token means nothing.
+        uniform (R, T). Returns tokens and log-probabilities (R, T), or fewer if all rows end early.
+        What follows a row's first stop token means nothing.
         """
         group_size = len(uniform) // len(prefill.mask)
         prefill.cache.batch_repeat_interleave(group_size)
@@ -559,14 +555,14 @@ class Policy:
         start = prefill.start.repeat_interleave(group_size)
         hidden = prefill.hidden.repeat_interleave(group_size, 0)  # (R, H)
         # Cast once, and not for each token.
-        weight = self.head[0].to(self.dtype)
-        tokens = torch.zeros_like(uniform, dtype=torch.long)
-        logprobs = torch.zeros_like(uniform, dtype=torch.float)
+        weight = self.head.to(self.dtype)
+        tokens = []
+        logprobs = []
         ended = torch.zeros_like(start, dtype=torch.bool)
         for t in range(uniform.shape[1]):
             token, logp = self.next_token(hidden, weight, uniform[:, t], temperature)
-            tokens[:, t] = token
-            logprobs[:, t] = logp
+            tokens.append(token)
+            logprobs.append(logp)
             ended |= torch.isin(token, self.stop_ids)
             if ended.all():
                 break
@@ -581,7 +577,7 @@ class Policy:
                 use_cache=True,
             )
             hidden = out.last_hidden_state[:, 0]
-        return tokens, logprobs
+        return torch.stack(tokens, 1), torch.stack(logprobs, 1)
 
     def later_positions(self, start: Tensor, length: int) -> Tensor:
         """Positions (R, T) of text that begins at start (R,); with M-RoPE (3, R, T)."""
@@ -600,8 +596,9 @@ class Policy:
         weight (V, H): of the head, in the type that products take. Temperature 0 is greedy.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            operands = hidden.to(weight.dtype), weight, self.head[1]
-            logits = head_logits(*operands, temperature or 1, self.banned)
+            hidden = hidden.to(weight.dtype)
+            logits = head_logits(hidden, weight, temperature or 1)
+        logits[:, self.banned] = BANNED_LOGIT
         return sample_tokens(logits, uniform if temperature else None)
 
     def decode(self, ids: Tensor) -> str:
@@ -640,6 +637,8 @@ class Policy:
         begins = ends - torch.tensor(n_scored)[:, None]
         places = torch.arange(max(lengths))
         scored = (begins <= places) & (places < ends)  # (R, T)
+        # Before the forward: a copy that comes after it would wait for it.
+        mask = scored.to(self.device, non_blocking=True)
 
         hidden_of = self.plain_hidden
         if self.shared:
@@ -649,14 +648,11 @@ class Policy:
         with self.autocast():
             hidden = hidden_of(prompts, rows, owner, scored)  # (N, H)
         # The logits of all tokens together would not fit: fused_logprobs makes them in tiles.
-        weight, bias = self.head
         hidden = hidden.to(self.dtype)
-        flat = fused_logprobs(hidden, weight, targets, temperature, self.banned, bias)
-        scored = scored.to(self.device)
-        logp, entropy = (
-            values.new_zeros(scored.shape).masked_scatter(scored, values) for values in flat
-        )
-        return logp, entropy, scored
+        flat = fused_logprobs(hidden, self.head, targets, temperature, self.banned)
+        empty = torch.zeros(mask.shape, device=self.device)
+        logp, entropy = (empty.masked_scatter(mask, values) for values in flat)
+        return logp, entropy, mask
 
     def plain_hidden(
         self, prompts: list[Prompt], rows: list[Tensor], owner: list[int], scored: Tensor
@@ -935,7 +931,7 @@ class Policy:
         added = self.tokenizer.added_tokens_decoder
         ids = {i for i, token in added.items() if pattern.search(token.content)}
         ids.add(self.model.config.image_token_id)
-        return sorted(i for i in ids if i < len(self.head[0]))
+        return sorted(i for i in ids if i < len(self.head))
 
 
 class LoRALinear(nn.Linear):
@@ -970,22 +966,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, banned: Tensor | None
-) -> Tensor:
-    """(n, v) logits / temperature in float32.
-
-    hidden (n, H), weight (v, H) of one type, bias (v,), banned (k,) ids.
-    """
+def head_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(n, v) logits / temperature in float32. hidden (n, H) and weight (v, H) have one type."""
     logits = product(hidden, weight.T)
-    if bias is not None:
-        logits += bias
     # FusedLogProbs.backward divides by it, too.
-    if temperature != 1:
-        logits /= temperature
-    if banned is not None:
-        logits[:, banned] = BANNED_LOGIT
-    return logits
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -1025,26 +1010,27 @@ class FusedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def tiles(hidden, weight, bias, temperature, banned):
+    def tiles(hidden, weight, temperature, banned):
         """First id, last id + 1, the tile's weights (v, H) and logits (N, v)."""
         limit = TILE_SIZE[hidden.device.type] // max(hidden.shape)
         size = min(len(weight), max(256, limit))
+        # A mask and not ids: to look for those of a tile, the GPU would have to be waited for.
+        is_banned = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        if banned is not None:
+            is_banned[banned] = True
         for i in range(0, len(weight), size):
             w = weight[i : i + size].to(hidden.dtype)
             j = i + len(w)
-            b = None if bias is None else bias[i:j].float()
-            bans = None
-            if banned is not None:
-                bans = banned[(banned >= i) & (banned < j)] - i
-            yield i, j, w, head_logits(hidden, w, b, temperature, bans)
+            z = head_logits(hidden, w, temperature)
+            yield i, j, w, z.masked_fill_(is_banned[i:j], BANNED_LOGIT)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, banned):
+    def forward(ctx, hidden, weight, targets, temperature, banned):
         peak = torch.full(targets.shape, BANNED_LOGIT, device=hidden.device)  # m, (N,)
         total = torch.zeros_like(peak)  # s
         weighted = torch.zeros_like(peak)  # sum exp(z - m) (z - m)
         chosen = torch.zeros_like(peak)  # z[t]
-        for i, j, _, z in FusedLogProbs.tiles(hidden, weight, bias, temperature, banned):
+        for i, j, _, z in FusedLogProbs.tiles(hidden, weight, temperature, banned):
             # A target lies in one of the tiles.
             here = (targets >= i) & (targets < j)
             place = (targets - i).clamp(0, j - i - 1)
@@ -1058,7 +1044,7 @@ class FusedLogProbs(torch.autograd.Function):
             weighted = shrink * (weighted + change * total) + z.mul_(exp).sum(1)
             total = shrink * total + exp.sum(1)
         lse = peak + total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.options = temperature, banned
         entropy = total.log() - weighted / total
         ctx.mark_non_differentiable(entropy)
@@ -1066,8 +1052,9 @@ class FusedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        hidden, weight, targets, lse = ctx.saved_tensors
+        # With adapters or a frozen head it does not.
+        need_weight = ctx.needs_input_grad[1]
         temperature, banned = ctx.options
         slope = grad[:, None] / temperature  # (N, 1), d loss / d (logit of t - logsumexp)
         scaled = slope * hidden
@@ -1075,25 +1062,15 @@ class FusedLogProbs(torch.autograd.Function):
         factor = scaled.to(hidden.dtype)
         mean_weight = torch.zeros_like(scaled)  # sum_v p(v) weight[v]
         grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias) if need_bias else None
-        for i, j, w, z in FusedLogProbs.tiles(hidden, weight, bias, temperature, banned):
-            p = z.sub_(lse[:, None]).exp_()
-            if need_bias:
-                grad_bias[i:j] = -(p * slope).sum(0)
-            p = p.to(hidden.dtype)
-            if need_hidden:
-                mean_weight += product(p, w)
+        for i, j, w, z in FusedLogProbs.tiles(hidden, weight, temperature, banned):
+            p = z.sub_(lse[:, None]).exp_().to(hidden.dtype)
+            mean_weight += product(p, w)
             if need_weight:
                 grad_weight[i:j] = -product(p.T, factor)
         if need_weight:
             grad_weight.index_add_(0, targets, scaled.to(weight.dtype))
-        if need_bias:
-            grad_bias.index_add_(0, targets, slope[:, 0].to(bias.dtype))
-        grad_hidden = None
-        if need_hidden:
-            grad_hidden = slope * (weight[targets].to(hidden.dtype) - mean_weight)
-            grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        grad_hidden = slope * (weight[targets].to(hidden.dtype) - mean_weight)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 def fused_logprobs(
@@ -1102,16 +1079,15 @@ def fused_logprobs(
     targets: Tensor,
     temperature: float = 1.0,
     banned: Tensor | None = None,
-    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies under softmax((hidden @ weight.T + bias) / temperature).
+    """Log-probabilities and entropies under softmax(hidden @ weight.T / temperature).
 
-    hidden (N, H), weight (V, H), bias (V,) of any float type, targets (N,) ids, N >= 1. banned (K,)
-    ids have probability 0 and are no targets. Returns (logprobs (N,), entropy (N,)) in float32;
+    hidden (N, H), weight (V, H) of any float type, targets (N,) ids, N >= 1. banned (K,) ids have
+    probability 0 and are no targets. Returns (logprobs (N,), entropy (N,)) in float32;
     only logprobs carries gradients. Memory: some tiles, and what N times H or 256 numbers take.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return FusedLogProbs.apply(hidden, weight, bias, targets, temperature, banned)
+        return FusedLogProbs.apply(hidden, weight, targets, temperature, banned)
 
 
 # ------------------------------------------------------------------------------- loading
@@ -1158,10 +1134,11 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"model {path!r} cannot be loaded: {reason}") from None
     model_type = model.config.model_type
-    if not hasattr(model.config, "image_token_id"):
+    head_bias = getattr(model.get_output_embeddings(), "bias", None)
+    if not hasattr(model.config, "image_token_id") or head_bias is not None:
         raise InputError(
-            f"model {path!r}: {model_type} has no image_token_id, so it is none of the families "
-            f"that work here"
+            f"model {path!r}: {model_type} has no image_token_id, or a bias in its head, so it is "
+            f"none of the families that work here"
         )
     if "max_pixels" not in processor.image_processor.valid_kwargs.__annotations__:
         print0(f"model.max_pixels: no effect, {model_type} has its own image sizes")
@@ -1292,83 +1269,6 @@ def build_tiny(seed: int, pixels: dict[str, int]) -> tuple[nn.Module, Any]:
     images = Qwen2VLImageProcessorPil(merge_size=2, **TINY_PATCHES, **colours, **pixels)
     processor = image_only(Qwen3VLProcessor)
     return model, processor(images, tokenizer, chat_template=tokenizer.chat_template)
-
-
-# ------------------------------------------------------------------------------- optimiser
-
-WEIGHT_DECAY = 0.01  # RadVLM-GRPO, both stages
-GRAD_CLIP = 1.0  # RadVLM-GRPO, both stages
-MAX_BAD_STEPS = 5  # steps in a row without a finite gradient, which change nothing
-
-
-class Optimizer:
-    """AdamW on the trained float32 weights, without decay of vectors (norms, biases).
-
-    kind="muon" adds Muon: the weights of linear layers, apart from the head, take its
-    orthogonalised steps (Jordan 2024), scaled to the size of AdamW's (Liu et al. 2025), so that one
-    learning rate serves both.
-    """
-
-    def __init__(self, policy: Policy, kind: str):
-        self.policy = policy
-        self.bad_steps = 0
-        trained = policy.parameters()
-        linear = []
-        if kind == "muon":
-            layers = [m for m in policy.model.modules() if isinstance(m, nn.Linear)]
-            ids = {id(layer.weight) for layer in layers} - {id(policy.head[0])}
-            linear = [p for p in trained if id(p) in ids]
-        # AdamW takes the rest.
-        ids = {id(p) for p in linear}
-        others = [p for p in trained if id(p) not in ids]
-        matrices = [p for p in others if p.ndim >= 2]
-        vectors = [p for p in others if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": WEIGHT_DECAY},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        adamw = torch.optim.AdamW(groups, fused=True)
-        self.optimizers: list[torch.optim.Optimizer] = [adamw]
-        if linear:
-            muon = torch.optim.Muon(
-                linear, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-            )
-            self.optimizers.append(muon)
-
-    def step(self, lr: float) -> float:
-        """Sum gradients over the processes, clip, update. Returns the gradient norm. Collective.
-
-        Where the norm is not finite nothing is updated: it would destroy the weights. Raises
-        InputError if that happens MAX_BAD_STEPS times in a row.
-        """
-        trained = self.policy.parameters()
-        # Each process holds its share of one global mean.
-        sum_gradients(trained)
-        norm = nn.utils.clip_grad_norm_(trained, GRAD_CLIP)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if norm.isfinite():
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.bad_steps = 0 if norm.isfinite() else self.bad_steps + 1
-        if self.bad_steps >= MAX_BAD_STEPS:
-            raise InputError(
-                f"{self.bad_steps} optimiser steps in a row had no finite gradient and changed "
-                f"nothing; go on from the last checkpoint with a lower lr, or with "
-                f"model.precision=float32"
-            )
-        return float(norm)
-
-    def state(self) -> list[dict]:
-        """Whole states on the first process. Collective."""
-        return tree_map(whole_tensor, [o.state_dict() for o in self.optimizers])
-
-    def load_state(self, states: list[dict]):
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(shard_state(state, optimizer))
 
 
 # ------------------------------------------------------------------------------- checkpoints

@@ -360,7 +360,8 @@ def update(
         old_logp = logprobs_of(micro_batch, "old")
         ref_logp = logprobs_of(micro_batch, "reference") if grpo.kl_coef else None
 
-        advantages = torch.cat([r.advantages for r in micro_batch]).to(logp.device)  # (R,)
+        advantages = torch.cat([r.advantages for r in micro_batch])  # (R,)
+        advantages = advantages.to(logp.device, non_blocking=True)
         weights = token_weights(mask, grpo.loss_agg, n_tokens, n_sequences, grpo.max_new_tokens)
         loss, values = grpo_loss(logp, old_logp, ref_logp, advantages, mask, weights, grpo)
         loss.backward()

@@ -291,7 +291,7 @@ def update_work(training: Training, sizes: Sizes) -> float:
     n, new = len(prompt), sizes.new_tokens
     patches = len(prompt.images["pixel_values"])
     layers = linear_work(policy.base.language_model)
-    head = 2 * policy.head[0].numel()
+    head = 2 * policy.head.numel()
 
     # Of causal attention, half is needed. A last token predicts nothing.
     image = image_work(policy.base.visual, config.vision_config, patches)

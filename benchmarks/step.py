@@ -272,7 +272,7 @@ def step_work(ours: Ours, case: Case) -> float:
     patches = len(prompt.images["pixel_values"])
     image = image_work(policy.base.visual, policy.model.config.vision_config, patches)
     layers = linear_work(policy.base.language_model)
-    head = 2 * policy.head[0].numel()
+    head = 2 * policy.head.numel()
 
     # Of causal attention, half is needed.
     prefill = case.prompts * (image + n * layers + attention_work(text, n, n) / 2)

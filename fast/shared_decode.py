@@ -78,7 +78,7 @@ class SharedDecoder:
         if self.copied:
             copies = [half_copy(layer, self.dtype) for layer in self.layers]
             self.layers = nn.ModuleList(copies)
-            self.head = policy.head[0].to(self.dtype, copy=True)
+            self.head = policy.head.to(self.dtype, copy=True)
 
         # Keys and values of each layer.
         self.prompts, length = prefill.mask.shape
@@ -150,7 +150,7 @@ class SharedDecoder:
 
     def refresh_weights(self):
         """Weights may have been trained since the last batch."""
-        weight = self.policy.head[0]
+        weight = self.policy.head
         if not self.copied:
             self.head = weight
             return

@@ -131,12 +131,12 @@ def row_block(prompt_block, prompt_index, length, own, device):
     unpad_index = None
     if not real.all():
         unpad_index = real.flatten().nonzero()[:, 0]
-        unpad_index = unpad_index.to(device)
+        unpad_index = unpad_index.to(device, non_blocking=True)
     causal = places <= places[:, None]
     mask = F.pad(causal, (length, 0), value=True)  # (T, P + T)
-    return RowBlock(
-        prompt_block, prompt_index.to(device), unpad_index, mask.to(device), size=int(own.sum())
-    )
+    mask = mask.to(device, non_blocking=True)
+    prompt_index = prompt_index.to(device, non_blocking=True)
+    return RowBlock(prompt_block, prompt_index, unpad_index, mask, size=int(own.sum()))
 
 
 def attend_rows(rows, block, prompt, options):
@@ -201,14 +201,15 @@ def shared_hidden(policy, prompts, rows, owner, scored):
     lengths = torch.tensor([len(p) for p in sorted_prompts])
     row_lengths = torch.tensor([len(row) for row in sorted_rows])
     index = torch.tensor(sorted_owner)
+    # What goes to the GPU goes before the forward: later, a copy would wait for it.
+    predictors = torch.empty(scored.shape, dtype=torch.long)
+    predictors[row_order] = predictor_places(lengths, row_lengths, index, scored.shape[1])
+    chosen = predictors[scored].to(policy.device, non_blocking=True)
     shared = SharedPrefix(lengths, row_lengths, index, policy.device)
     stream = stream_inputs(sorted_prompts, sorted_rows, sorted_owner)
     out = policy.run(sorted_prompts, stream, use_cache=False, shared=shared)
     hidden = out.last_hidden_state[0]  # (tokens of the stream, H)
 
-    predictors = torch.empty(scored.shape, dtype=torch.long)
-    predictors[row_order] = predictor_places(lengths, row_lengths, index, scored.shape[1])
-    chosen = predictors[scored].to(policy.device)
     return hidden.index_select(0, chosen)
 
 
@@ -228,7 +229,7 @@ def stream_inputs(prompts, rows, owner):
     after = []
     for b, row in zip(owner, rows):
         after.append(prompts[b].next_position + torch.arange(len(row)))
-    after = torch.cat(after).to(ids.device)
+    after = torch.cat(after).to(ids.device, non_blocking=True)
     before = torch.cat([p.positions for p in prompts], -1)
     # With M-RoPE, text has the same position on all three axes.
     after = after.expand(*before.shape[:-1], -1)

@@ -161,8 +161,15 @@ def sum_gradients(parameters: list[Tensor]):
         # A process without tokens still takes part.
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if world_size() > 1 and not isinstance(p, DTensor):
-            dist.all_reduce(p.grad)
+    gradients = [p.grad for p in parameters if not isinstance(p, DTensor)]
+    if world_size() == 1 or not gradients:
+        return
+    # All in one message: hundreds of small ones would wait for each other.
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    sizes = [g.numel() for g in gradients]
+    for gradient, total in zip(gradients, flat.split(sizes)):
+        gradient.copy_(total.view_as(gradient))
 
 
 # ------------------------------------------------------------------------------- signals

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SMALL, distance, load, move_weights, tolerance
+from torch.nn import functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast.shared_decode import SharedDecoder, shared_decode
@@ -74,7 +75,9 @@ def decode_both(policy, prompts, uniform, temperature=1.0):
         with policy.autocast():
             tokens, logprobs = decode(policy.prefill(prompts), uniform, temperature)
         real = up_to_stop(policy, tokens)
-        results.append((tokens * real, logprobs * real))
+        # The plain loop ends with its last row.
+        rest = 0, uniform.shape[1] - tokens.shape[1]
+        results.append((F.pad(tokens * real, rest), F.pad(logprobs * real, rest)))
     return *results, real.sum(1)
 
 

@@ -7,8 +7,11 @@ forward of the model. Shapes as there: B prompts, G completions of each, R = B *
 import copy
 import dataclasses
 import math
+import sys
+import warnings
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +19,7 @@ import pytest
 import torch
 from helpers import (
     LEARNING,
+    ROOT,
     SMALL,
     START,
     all_tokens,
@@ -28,6 +32,8 @@ from helpers import (
     seeded,
     tolerance,
 )
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 import data
 import train_grpo
@@ -884,6 +890,79 @@ def test_the_gap_to_sampling_is_the_largest_and_the_mean_difference(policy, roll
     limit = tolerance("library", policy.device)
     assert metrics[f"{GAP}/max"] == pytest.approx(0.5, abs=limit)
     assert metrics[f"{GAP}/mean"] == pytest.approx(0.5 / sum(LENGTHS), abs=limit)
+
+
+# ------------------------------------------------------------------------------- no waiting
+
+# What waits for a GPU to know a number or a size.
+WAITING = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu"}
+# These work on sizes, which are known on the CPU.
+ON_CPU = {("shared_prefix.py", name) for name in ("__init__", "row_block", "shared_hidden")}
+
+
+def our_line(frame):
+    """FILE:LINE if the first caller outside of torch is code of this project, else None."""
+    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    ours = ROOT in path.parents and (path.name, frame.f_code.co_name) not in ON_CPU
+    return f"{path.name}:{frame.f_lineno}" if ours else None
+
+
+class Waits(TorchFunctionMode):
+    """The lines of this project that would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        is_read = function.__name__ == "__getitem__"
+        by_mask = is_read and getattr(args[1], "dtype", None) == torch.bool
+        if by_mask or function.__name__ in WAITING:
+            self.lines.add(our_line(sys._getframe(1)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [[], ["vision", "projector"]])
+def test_nothing_waits_for_the_gpu_within_a_micro_batch(policy, rollouts, monkeypatch, frozen):
+    waits = Waits()
+
+    def read_at_the_end(function, sums):
+        waits.__exit__(None, None, None)
+        return tree_map(function, sums)
+
+    monkeypatch.setattr(train_grpo, "tree_map", read_at_the_end)
+    frozen_policy = copy.deepcopy(policy)
+    frozen_policy.freeze(frozen)
+    for r in rollouts:
+        frozen_policy.remember_images([r.prompt])
+    grpo = section(kl_coef=0.1, micro_tokens=1)
+    waits.__enter__()
+    result = update(frozen_policy, Descent(frozen_policy), rollouts, 0.0, grpo)
+    assert len(result.sums) == len(rollouts)
+    assert waits.lines - {None} == set()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_within_a_micro_batch(policy, rollouts, device):
+    """The same by CUDA's own check. What transformers does with images is not ours."""
+    if device.type == "cpu":
+        pytest.skip("its twin above runs on the CPU")
+    lines = set()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        completions = [r.tokens for r in rollouts]
+        logp, _, _ = policy.logprobs([r.prompt for r in rollouts], completions)
+        logp.sum().backward()
+    torch.cuda.set_sync_debug_mode("default")
+    policy.model.zero_grad()
+    for warning in caught:
+        path = Path(warning.filename)
+        if ROOT in path.parents and "synchronizing" in str(warning.message):
+            lines.add(f"{path.name}:{warning.lineno}")
+    assert lines == set()
 
 
 # ------------------------------------------------------------------------------- metrics

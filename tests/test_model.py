@@ -35,6 +35,8 @@ import data
 import model
 from fast.patches import use_products
 from model import Optimizer, fused_logprobs, load_or_resume, load_policy, save_checkpoint
+from runtime import optimizer as optimizer_module
+from runtime import processes
 from runtime.checkpoint import last_step, open_run
 from runtime.config import InputError
 from runtime.log import Log
@@ -44,11 +46,9 @@ pytestmark = pytest.mark.gpu
 # ------------------------------------------------------------------------------- the head
 
 
-def float64_logprobs(hidden, weight, targets, temperature, banned, bias=None):
+def float64_logprobs(hidden, weight, targets, temperature, banned):
     """Log-probs and entropies from the whole logits."""
     logits = hidden.double() @ weight.double().T
-    if bias is not None:
-        logits = logits + bias.double()
     logits = logits / temperature
     if banned is not None:
         logits = logits.index_fill(1, banned, -torch.inf)
@@ -73,11 +73,9 @@ def close(got, wanted, tolerance):
     ],
     ids=["float32", "bfloat16", "bfloat16 with float32 masters"],
 )
-@pytest.mark.parametrize(
-    ("temperature", "biased", "ban"), [(1.0, False, False), (0.7, True, True), (1.3, False, True)]
-)
+@pytest.mark.parametrize(("temperature", "ban"), [(1.0, False), (0.7, True), (1.3, True)])
 def test_fused_logprobs_equals_float64(
-    monkeypatch, device, dtype, weight_dtype, of_gradient, temperature, biased, ban
+    monkeypatch, device, dtype, weight_dtype, of_gradient, temperature, ban
 ):
     """Values, entropies and gradients of 50 tokens and 700 ids: three tiles of the vocabulary, the
     first wholly banned or none. Operands are rounded, sums are not: a sum in bfloat16 would be off
@@ -90,15 +88,14 @@ def test_fused_logprobs_equals_float64(
 
     hidden = (2 * random(50, 24)).to(dtype).requires_grad_()
     weight = random(700, 24).to(weight_dtype).requires_grad_()
-    bias = random(700).to(weight_dtype).requires_grad_() if biased else None
     banned = torch.tensor([*range(256), 699], device=device) if ban else None
     targets = torch.randint(256, 699, (50,), generator=generator).to(device)
     upstream = random(50)
-    inputs = [t for t in (hidden, weight, bias) if t is not None]
+    inputs = [hidden, weight]
 
     rounded = weight.to(dtype)
-    expected = float64_logprobs(hidden, rounded, targets, temperature, banned, bias)
-    logp, entropy = fused_logprobs(hidden, weight, targets, temperature, banned, bias)
+    expected = float64_logprobs(hidden, rounded, targets, temperature, banned)
+    logp, entropy = fused_logprobs(hidden, weight, targets, temperature, banned)
     assert logp.dtype == torch.float32
     assert not entropy.requires_grad
     assert close([logp, entropy], expected, 1e-5)
@@ -300,7 +297,7 @@ def test_end_of_turn_counts_and_padding_does_not(policy, examples):
 
 def test_policy_never_samples_a_vision_token(policy, examples):
     loud = copy.deepcopy(policy)
-    head, _ = loud.head
+    head = loud.head
     with torch.no_grad():
         # Either very likely or very unlikely.
         head[loud.banned] = 50 * head.mean(0)
@@ -554,11 +551,31 @@ def test_muon_takes_the_linear_layers_and_adamw_the_rest(config):
     assert all("blocks" in n or "layers" in n or "merger" in n for n in muon)
 
 
+def test_gradients_are_summed_in_one_message(monkeypatch):
+    """A parameter without a gradient takes part."""
+    shapes = [(3, 2), (4,), (1, 5)]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for p in parameters[:2]:
+        p.grad = torch.randn(p.shape)
+    expected = [3 * p.grad for p in parameters[:2]] + [torch.zeros(1, 5)]
+    messages = []
+
+    def all_reduce(values):
+        messages.append(values.numel())
+        values *= 3
+
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
+    processes.sum_gradients(parameters)
+    assert messages == [6 + 4 + 5]
+    assert all(map(torch.equal, expected, [p.grad for p in parameters]))
+
+
 def test_a_step_of_muon_is_the_nearest_orthogonal_matrix(config, monkeypatch):
     """U V^T of the gradient, of root mean square 0.2 x lr. Its iteration in bfloat16 is rough by
     design (singular values 0.7 to 1.2), so the direction is compared."""
-    monkeypatch.setattr(model, "WEIGHT_DECAY", 0.0)
-    monkeypatch.setattr(model, "GRAD_CLIP", 1e9)
+    monkeypatch.setattr(optimizer_module, "WEIGHT_DECAY", 0.0)
+    monkeypatch.setattr(optimizer_module, "GRAD_CLIP", 1e9)
     policy = load_policy(config)
     optimizer = Optimizer(policy, "muon")
     linear = optimizer.optimizers[1].param_groups[0]["params"][0]
@@ -590,7 +607,7 @@ def test_gradients_are_clipped_to_a_norm_of_one(config):
 def test_steps_without_finite_gradients_change_nothing_and_are_counted_in_a_row(
     config, monkeypatch
 ):
-    monkeypatch.setattr(model, "MAX_BAD_STEPS", 3)
+    monkeypatch.setattr(optimizer_module, "MAX_BAD_STEPS", 3)
     policy = load_policy(config)
     optimizer = Optimizer(policy, "adamw")
     before = [p.detach().clone() for p in policy.parameters()]

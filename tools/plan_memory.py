@@ -152,7 +152,7 @@ def weight_sizes(policy, config, section, shares):
     if operand < FLOAT:
         # Of what is trained: autocast's copies, and those of the decoder, which has a head, too.
         trained = count(policy.parameters())
-        decoder = trained + policy.head[0].numel() if section is config.grpo else 0
+        decoder = trained + policy.head.numel() if section is config.grpo else 0
         parts["half-precision copies"] = operand * (trained + decoder)
     return parts
 
