@@ -637,8 +637,10 @@ class Policy:
         begins = ends - torch.tensor(n_scored)[:, None]
         places = torch.arange(max(lengths))
         scored = (begins <= places) & (places < ends)  # (R, T)
-        # Before the forward: a copy that comes after it would wait for it.
+        # Before the forward: a copy that comes after it would wait for it. Places and not the mask
+        # alone: the GPU would have to be waited for to know how many they are.
         mask = scored.to(self.device, non_blocking=True)
+        places = scored.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # (N,)
 
         hidden_of = self.plain_hidden
         if self.shared:
@@ -650,8 +652,8 @@ class Policy:
         # The logits of all tokens together would not fit: fused_logprobs makes them in tiles.
         hidden = hidden.to(self.dtype)
         flat = fused_logprobs(hidden, self.head, targets, temperature, self.banned)
-        empty = torch.zeros(mask.shape, device=self.device)
-        logp, entropy = (empty.masked_scatter(mask, values) for values in flat)
+        empty = torch.zeros(mask.numel(), device=self.device)
+        logp, entropy = (empty.index_copy(0, places, values).view_as(mask) for values in flat)
         return logp, entropy, mask
 
     def plain_hidden(
