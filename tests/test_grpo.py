@@ -921,7 +921,7 @@ class WaitsInBackward(TorchDispatchMode):
         self.lines = lines
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in ("_local_scalar_dense", "masked_select"):
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "masked_scatter_backward"):
             self.lines.add(our_line(sys._getframe(1)))
         return function(*args, **(kwargs or {}))
 
