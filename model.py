@@ -124,29 +124,6 @@ class Rollout:
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.tokens]
 
-    def record(self) -> dict[str, Any]:
-        """What samples.jsonl holds of it."""
-        samples = []
-        for g, text in enumerate(self.texts):
-            sample = {
-                "text": text,
-                "reward": self.rewards[g],
-                "advantage": self.advantages[g].item(),
-                "parts": {},
-            }
-            for name, values in self.reward_components.items():
-                # NaN: the component does not apply.
-                if values[g] == values[g]:
-                    sample["parts"][name] = values[g]
-            samples.append(sample)
-        return {
-            "id": self.example.id,
-            "task": self.example.task,
-            "question": self.example.question,
-            "reference": self.example.answer,
-            "samples": samples,
-        }
-
 
 @dataclass
 class Prefill:
@@ -236,7 +213,7 @@ class Policy:
         self.sharded = False
         self.vision_frozen = False
         self.adapted: dict[str, LoRALinear] = {}  # by the name of the layer
-        self.dummy_prompt: Prompt | None = None  # for dummy_step
+        self.dummy_prompt: Prompt | None = None  # for with_dummy_steps
         self.decoder: Any = None  # of fast/, which keeps its buffers
         self.ahead: Any = None  # of fast/, see encode_ahead
 
@@ -440,11 +417,12 @@ class Policy:
         images = {}
         for name in prompts[0].images:
             images[name] = pad_images([p.images[name] for p in prompts])
-        if any(p.features is None for p in prompts):
-            return self.base(**tokens, **images, **options)
-        from fast.frozen_tower import known_features  # noqa: PLC0415
+        tower = nullcontext()
+        if all(p.features is not None for p in prompts):
+            from fast.frozen_tower import known_features  # noqa: PLC0415
 
-        with known_features(self.base.visual, prompts):
+            tower = known_features(self.base.visual, prompts)
+        with tower:
             return self.base(**tokens, **images, **options)
 
     def remember_images(self, prompts: list[Prompt]):
@@ -633,10 +611,8 @@ class Policy:
         # The last n tokens of each row.
         targets = torch.cat([row[len(row) - n :] for row, n in zip(rows, n_scored)])  # (N,)
         # On the CPU, where the sizes are known: the GPU is not waited for.
-        ends = torch.tensor(lengths)[:, None]
-        begins = ends - torch.tensor(n_scored)[:, None]
-        places = torch.arange(max(lengths))
-        scored = (begins <= places) & (places < ends)  # (R, T)
+        ranges = [torch.arange(length) >= length - n for length, n in zip(lengths, n_scored)]
+        scored = pad_rows(ranges)  # (R, T)
         # Before the forward: a copy that comes after it would wait for it. Places and not the mask
         # alone: the GPU would have to be waited for to know how many they are.
         mask = scored.to(self.device, non_blocking=True)
@@ -667,7 +643,6 @@ class Policy:
         # [padding | prompt | completion | padding]
         copies = [prompts[b] for b in owner]
         tokens = self.pad_prompts(copies)
-        length = tokens["input_ids"].shape[1]
         ids = pad_rows(rows)  # (R, T)
         start = torch.tensor([p.next_position for p in copies], device=self.device)
         real = pad_rows([torch.ones_like(row) for row in rows])
@@ -679,7 +654,7 @@ class Policy:
             tokens[name] = torch.cat([before, rest], -1)
         out = self.run(copies, tokens, use_cache=False)
         # A token is predicted by the one before it.
-        predictors = out.last_hidden_state[:, length - 1 : -1]  # (R, T, H)
+        predictors = out.last_hidden_state[:, -ids.shape[1] - 1 : -1]  # (R, T, H)
         return predictors[scored.to(self.device)]
 
     # -- sharding
@@ -703,13 +678,10 @@ class Policy:
         most = max(gather_objects(len(batches))) if self.sharded else 0
         yield from batches
         for _ in range(most - len(batches)):
-            self.dummy_step()
-
-    def dummy_step(self):
-        """Forward and backward without effect."""
-        row = self.stop_ids[:1].expand(2)
-        logp, _, _ = self.logprobs([self.dummy_prompt], [[row]])
-        (0 * logp.sum()).backward()
+            # Forward and backward without effect.
+            row = self.stop_ids[:1].expand(2)
+            logp, _, _ = self.logprobs([self.dummy_prompt], [[row]])
+            (0 * logp.sum()).backward()
 
     # -- what is trained
 
@@ -751,8 +723,8 @@ class Policy:
         embedding = self.model.get_input_embeddings().weight
         for module in self.model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                for p in (module.weight, module.bias):
-                    if p is not None and p is not embedding and not p.requires_grad:
+                for p in module.parameters(recurse=False):
+                    if p is not embedding and not p.requires_grad:
                         p.data = p.data.to(self.dtype)
 
     def add_lora(self, lora_rank: int, frozen: Sequence[str] = ()):
@@ -819,13 +791,13 @@ class Policy:
     def whole_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """State dict with adapters merged, and adapters, whole on the first process. Collective."""
         # A tied weight has two names and is saved once.
-        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        once = {name for name, _ in self.model.named_parameters()}
-        state = {
-            name: whole_tensor(tensor)
-            for name, tensor in self.merged_state().items()
-            if name not in every - once
-        }
+        once = dict(self.model.named_parameters())
+        every = dict(self.model.named_parameters(remove_duplicate=False))
+        state = self.merged_state()
+        for name in every.keys() - once.keys():
+            del state[name]
+        # Each tensor is gathered by all processes, in the same order.
+        state = {name: whole_tensor(tensor) for name, tensor in state.items()}
         adapters = {name: whole_tensor(p.detach()) for name, p in self.adapters().items()}
         return state, adapters
 
@@ -1325,14 +1297,14 @@ def load_or_resume(
     path = last / "training_state.pt"
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # The start is the reference, and what adapters belong to.
-    began = state.pop("start", policy.start)
+    began = state.pop("start")
     if began != policy.start:
         raise InputError(
             f"{run} began at {began} of {Path(start).parent}, and {Path(start).name} is "
             f"{policy.start} there by now; point it back, or choose another folder with out=..."
         )
     optimizer.load_state(state.pop("optimizers"))
-    optimizer.bad_steps = state.pop("bad_steps", 0)
+    optimizer.bad_steps = state.pop("bad_steps")
     return policy, optimizer, state
 
 

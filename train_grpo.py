@@ -49,7 +49,7 @@ from data import Example, batched
 from model import Optimizer, Policy, Prompt, Rollout, pad_rows, save_checkpoint
 from runtime.checkpoint import last_step, open_run, resolve
 from runtime.config import Config, GRPOConfig, InputError
-from runtime.log import Log
+from runtime.log import Log, sample_record
 from runtime.memory import tokens_that_fit
 from runtime.output import print0, rank, world_size
 from runtime.processes import StopRequest, gather_lists, gather_rows, run_main, start_training
@@ -493,7 +493,7 @@ def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dic
     """The first group of each task, for samples.jsonl: the metrics hide a lot. Collective."""
     # Each process gives its first. The first of all is the same whatever their number.
     local = {r.example.task: r for r in reversed(rollouts)}
-    records = gather_lists([r.record() for r in local.values()])
+    records = gather_lists([sample_record(r) for r in local.values()])
     order = [example.id for example in examples]
     records.sort(key=lambda record: order.index(record["id"]))
     first = {record["task"]: record for record in reversed(records)}

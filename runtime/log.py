@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from runtime.config import Config, InputError
 from runtime.output import progress, rank, write_atomically
@@ -69,6 +70,30 @@ class Log:
     def write(self, name, step, row):
         if rank() == 0:
             self.files[name].write(json.dumps({"step": step, **row}) + "\n")
+
+
+def sample_record(rollout: Any) -> dict[str, Any]:
+    """What samples.jsonl holds of a Rollout."""
+    samples = []
+    for g, text in enumerate(rollout.texts):
+        sample = {
+            "text": text,
+            "reward": rollout.rewards[g],
+            "advantage": rollout.advantages[g].item(),
+            "parts": {},
+        }
+        for name, values in rollout.reward_components.items():
+            # NaN: the component does not apply.
+            if values[g] == values[g]:
+                sample["parts"][name] = values[g]
+        samples.append(sample)
+    return {
+        "id": rollout.example.id,
+        "task": rollout.example.task,
+        "question": rollout.example.question,
+        "reference": rollout.example.answer,
+        "samples": samples,
+    }
 
 
 def lines_until(path, step):
