@@ -145,8 +145,9 @@ def pad_images(tensors: list[Tensor]) -> Tensor:
     height, are padded with zeros at the end."""
     sizes = zip(*(t.shape[1:] for t in tensors))
     largest = [max(size) for size in sizes]
-    out = tensors[0].new_zeros(sum(map(len, tensors)), *largest)
-    for part, t in zip(out.split([len(t) for t in tensors]), tensors):
+    counts = [len(t) for t in tensors]
+    out = tensors[0].new_zeros(sum(counts), *largest)
+    for part, t in zip(out.split(counts), tensors):
         corner = tuple(slice(size) for size in t.shape)
         part[corner] = t
     return out
@@ -230,7 +231,7 @@ class Policy:
         stop_ids.update([eos] if isinstance(eos, int) else eos or [])
         self.stop_ids = torch.tensor(sorted(stop_ids), device=self.device)
         # What it may not contain.
-        self.banned = torch.tensor(self.vision_ids(), dtype=torch.long, device=self.device)
+        self.banned = torch.tensor(self.vision_ids(), device=self.device)
 
     @property
     def head(self) -> Tensor:
@@ -358,7 +359,7 @@ class Policy:
         ids = inputs["input_ids"][0]
         return self.tokenizer.decode(ids[self.end_of_images(ids) :])
 
-    def end_of_images(self, ids: Tensor) -> int:
+    def end_of_images(self, ids):
         """The place after the last image token of ids (P,)."""
         places = (ids == self.model.config.image_token_id).nonzero()
         return int(places[-1]) + 1
@@ -396,7 +397,7 @@ class Policy:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         return pairs
 
-    def pad_prompts(self, prompts: list[Prompt]) -> dict[str, Tensor]:
+    def pad_prompts(self, prompts):
         """The token inputs of B prompts, (B, P), and their positions. Padding stands at the left.
 
         It is not attended to, so what stands there does not matter.
@@ -412,7 +413,7 @@ class Policy:
             tokens[name] = join([p.tokens[name] for p in prompts])
         return tokens
 
-    def run(self, prompts: list[Prompt], tokens: dict[str, Tensor], **options: Any) -> Any:
+    def run(self, prompts, tokens, **options):
         """The model without its head, on token inputs and the images of these prompts."""
         images = {}
         for name in prompts[0].images:
@@ -458,11 +459,13 @@ class Policy:
         # The numbers are a function of stream, id and completion.
         uniform = []
         for example, _ in pairs:
-            key = int(hashlib.sha1(example.id.encode()).hexdigest()[:12], 16)
+            digest = hashlib.sha1(example.id.encode()).hexdigest()
+            key = int(digest[:12], 16)
             for g in range(group_size):
                 generator = np.random.default_rng([*stream, key, g])
                 uniform.append(generator.random(max_new_tokens))
-        uniform = torch.from_numpy(np.stack(uniform)).to(self.device)  # (R, max_new_tokens)
+        uniform = torch.from_numpy(np.stack(uniform))  # (R, max_new_tokens)
+        uniform = uniform.to(self.device)
 
         prompts = [prompt for _, prompt in pairs]
         # Compiled layers would be compiled again for each cache that they fill.
@@ -475,9 +478,8 @@ class Policy:
             group = slice(i * group_size, (i + 1) * group_size)
             texts = [self.decode(ids) for ids in tokens[group]]
             sampled = {"sampled": logprobs[group]}
-            rollouts.append(
-                Rollout(example, prompt, tokens[group], texts, finished[group], sampled)
-            )
+            rollout = Rollout(example, prompt, tokens[group], texts, finished[group], sampled)
+            rollouts.append(rollout)
         return rollouts
 
     @in_fsdp_forward
@@ -499,7 +501,8 @@ class Policy:
         # A row ends with its first stop token.
         stops = torch.isin(tokens, self.stop_ids)
         finished = stops.any(1)
-        lengths = torch.where(finished, stops.int().argmax(1) + 1, tokens.shape[1])
+        first_stop = stops.int().argmax(1)
+        lengths = torch.where(finished, first_stop + 1, tokens.shape[1])
         if not logprobs.isfinite().all():
             raise InputError(
                 "the model's logits are not finite: its weights have overflowed. Go back to an "
@@ -510,7 +513,7 @@ class Policy:
         logprobs = [row[:size] for row, size in zip(logprobs, sizes)]
         return tokens, logprobs, finished.tolist()
 
-    def prefill(self, prompts: list[Prompt]) -> Prefill:
+    def prefill(self, prompts):
         """Run B prompts once."""
         self.remember_images(prompts)
         tokens = self.pad_prompts(prompts)
@@ -519,9 +522,7 @@ class Policy:
         hidden = out.last_hidden_state[:, -1]
         return Prefill(out.past_key_values, tokens["attention_mask"], start, hidden)
 
-    def plain_decode(
-        self, prefill: Prefill, uniform: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def plain_decode(self, prefill, uniform, temperature):
         """Sample R rows by the model's own forward, each with its own copy of its prompt.
 
         uniform (R, T). Returns tokens and log-probabilities (R, T), or fewer if all rows end early.
@@ -557,7 +558,7 @@ class Policy:
             hidden = out.last_hidden_state[:, 0]
         return torch.stack(tokens, 1), torch.stack(logprobs, 1)
 
-    def later_positions(self, start: Tensor, length: int) -> Tensor:
+    def later_positions(self, start, length):
         """Positions (R, T) of text that begins at start (R,); with M-RoPE (3, R, T)."""
         places = torch.arange(length, device=start.device)
         positions = start[:, None] + places
@@ -566,9 +567,7 @@ class Policy:
             return positions.expand(3, -1, -1)
         return positions
 
-    def next_token(
-        self, hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def next_token(self, hidden, weight, uniform, temperature):
         """Sample from hidden states (R, H) by uniform (R,): tokens and log-probabilities (R,).
 
         weight (V, H): of the head, in the type that products take. Temperature 0 is greedy.
@@ -582,7 +581,8 @@ class Policy:
     def decode(self, ids: Tensor) -> str:
         """The text without the end-of-turn token. Other special tokens stay visible to rewards, and
         so does a <think> that the chat template has opened."""
-        ids = ids[~torch.isin(ids, self.stop_ids)]
+        is_stop = torch.isin(ids, self.stop_ids)
+        ids = ids[~is_stop]
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         return f"<think>{text}" if self.opens_think else text
 
@@ -609,14 +609,17 @@ class Policy:
         lengths = [len(row) for row in rows]
         n_scored = n_scored or lengths
         # The last n tokens of each row.
-        targets = torch.cat([row[len(row) - n :] for row, n in zip(rows, n_scored)])  # (N,)
+        begins = [length - n for length, n in zip(lengths, n_scored)]
+        targets = [row[begin:] for row, begin in zip(rows, begins)]
+        targets = torch.cat(targets)  # (N,)
         # On the CPU, where the sizes are known: the GPU is not waited for.
-        ranges = [torch.arange(length) >= length - n for length, n in zip(lengths, n_scored)]
+        ranges = [torch.arange(length) >= begin for length, begin in zip(lengths, begins)]
         scored = pad_rows(ranges)  # (R, T)
         # Before the forward: a copy that comes after it would wait for it. Places and not the mask
         # alone: the GPU would have to be waited for to know how many they are.
         mask = scored.to(self.device, non_blocking=True)
-        places = scored.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # (N,)
+        places = scored.flatten().nonzero()[:, 0]  # (N,)
+        places = places.to(self.device, non_blocking=True)
 
         hidden_of = self.plain_hidden
         if self.shared:
@@ -629,12 +632,10 @@ class Policy:
         hidden = hidden.to(self.dtype)
         flat = fused_logprobs(hidden, self.head, targets, temperature, self.banned)
         empty = torch.zeros(mask.numel(), device=self.device)
-        logp, entropy = (empty.index_copy(0, places, values).view_as(mask) for values in flat)
-        return logp, entropy, mask
+        logp, entropy = (empty.index_copy(0, places, values) for values in flat)
+        return logp.view_as(mask), entropy.view_as(mask), mask
 
-    def plain_hidden(
-        self, prompts: list[Prompt], rows: list[Tensor], owner: list[int], scored: Tensor
-    ) -> Tensor:
+    def plain_hidden(self, prompts, rows, owner, scored):
         """Hidden states (N, H) that predict the scored tokens, from R rows [prompt | completion].
 
         rows: R completions (T_r,), owner: the prompt of each, scored (R, T). Every row has its own
@@ -662,7 +663,8 @@ class Policy:
     def shard(self):
         """Spread the weights over the processes, see runtime.processes.shard_weights."""
         half = torch.bfloat16 if self.config.model.precision == "bfloat16" else None
-        shard_weights(self.model, list(self.blocks().values()), half)
+        blocks = list(self.blocks().values())
+        shard_weights(self.model, blocks, half)
         self.sharded = True
 
     def unsharded(self) -> Any:
@@ -731,11 +733,10 @@ class Policy:
         """Freeze the model and give its layers model.lora_targets adapters, except in `frozen`
         parts. A is random, B is zero: nothing changes yet."""
         targets = self.config.model.lora_targets
-        linear = {
-            name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, nn.Linear) and part_of(name) not in frozen
-        }
+        linear = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, nn.Linear) and part_of(name) not in frozen:
+                linear[name] = layer
         names = {name.rpartition(".")[2] for name in linear}
         if not targets or set(targets) - names:
             raise InputError(
@@ -765,11 +766,12 @@ class Policy:
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """The adapters by their names in PEFT's files."""
-        return {
-            f"base_model.model.{name}.{matrix}.weight": getattr(layer, matrix)
-            for name, layer in self.adapted.items()
-            for matrix in ("lora_A", "lora_B")
-        }
+        adapters = {}
+        for name, layer in self.adapted.items():
+            prefix = f"base_model.model.{name}"
+            adapters[f"{prefix}.lora_A.weight"] = layer.lora_A
+            adapters[f"{prefix}.lora_B.weight"] = layer.lora_B
+        return adapters
 
     @torch.no_grad()
     def load_adapters(self, folder: Path):
@@ -782,13 +784,14 @@ class Policy:
         """The state dict of the model with its adapters added to the weights."""
         state = self.model.state_dict()
         for name, layer in self.adapted.items():
-            state[f"{name}.weight"] = layer.weight + layer.scale * layer.lora_B @ layer.lora_A
+            change = layer.scale * layer.lora_B @ layer.lora_A
+            state[f"{name}.weight"] = layer.weight + change
             del state[f"{name}.lora_A"], state[f"{name}.lora_B"]
         return state
 
     # -- files
 
-    def whole_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def whole_weights(self):
         """State dict with adapters merged, and adapters, whole on the first process. Collective."""
         # A tied weight has two names and is saved once.
         once = dict(self.model.named_parameters())
@@ -798,7 +801,9 @@ class Policy:
             del state[name]
         # Each tensor is gathered by all processes, in the same order.
         state = {name: whole_tensor(tensor) for name, tensor in state.items()}
-        adapters = {name: whole_tensor(p.detach()) for name, p in self.adapters().items()}
+        adapters = {}
+        for name, p in self.adapters().items():
+            adapters[name] = whole_tensor(p.detach())
         return state, adapters
 
     def save(self, folder: Path, weights: tuple[dict, dict] | None = None):
@@ -825,7 +830,8 @@ class Policy:
     def save_adapters(self, folder, adapters):
         folder.mkdir()
         save_file(adapters, folder / "adapter_model.safetensors")
-        lora_rank = len(next(iter(self.adapted.values())).lora_A)
+        first, *_ = self.adapted.values()
+        lora_rank = len(first.lora_A)
         peft = {
             "peft_type": "LORA",
             "r": lora_rank,
@@ -842,9 +848,9 @@ class Policy:
         """Turn on fast/ if it knows the model. Else say that completions run their prompts."""
         text = self.model.config.get_text_config()
         windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
-        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+        rope = getattr(text, "rope_parameters", None) or {}
         # Positions that turn by angles which depend on the longest row.
-        by_length = rope in ("dynamic", "longrope")
+        by_length = rope.get("rope_type") in ("dynamic", "longrope")
         model_type = self.model.config.model_type
         if model_type not in SHARING or windows or by_length:
             print0(
@@ -884,7 +890,8 @@ class Policy:
         """The token after an answer in the chat template. Gemma's is not its end of text."""
         turns = [chat_turn("user", "QUESTION"), chat_turn("assistant", "ANSWER")]
         chat = self.processor.apply_chat_template(turns, tokenize=False)
-        after = self.tokenizer(chat.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
+        _, _, after = chat.rpartition("ANSWER")
+        after = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         added = self.tokenizer.added_tokens_decoder
         return next((i for i in after if i in added), self.tokenizer.eos_token_id)
 
@@ -903,8 +910,10 @@ class Policy:
         """
         pattern = re.compile(r"image|img|vision|video|^<row_\d", re.IGNORECASE)
         added = self.tokenizer.added_tokens_decoder
-        ids = {i for i, token in added.items() if pattern.search(token.content)}
-        ids.add(self.model.config.image_token_id)
+        ids = {self.model.config.image_token_id}
+        for i, token in added.items():
+            if pattern.search(token.content):
+                ids.add(i)
         return sorted(i for i in ids if i < len(self.head))
 
 
@@ -923,7 +932,8 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if not self.on:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        low_rank = F.linear(x, self.lora_A)
+        return y + self.scale * F.linear(low_rank, self.lora_B)
 
 
 # ------------------------------------------------------------------------------- head and sampling
@@ -960,11 +970,13 @@ def sample_tokens(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tenso
         # In float64: a sum of a large vocabulary in float32 would be off by some unlikely ids.
         cdf = logp.exp().cumsum(1, dtype=torch.float64)
         # Rounded up to the whole sum, the goal would lie behind all ids.
-        goal = uniform.clamp(max=1 - 1e-9)[:, None] * cdf[:, -1:]
+        uniform = uniform.clamp(max=1 - 1e-9)
+        goal = uniform[:, None] * cdf[:, -1:]
         token = torch.searchsorted(cdf, goal, right=True)  # (R, 1)
         # Of NaN: any id.
         token = token.clamp(max=logits.shape[1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+    logp = logp.gather(1, token)
+    return token[:, 0], logp[:, 0]
 
 
 class FusedLogProbs(torch.autograd.Function):
@@ -989,7 +1001,7 @@ class FusedLogProbs(torch.autograd.Function):
         limit = TILE_SIZE[hidden.device.type] // max(hidden.shape)
         size = min(len(weight), max(256, limit))
         # A mask and not ids: to look for those of a tile, the GPU would have to be waited for.
-        is_banned = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        is_banned = torch.zeros(len(weight), dtype=torch.bool, device=hidden.device)
         if banned is not None:
             is_banned[banned] = True
         for i in range(0, len(weight), size):
@@ -1008,13 +1020,15 @@ class FusedLogProbs(torch.autograd.Function):
             # A target lies in one of the tiles.
             here = (targets >= i) & (targets < j)
             place = (targets - i).clamp(0, j - i - 1)
-            chosen = torch.where(here, z.gather(1, place[:, None])[:, 0], chosen)
+            z_of_target = z.gather(1, place[:, None])[:, 0]
+            chosen = torch.where(here, z_of_target, chosen)
             old_peak = peak
             peak = torch.maximum(peak, z.amax(1))
             # What was summed up is now relative to the new maximum.
             change = old_peak - peak
             shrink = change.exp()
-            exp = z.sub_(peak[:, None]).exp()
+            z = z.sub_(peak[:, None])
+            exp = z.exp()
             weighted = shrink * (weighted + change * total) + z.mul_(exp).sum(1)
             total = shrink * total + exp.sum(1)
         lse = peak + total.log()
@@ -1037,13 +1051,15 @@ class FusedLogProbs(torch.autograd.Function):
         mean_weight = torch.zeros_like(scaled)  # sum_v p(v) weight[v]
         grad_weight = torch.zeros_like(weight) if need_weight else None
         for i, j, w, z in FusedLogProbs.tiles(hidden, weight, temperature, banned):
-            p = z.sub_(lse[:, None]).exp_().to(hidden.dtype)
+            p = z.sub_(lse[:, None]).exp_()
+            p = p.to(hidden.dtype)
             mean_weight += product(p, w)
             if need_weight:
                 grad_weight[i:j] = -product(p.T, factor)
         if need_weight:
             grad_weight.index_add_(0, targets, scaled.to(weight.dtype))
-        grad_hidden = slope * (weight[targets].to(hidden.dtype) - mean_weight)
+        weight_of_target = weight[targets].to(hidden.dtype)
+        grad_hidden = slope * (weight_of_target - mean_weight)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
@@ -1096,7 +1112,8 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
     pixels = {"min_pixels": MIN_PIXELS, "max_pixels": config.model.max_pixels}
     if path == "tiny":
         return Policy(*build_tiny(config.seed, pixels), config, path)
-    if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith(("/", "."))):
+    is_id = path.count("/") == 1 and not path.startswith(("/", "."))
+    if not is_id and not os.path.isdir(path):
         raise InputError(
             f"model {path!r}: no such folder, and not a hub id like Qwen/Qwen3-VL-2B-Instruct"
         )
@@ -1256,7 +1273,9 @@ def save_checkpoint(
     It is the same whatever the number of processes and however weights are spread over them.
     """
     weights = policy.whole_weights()
-    state |= {"step": step, "start": policy.start, "optimizers": optimizer.state()}
+    state["step"] = step
+    state["start"] = policy.start
+    state["optimizers"] = optimizer.state()
     state["bad_steps"] = optimizer.bad_steps
 
     def write(folder):
