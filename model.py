@@ -203,6 +203,7 @@ class Policy:
         self.config = config
         self.path = path
         self.start = ""  # the checkpoint that training began at
+        # In float32: the small steps of training would be lost in half precision.
         self.model = model.float().eval().requires_grad_(True)
         self.base = model.model  # without the language-model head
         self.processor = processor
@@ -272,6 +273,7 @@ class Policy:
 
     def encode(self, example: Example) -> Prompt:
         """The model inputs of an example's prompt. Raises InputError."""
+        # A worker may have it ready.
         encode = self.ahead or self.encode_here
         return encode(example).to(self.device)
 
@@ -321,6 +323,7 @@ class Policy:
         """
         if not hasattr(self.base, "get_rope_index"):
             return inputs["attention_mask"].cumsum(-1) - 1
+        # Families take different ones of these.
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
         known = {name: inputs[name] for name in names if name in inputs}
         positions, _ = self.base.get_rope_index(**known)
@@ -344,6 +347,7 @@ class Policy:
             raise InputError(
                 f"{example.id}: its question contains {token}, which stands for an image; remove it"
             )
+        # What the processor would write after the last image.
         text = self.image_end + chat.rpartition(token)[2]
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, device=self.device)
@@ -351,6 +355,7 @@ class Policy:
     @cached_property
     def image_end(self) -> str:
         """What the processor writes after an image, such as Gemma's <end_of_image>."""
+        # After any image it is the same.
         image = Image.new("RGB", (64, 64))
         token = self.processor.image_token
         inputs = self.processor(
@@ -370,6 +375,7 @@ class Policy:
         if self.opens_think:
             text = data.after_opened_think(text)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # The model learns to end its turn, too.
         ids = torch.tensor([*ids, self.end_id], device=self.device)
         banned = ids[torch.isin(ids, self.banned)]
         if len(banned):
@@ -406,6 +412,7 @@ class Policy:
 
         def join(tensors):
             padded = [F.pad(t, (length - t.shape[-1], 0)) for t in tensors]
+            # With M-RoPE, an axis comes before that of the prompts.
             return torch.cat(padded, -2)
 
         tokens = {"position_ids": join([p.positions for p in prompts])}
@@ -452,6 +459,7 @@ class Policy:
         samples do not depend on the order or on the number of processes. Returns one Rollout per
         usable example.
         """
+        # In train mode, checkpointing would leave out the cache.
         self.model.eval()
         pairs = self.encode_all(examples)
         if not pairs:
@@ -662,6 +670,7 @@ class Policy:
 
     def shard(self):
         """Spread the weights over the processes, see runtime.processes.shard_weights."""
+        # Blocks are gathered in the type that their products take.
         half = torch.bfloat16 if self.config.model.precision == "bfloat16" else None
         blocks = list(self.blocks().values())
         shard_weights(self.model, blocks, half)
@@ -677,6 +686,7 @@ class Policy:
         Sharded weights are gathered by all processes together, so a process without further
         batches runs a dummy step as often as another has one.
         """
+        # Replicated weights need no other process until the gradients are summed.
         most = max(gather_objects(len(batches))) if self.sharded else 0
         yield from batches
         for _ in range(most - len(batches)):
@@ -775,6 +785,7 @@ class Policy:
 
     @torch.no_grad()
     def load_adapters(self, folder: Path):
+        # Their names are PEFT's, whoever has written them.
         saved = load_file(folder / "adapter_model.safetensors")
         for name, parameter in self.adapters().items():
             parameter.copy_(saved[name])
@@ -813,6 +824,7 @@ class Policy:
         whole_weights.
         """
         transformers.utils.logging.disable_progress_bar()
+        # Merged, so that the folder can be used without PEFT.
         state, adapters = weights or self.whole_weights()
         self.model.save_pretrained(folder, state_dict=state)
         if self.adapted:
@@ -846,6 +858,7 @@ class Policy:
 
     def can_share(self) -> bool:
         """Turn on fast/ if it knows the model. Else say that completions run their prompts."""
+        # fast/ lets a token attend to all before it.
         text = self.model.config.get_text_config()
         windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
         rope = getattr(text, "rope_parameters", None) or {}
@@ -892,6 +905,7 @@ class Policy:
         chat = self.processor.apply_chat_template(turns, tokenize=False)
         _, _, after = chat.rpartition("ANSWER")
         after = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        # The first special token that the template writes.
         added = self.tokenizer.added_tokens_decoder
         return next((i for i in after if i in added), self.tokenizer.eos_token_id)
 
@@ -925,6 +939,7 @@ class LoRALinear(nn.Linear):
     def add_adapter(self, lora_rank: int, generator: torch.Generator):
         a = torch.rand(lora_rank, self.in_features, generator=generator)
         a = a.mul_(2).sub_(1) / self.in_features**0.5
+        # B is zero, so that training begins at the model as it was.
         self.lora_A = nn.Parameter(a.to(self.weight.device))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, lora_rank))
 
@@ -1117,6 +1132,7 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
         raise InputError(
             f"model {path!r}: no such folder, and not a hub id like Qwen/Qwen3-VL-2B-Instruct"
         )
+    # They would break ours.
     transformers.utils.logging.disable_progress_bar()
     try:
         model = load_weights(path, weights)
@@ -1155,6 +1171,7 @@ def load_processor(path, model, pixels):
         processor.image_processor = images
         return processor
     family = image_only(PROCESSOR_MAPPING[type(model.config)])
+    # What its from_pretrained does, with our image processor.
     settings, _ = family.get_processor_dict(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     return family.from_args_and_dict([images, tokenizer], settings)
@@ -1253,6 +1270,7 @@ def build_tiny(seed: int, pixels: dict[str, int]) -> tuple[nn.Module, Any]:
     config = Qwen3VLConfig(
         text_config=text, vision_config=TINY_VISION, tie_word_embeddings=True, **marks
     )
+    # Every process makes the same weights.
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
     model.generation_config.update(**ends)
@@ -1272,6 +1290,7 @@ def save_checkpoint(
 
     It is the same whatever the number of processes and however weights are spread over them.
     """
+    # Collective, so it comes before the first process writes alone.
     weights = policy.whole_weights()
     state["step"] = step
     state["start"] = policy.start
