@@ -78,7 +78,8 @@ def group_advantages(rewards: Tensor, norm: str = "group", eps: float = 1e-4) ->
 
     # A tiny std would turn rounding into large advantages.
     spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
-    return torch.where(spread > EQUAL, centred / scale, 0.0).to(rewards.dtype)
+    advantages = torch.where(spread > EQUAL, centred / scale, 0.0)
+    return advantages.to(rewards.dtype)
 
 
 def policy_loss(
@@ -97,7 +98,8 @@ def policy_loss(
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     if importance == "sequence":
         # GSPO: one ratio per completion, the geometric mean over its tokens.
-        mean = log_ratio.sum(1) / mask.sum(1).clamp(min=1)  # (R,)
+        lengths = mask.sum(1).clamp(min=1)
+        mean = log_ratio.sum(1) / lengths  # (R,)
         log_ratio = mean[:, None].expand_as(logp)
     ratio = log_ratio.exp()
 
@@ -119,7 +121,9 @@ def kl_terms(logp: Tensor, ref_logp: Tensor) -> dict[str, Tensor]:
     of KL(policy || reference), of k3 that of KL(reference || policy).
     """
     k1 = logp - ref_logp
-    return {"k1": k1, "k2": k1.square() / 2, "k3": torch.expm1(-k1) + k1}
+    k2 = k1.square() / 2
+    k3 = torch.expm1(-k1) + k1
+    return {"k1": k1, "k2": k2, "k3": k3}
 
 
 def token_weights(
@@ -134,7 +138,8 @@ def token_weights(
     if loss_agg == "token":
         return mask / max(1, n_tokens)
     if loss_agg == "sequence":
-        return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(1, n_sequences)
+        lengths = mask.sum(1, keepdim=True).clamp(min=1)
+        return mask / lengths / max(1, n_sequences)
     return mask / (max(1, n_sequences) * max_new_tokens)
 
 
@@ -245,14 +250,17 @@ def assign_gdpo_advantages(rollouts: list[Rollout], config: Config):
         rollout.advantages = torch.zeros(config.grpo.group_size)
 
     # All names on every process, even where no rollout has them: normalize is a collective.
-    for name in sorted({*config.rewards.report, *config.rewards.grounding}):
+    names = {*config.rewards.report, *config.rewards.grounding}
+    for name in sorted(names):
         scored = [r for r in rollouts if name in r.reward_components]
         components = []
         for rollout in scored:
             # A completion that this reward does not apply to counts as average.
             values = torch.tensor(rollout.reward_components[name])
-            components.append(values.nan_to_num(values.nanmean()).tolist())
-        for rollout, row in zip(scored, normalize(components, config.grpo.adv_norm)):
+            values = values.nan_to_num(values.nanmean())
+            components.append(values.tolist())
+        advantages = normalize(components, config.grpo.adv_norm)
+        for rollout, row in zip(scored, advantages):
             weights = getattr(config.rewards, rollout.example.task)
             rollout.advantages += weights[name] * row
 
@@ -295,7 +303,8 @@ def micro_batches(rollouts: list[Rollout], micro_tokens: int) -> list[list[Rollo
 
 def logprobs_of(rollouts: list[Rollout], name: str) -> Tensor:
     """Log-probabilities that the rollouts keep, (R, T)."""
-    return pad_rows(list(chain.from_iterable(r.logprobs[name] for r in rollouts)))
+    rows = chain.from_iterable(r.logprobs[name] for r in rollouts)
+    return pad_rows(list(rows))
 
 
 def keep_logprobs(rollouts: list[Rollout], name: str, logp: Tensor):
@@ -340,7 +349,8 @@ def update(
     """4-7. One optimiser step on a mini-batch, of which `rollouts` is our share. Collective."""
     # The divisors of the loss count all micro-batches and processes, so they come first.
     used = trainable_groups(rollouts, grpo)
-    n_tokens = sum(gather_lists([sum(r.lengths) for r in used]))
+    lengths = gather_lists([sum(r.lengths) for r in used])
+    n_tokens = sum(lengths)
     # A constant divisor stays constant when groups are dropped.
     counted = rollouts if grpo.loss_agg == "constant" else used
     n_sequences = sum(gather_lists([len(r.tokens) for r in counted]))
@@ -373,9 +383,9 @@ def update(
         values["tokens"] = mask
         values["entropy"] = entropy
         values[f"{GAP}/mean"] = gap
-        logged = {name: (value.detach() * mask).sum() for name, value in values.items()}
-        logged["loss"] = loss.detach()
-        logged[f"{GAP}/max"] = gap.max()
+        logged = {"loss": loss.detach(), f"{GAP}/max": gap.max()}
+        for name, value in values.items():
+            logged[name] = (value.detach() * mask).sum()
         sums.append(logged)
     # Sum over processes, clip, step, and forget the gradients.
     grad_norm = optimizer.step(lr)
@@ -391,10 +401,9 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
     train_examples = data.load_split(config, "train")
     policy, optimizer, state = model.load_or_resume(run, config, start, config.grpo)
     reference = load_reference(policy, config, start)
-    micro_tokens = preflight(policy, train_examples, config, state)
-    grpo = replace(config.grpo, micro_tokens=micro_tokens)
+    grpo = preflight(policy, train_examples, config, state)
     log = Log(run, config, state["step"], grpo.steps)
-    print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}; {micro_tokens=}")
+    print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}; {grpo.micro_tokens=}")
 
     # From state["step"] on, with a progress bar and a clock.
     for step in log.steps():
@@ -433,7 +442,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
             log.sample(done, record)
         stopping = stop.requested()
         if stopping or done % grpo.save_every == 0 or done == grpo.steps:
-            save_checkpoint(run, done, policy, optimizer, micro_tokens=micro_tokens)
+            save_checkpoint(run, done, policy, optimizer, micro_tokens=grpo.micro_tokens)
         if stopping and done < grpo.steps:
             print0(f"{run}: stopped after step {done}; the same command continues from here")
             return
@@ -444,13 +453,16 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
 
 def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | float]:
     """What the samples of all processes look like. Names follow TRL's GRPOTrainer. Collective."""
-    totals = torch.tensor(gather_lists([r.rewards for r in rollouts]))  # (B, G)
-    lengths = torch.tensor(gather_lists([r.lengths for r in rollouts])).double()  # (B, G)
-    finished = torch.tensor(gather_lists([r.finished for r in rollouts]))  # (B, G)
+    totals = gather_lists([r.rewards for r in rollouts])
+    lengths = gather_lists([r.lengths for r in rollouts])
+    finished = gather_lists([r.finished for r in rollouts])
     degenerate = gather_lists([is_degenerate(r) for r in rollouts])
     components = gather_lists([r.reward_components for r in rollouts])
     if not components:
         raise InputError(f"step {step + 1}: none of its prompts can be used (see above)")
+    totals = torch.tensor(totals)  # (B, G)
+    lengths = torch.tensor(lengths).double()  # (B, G)
+    finished = torch.tensor(finished)  # (B, G)
     metrics = {
         "reward": totals.mean(),
         "reward_std": totals.std(1, correction=0).mean(),
@@ -473,7 +485,8 @@ def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | fl
 
 def update_metrics(updates: list[UpdateStats]) -> dict[str, float]:
     """Means over the tokens of all updates and processes. Collective."""
-    sums = gather_lists(list(chain.from_iterable(u.sums for u in updates)))
+    sums = chain.from_iterable(u.sums for u in updates)
+    sums = gather_lists(list(sums))
     total = Counter()
     for of_micro_batch in sums:
         # Counter.update adds.
@@ -503,11 +516,11 @@ def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dic
 # ------------------------------------------------------------------------------- before the loop
 
 
-def preflight(policy: Policy, examples: list[Example], config: Config, state: dict) -> int:
+def preflight(policy: Policy, examples: list[Example], config: Config, state: dict) -> GRPOConfig:
     """Fail now rather than after hours: try the largest update, then the evaluation.
 
     Also chooses the prompt that processes without work run along on, and lets the images of all
-    steps be decoded ahead. Returns grpo.micro_tokens, or what stands for 0. Collective.
+    steps be decoded ahead. Returns config.grpo with micro_tokens chosen. Collective.
     """
     grpo = config.grpo
     data.say_repeats(examples, config)
@@ -544,7 +557,7 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     batches = (data.grpo_batch(examples, step, config) for step in steps)
     local = chain.from_iterable(local_mini_batches(batch, grpo) for batch in batches)
     policy.encode_ahead(chain.from_iterable(local))
-    return micro_tokens
+    return replace(grpo, micro_tokens=micro_tokens)
 
 
 def try_update(policy: Policy, prompts: list[Prompt], grpo: GRPOConfig):
