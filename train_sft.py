@@ -39,8 +39,9 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Linear warm-up to `peak`, then cosine to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    angle = math.pi * (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(angle))
+    progress = (step - warmup) / max(1, steps - warmup)
+    cosine = math.cos(math.pi * progress)
+    return peak * 0.5 * (1 + cosine)
 
 
 @dataclass
@@ -99,7 +100,8 @@ def update(
     Returns what to log; num_tokens is 0 if no process has a study.
     """
     # The divisor of the loss counts all micro-batches and processes, so it comes first.
-    n_tokens = sum(gather_objects(count_answer_tokens(studies)))
+    counts = gather_objects(count_answer_tokens(studies))
+    n_tokens = sum(counts)
     if not n_tokens:
         return {"num_tokens": 0}
 
@@ -110,8 +112,9 @@ def update(
         loss.backward()
         loss_sum += loss.detach()
     grad_norm = optimizer.step(lr)
+    losses = gather_objects(loss_sum.item())
     return {
-        "loss": sum(gather_objects(loss_sum.item())),
+        "loss": sum(losses),
         "grad_norm": grad_norm,
         "learning_rate": lr,
         "num_tokens": n_tokens,
@@ -124,7 +127,8 @@ def validation_loss(policy: Policy, studies: list[list[Example]], micro_batch: i
     loss = 0.0
     n_tokens = 0
     with policy.unsharded():
-        for chunk in batched(studies[rank() :: world_size()], micro_batch):
+        local = studies[rank() :: world_size()]
+        for chunk in batched(local, micro_batch):
             encoded = encode_studies(policy, chunk)
             if encoded:
                 loss += sft_loss(policy, encoded, 1).item()
@@ -145,7 +149,9 @@ def starting_point(config: Config) -> str:
         raise InputError("sft.stage=cold_start needs data.thinking=true")
     if init == "base" or (init == "auto" and stage == "sft"):
         return config.model.path
-    path = str(Path(config.out, "sft", "best")) if init == "auto" else resolve(init)
+    path = resolve(init)
+    if init == "auto":
+        path = str(Path(config.out, "sft", "best"))
     if not Path(path).is_dir():
         raise InputError(
             f"sft.stage={stage} starts from {path}, which does not exist; run sft.stage=sft first, "
@@ -175,21 +181,29 @@ def stage_examples(config: Config, examples: list[Example]) -> list[Example]:
         raise InputError(
             f"sft.stage=cold_start needs thinking traces; data.source={config.data.source} has none"
         )
-    random = np.random.default_rng([config.seed, 11]).random(len(traced))
-    plain = random < PLAIN_SHARE
-    return [replace(e, style="plain") if p else e for e, p in zip(traced, plain)]
+    random = np.random.default_rng([config.seed, 11])
+    plain = random.random(len(traced)) < PLAIN_SHARE
+    mixed = []
+    for example, is_plain in zip(traced, plain):
+        if is_plain:
+            example = replace(example, style="plain")
+        mixed.append(example)
+    return mixed
 
 
 def load_studies(config: Config, split: str) -> list[list[Example]]:
     """The studies of a split, each as the examples that ask about it."""
-    return data.by_study(stage_examples(config, data.load_split(config, split)))
+    examples = data.load_split(config, split)
+    examples = stage_examples(config, examples)
+    return data.by_study(examples)
 
 
 def local_studies(studies: list, config: Config, step: int) -> list[list[Example]]:
     """This process's share of a step: a function of seed and step, so that a run can resume."""
     sft = config.sft
     places = data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)
-    return [studies[i] for i in places[rank() :: world_size()]]
+    local = places[rank() :: world_size()]
+    return [studies[i] for i in local]
 
 
 def train(config: Config, stop: StopRequest) -> Path | None:
@@ -212,11 +226,14 @@ def train(config: Config, stop: StopRequest) -> Path | None:
         f"steps {state['step']} to {sft.steps}"
     )
 
+    # The images of all steps can be decoded ahead, because their order is known.
     steps = range(state["step"], sft.steps)
     batches = (local_studies(studies, config, step) for step in steps)
     policy.encode_ahead(study[0] for batch in batches for study in batch)
+    # From state["step"] on, with a progress bar and a clock.
     for step in log.steps():
-        encoded = encode_studies(policy, local_studies(studies, config, step))
+        local = local_studies(studies, config, step)
+        encoded = encode_studies(policy, local)
         lr = learning_rate(step, sft.steps, sft.warmup, sft.lr)
         metrics = update(policy, optimizer, encoded, lr, sft.micro_batch)
         done = step + 1
@@ -253,7 +270,8 @@ def train_up_to(config: Config, stage: str, stop: StopRequest) -> Path | None:
 
     None if it was stopped.
     """
-    config = replace(config, sft=replace(config.sft, stage=stage))
+    sft = replace(config.sft, stage=stage)
+    config = replace(config, sft=sft)
     if stage != "sft" and config.sft.init == "auto":
         train_up_to(config, "sft", stop)
     return None if stop.requested() else train(config, stop)
