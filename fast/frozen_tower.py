@@ -22,8 +22,10 @@ def remember_features(policy, prompts):
     new = [p for p in prompts if p.features is None]
     if not new:
         return
-    pixels = torch.cat([p.images["pixel_values"] for p in new])
-    grids = torch.cat([p.images["image_grid_thw"] for p in new])
+    pixels = [p.images["pixel_values"] for p in new]
+    grids = [p.images["image_grid_thw"] for p in new]
+    pixels = torch.cat(pixels)
+    grids = torch.cat(grids)
     # All at once, for one launch of each kernel.
     visual = policy.base.visual
     out = visual(pixels.type(visual.dtype), grid_thw=grids, return_dict=True)
@@ -31,6 +33,7 @@ def remember_features(policy, prompts):
     # A prompt has as many image tokens as its images have features.
     image_token = policy.model.config.image_token_id
     counts = [int((p.input_ids == image_token).sum()) for p in new]
+    # Each prompt keeps its own part of every level.
     pieces = [level.split(counts) for level in levels]
     for prompt, features in zip(new, zip(*pieces)):
         prompt.features = features

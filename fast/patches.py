@@ -18,7 +18,10 @@ class PatchEmbedding(nn.Conv3d):
     """Patches (N, C, t, h, w) of the size of the kernel -> (N, H)."""
 
     def forward(self, patches):
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        # A kernel's numbers lie in the order of a patch's.
+        patches = patches.flatten(1)
+        weight = self.weight.flatten(1)
+        return F.linear(patches, weight, self.bias)
 
 
 def use_products(model):

@@ -37,11 +37,12 @@ CHECK_EVERY = 16
 
 def shared_decode(policy, prefill, uniform, temperature):
     """Tokens and log-probabilities (R, T), as Policy.plain_decode gives them."""
+    batch = policy, prefill, uniform, temperature
     decoder = policy.decoder
-    if decoder is None or not decoder.fits(policy, prefill, uniform, temperature):
+    if decoder is None or not decoder.fits(*batch):
         # Free the old buffers first.
         policy.decoder = None
-        decoder = SharedDecoder(policy, prefill, uniform, temperature)
+        decoder = SharedDecoder(*batch)
         policy.decoder = decoder
 
     rows, length = uniform.shape
@@ -69,12 +70,14 @@ class SharedDecoder:
         self.temperature = temperature
         self.dtype = policy.dtype
         # Sharded weights lie elsewhere each time, so a graph would not find them.
-        self.uses_graphs = policy.device.type == "cuda" and not policy.sharded
+        on_gpu = policy.device.type == "cuda"
+        self.uses_graphs = on_gpu and not policy.sharded
         self.graphs = {}  # by the number of rows and of visible tokens
 
         # Sharded weights have this type already while they are gathered.
         self.layers = self.text.layers
-        self.copied = self.dtype != torch.float32 and not policy.sharded
+        is_half = self.dtype != torch.float32
+        self.copied = is_half and not policy.sharded
         if self.copied:
             copies = [half_copy(layer, self.dtype) for layer in self.layers]
             self.layers = nn.ModuleList(copies)
@@ -88,9 +91,11 @@ class SharedDecoder:
         _, heads, _, width = keys.shape
         past = 2, self.prompts, heads, length, width
         own = 2, rows, heads, self.room, width
-        self.past = [keys.new_zeros(past, dtype=self.dtype) for _ in self.layers]
-        self.all_own = [keys.new_zeros(own, dtype=self.dtype) for _ in self.layers]
-        self.past_mask = uniform.new_zeros(self.prompts, 1, 1, length, dtype=torch.float)
+        like_keys = {"dtype": self.dtype, "device": keys.device}
+        self.past = [torch.zeros(past, **like_keys) for _ in self.layers]
+        self.all_own = [torch.zeros(own, **like_keys) for _ in self.layers]
+        # Added to the scores of (B, h, G g, P): 0 for real tokens, -inf for padding.
+        self.past_mask = torch.zeros(self.prompts, 1, 1, length, device=keys.device)
 
         # What goes in and comes out, (R, T).
         self.uniform = torch.zeros_like(uniform)
@@ -121,9 +126,12 @@ class SharedDecoder:
         """Use the first `count` rows of the buffers."""
         self.count = count
         self.own = [own[:, :count] for own in self.all_own]
-        # Which completion a row is, its place in the grid, the position that follows its prompt,
-        # its newest token, and whether it has ended.
-        self.row, self.place, self.start, self.token, self.ended = self.state[:, :count]
+        row, place, start, token, ended = self.state[:, :count]
+        self.row = row  # which completion it is
+        self.place = place  # in the grid of prompts and groups
+        self.start = start  # the position that follows its prompt
+        self.token = token  # the newest
+        self.ended = ended
 
     def begin(self, prefill, uniform):
         """Take over the prompts of a batch and sample the first token of each row."""
@@ -135,7 +143,9 @@ class SharedDecoder:
             values.copy_(layer.values)
         self.past_mask.fill_(-torch.inf)
         real = prefill.mask.bool()
-        self.past_mask[:prompts, 0, 0, -length:].masked_fill_(real, 0)
+        # Prompts stand at the right end of the room for the longest.
+        past_mask = self.past_mask[:prompts, 0, 0, -length:]
+        past_mask.masked_fill_(real, 0)
 
         rows, room = uniform.shape
         self.uniform[:rows, :room] = uniform
@@ -145,8 +155,11 @@ class SharedDecoder:
         self.keep(rows)
         torch.arange(rows, out=self.row)
         self.place.copy_(self.row)
-        self.start.copy_(prefill.start.repeat_interleave(self.group_size))
-        self.sample_next(prefill.hidden.repeat_interleave(self.group_size, 0))
+        start = prefill.start.repeat_interleave(self.group_size)
+        self.start.copy_(start)
+        # The end of a prompt predicts the first token of each of its rows.
+        hidden = prefill.hidden.repeat_interleave(self.group_size, 0)
+        self.sample_next(hidden)
 
     def refresh_weights(self):
         """Weights may have been trained since the last batch."""
@@ -155,7 +168,9 @@ class SharedDecoder:
             self.head = weight
             return
         self.head.copy_(weight)
-        for half, weight in zip(self.layers.parameters(), self.text.layers.parameters()):
+        trained = self.text.layers.parameters()
+        for half, weight in zip(self.layers.parameters(), trained):
+            # A frozen weight may be shared.
             if half is not weight:
                 half.copy_(weight)
 
@@ -167,7 +182,8 @@ class SharedDecoder:
             return
         # Rows read the first 32, 64, 128 .. tokens of their room: a graph for each of these.
         power = 1 << (t - 1).bit_length()
-        self.visible = min(self.room, max(MIN_ROOM, power))
+        power = max(MIN_ROOM, power)
+        self.visible = min(self.room, power)
         key = self.count, self.visible
         if key not in self.graphs:
             self.graphs[key] = self.capture()
@@ -201,17 +217,24 @@ class SharedDecoder:
         own_mask = self.own_mask()
         x = self.text.embed_tokens(self.token)  # (n, H)
         for layer, past, own in zip(self.layers, self.past, self.own):
+            # Attention, which also fills the places of the newest tokens.
             normed = rms_norm(layer.input_layernorm, x)
-            q, k, v = project(layer.self_attn, normed.to(self.dtype), rotation)
+            normed = normed.to(self.dtype)
+            q, k, v = project(layer.self_attn, normed, rotation)
+            q = q.to(self.dtype)
+            k = k.to(self.dtype)
             keys, values = own
-            keys.index_copy_(2, self.t, k.to(self.dtype)[:, :, None])
+            keys.index_copy_(2, self.t, k[:, :, None])
             values.index_copy_(2, self.t, v[:, :, None])
-            out = self.attend(q.to(self.dtype), past, own, own_mask)
+            out = self.attend(q, past, own, own_mask)
             x = x + layer.self_attn.o_proj(out)
+            # MLP.
             normed = rms_norm(layer.post_attention_layernorm, x)
-            x = x + layer.mlp(normed.to(self.dtype))
+            normed = normed.to(self.dtype)
+            x = x + layer.mlp(normed)
         self.t += 1
-        self.sample_next(rms_norm(self.text.norm, x))
+        hidden = rms_norm(self.text.norm, x)
+        self.sample_next(hidden)
 
     def rotation(self):
         """Cosines and signed sines (n, 1, d) of the newest tokens' positions.
@@ -223,13 +246,17 @@ class SharedDecoder:
         angles = positions[:, None, None] * rotary.inv_freq  # (n, 1, d / 2)
         cos = angles.cos() * rotary.attention_scaling
         sin = angles.sin() * rotary.attention_scaling
-        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        cos = torch.cat([cos, cos], -1)
+        # Signed, so that `rotate` takes one multiplication for both halves.
+        sin = torch.cat([-sin, sin], -1)
+        return cos, sin
 
     def own_mask(self):
         """0 for tokens up to the newest, -inf for places that are not filled yet."""
         places = torch.arange(self.visible, device=self.t.device)
         mask = torch.zeros_like(places, dtype=torch.float)
-        return mask.masked_fill(places > self.t, -torch.inf)
+        is_later = places > self.t
+        return mask.masked_fill(is_later, -torch.inf)
 
     def sample_next(self, hidden):
         """Sample token t of each row from its hidden state, (n, H)."""
@@ -245,12 +272,18 @@ class SharedDecoder:
         """Attention of q (n, h, g, d) to the prompts and to the rows' own tokens: (n, h g d)."""
         past_k, past_v = past
         own_k, own_v = own[..., : self.visible, :]
-        to_past = self.rows(self.groups(q) @ past_k.mT + self.past_mask)  # (n, h, g, P)
+        # A prompt's keys serve all queries of its group at once.
+        to_past = self.groups(q) @ past_k.mT + self.past_mask
+        to_past = self.rows(to_past)  # (n, h, g, P)
         to_own = q @ own_k.mT + own_mask  # (n, h, g, visible)
-        weights = torch.cat([to_past, to_own], -1).softmax(-1, torch.float32)
+        # One softmax over both.
+        scores = torch.cat([to_past, to_own], -1)
+        weights = scores.softmax(-1, torch.float32)
+        weights = weights.to(self.dtype)
         sizes = [to_past.shape[-1], self.visible]
-        to_past, to_own = weights.to(self.dtype).split(sizes, -1)
-        out = self.rows(self.groups(to_past) @ past_v) + to_own @ own_v
+        to_past, to_own = weights.split(sizes, -1)
+        from_past = self.groups(to_past) @ past_v
+        out = self.rows(from_past) + to_own @ own_v
         return out.flatten(1)
 
     def groups(self, rows):
@@ -272,12 +305,15 @@ class SharedDecoder:
 
     def drop_ended_rows(self) -> bool:
         """Once half of the rows have ended, move the others to the front. False if none is left."""
+        # This waits for the GPU, so it is rare there.
         left = self.count - int(self.ended.sum())
         # Half, and not only as many as are left: there is a graph for each number of rows.
         kept = self.count // 2
         if left > kept:
             return True
-        rows = self.ended.argsort(stable=True)[:kept]
+        # Those that go on come first, in their order.
+        rows = self.ended.argsort(stable=True)
+        rows = rows[:kept]
         self.state[:, :kept] = self.state[:, rows]
         for own in self.own:
             filled = own[..., : self.visible, :]
@@ -298,26 +334,33 @@ def half_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def rms_norm(norm, x):
     """A normalisation layer of a Qwen-VL model, in one call and in float32."""
+    x = x.float()
     weight = norm.weight.float()
-    return F.rms_norm(x.float(), weight.shape, weight, norm.variance_epsilon)
+    return F.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
 
 
 def project(layer, x, rotation):
     """x (n, H) -> q (n, h, g, d), k (n, h, d), v (n, h, d) of an attention layer."""
-    head = -1, layer.head_dim
-    q = layer.q_proj(x).unflatten(1, head)
-    k = layer.k_proj(x).unflatten(1, head)
-    v = layer.v_proj(x).unflatten(1, head)
+    heads = -1, layer.head_dim
+    q = layer.q_proj(x)
+    k = layer.k_proj(x)
+    v = layer.v_proj(x)
+    q = q.unflatten(1, heads)
+    k = k.unflatten(1, heads)
+    v = v.unflatten(1, heads)
     if hasattr(layer, "q_norm"):  # Qwen3
         q = rms_norm(layer.q_norm, q)
         k = rms_norm(layer.k_norm, k)
-    q = rotate(q, *rotation) * layer.scaling
+    q = rotate(q, *rotation)
+    q = q * layer.scaling
     k = rotate(k, *rotation)
     # Queries that share a head of keys stand together.
-    return q.unflatten(1, (k.shape[1], -1)), k, v
+    q = q.unflatten(1, (k.shape[1], -1))
+    return q, k, v
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x_i, x_{i + d / 2}) by their angles (Su et al. 2021). sin is signed."""
-    partner = x.roll(x.shape[-1] // 2, -1)
+    half = x.shape[-1] // 2
+    partner = x.roll(half, -1)
     return torch.addcmul(x * cos, partner, sin)

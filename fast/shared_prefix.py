@@ -73,13 +73,15 @@ class SharedPrefix:
         self.sizes = []  # tokens of each block
         first = 0
         lengths, counts = prompt_lengths.unique_consecutive(return_counts=True)
+        # A block for the prompts of each length.
         for length, count in zip(lengths.tolist(), counts.tolist()):
             after = (owner >= first) & (owner < first + count)
-            rows = after.nonzero()[:, 0]
+            (rows,) = after.nonzero(as_tuple=True)
             # Rows of similar length: little padding.
             parts = min(4, len(rows) // MIN_ROWS_TO_SPLIT + 1)
             for chosen in rows.tensor_split(parts):
                 own = row_lengths[chosen]
+                # Rows of one token are predicted by their prompts alone.
                 if own.sum() > 0:
                     block = len(self.prompt_blocks)
                     index = owner[chosen] - first
@@ -130,25 +132,31 @@ def row_block(prompt_block, prompt_index, length, own, device):
     real = places < own[:, None]  # (r, T)
     unpad_index = None
     if not real.all():
-        unpad_index = real.flatten().nonzero()[:, 0]
+        (unpad_index,) = real.flatten().nonzero(as_tuple=True)
         unpad_index = unpad_index.to(device, non_blocking=True)
     causal = places <= places[:, None]
+    # All of its prompt.
     mask = F.pad(causal, (length, 0), value=True)  # (T, P + T)
     mask = mask.to(device, non_blocking=True)
     prompt_index = prompt_index.to(device, non_blocking=True)
-    return RowBlock(prompt_block, prompt_index, unpad_index, mask, size=int(own.sum()))
+    size = int(own.sum())
+    return RowBlock(prompt_block, prompt_index, unpad_index, mask, size)
 
 
 def attend_rows(rows, block, prompt, options):
     """Attention of the rows of a block to their prompts' keys and values and to themselves."""
     count = len(rows.prompt_index)
+    # Kernels want rows of one length.
     if rows.unpad_index is not None:
         length = count * len(rows.mask)
         block = [pad_stream(t, rows.unpad_index, length) for t in block]
     q, k, v = (split_rows(t, count) for t in block)  # (r, H | h, T, d)
     past_k, past_v = prompt  # (b, h, P, d)
-    k = torch.cat([rows_of(past_k, rows.prompt_index), k], 2)
-    v = torch.cat([rows_of(past_v, rows.prompt_index), v], 2)
+    # Each row meets its prompt's keys before its own.
+    past_k = rows_of(past_k, rows.prompt_index)
+    past_v = rows_of(past_v, rows.prompt_index)
+    k = torch.cat([past_k, k], 2)
+    v = torch.cat([past_v, v], 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, **options)
     out = join_rows(out)
     if rows.unpad_index is None:
@@ -165,8 +173,9 @@ def pad_stream(stream, index, length):
 
 def rows_of(prompts, prompt_index):
     """The prompt of each row, (b, ..) -> (r, ..). One prompt alone needs no copies."""
+    count = len(prompt_index)
     if len(prompts) == 1:
-        return prompts.expand(len(prompt_index), -1, -1, -1)
+        return prompts.expand(count, -1, -1, -1)
     return prompts.index_select(0, prompt_index)
 
 
@@ -188,23 +197,31 @@ def shared_hidden(policy, prompts, rows, owner, scored):
     token predicts nothing and is left out of the stream.
     """
 
+    def prompt_size(b):
+        return len(prompts[b])
+
     def sizes_of(r):
-        return len(prompts[owner[r]]), len(rows[r])
+        prompt = prompts[owner[r]]
+        return len(prompt), len(rows[r])
 
     # Sort as SharedPrefix wants it. All sizes are known on the CPU, so the GPU is not waited for.
-    prompt_order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
+    prompt_order = sorted(range(len(prompts)), key=prompt_size)
     row_order = sorted(range(len(rows)), key=sizes_of)
     sorted_prompts = [prompts[b] for b in prompt_order]
     sorted_rows = [rows[r][:-1] for r in row_order]
     sorted_owner = [prompt_order.index(owner[r]) for r in row_order]
 
-    lengths = torch.tensor([len(p) for p in sorted_prompts])
-    row_lengths = torch.tensor([len(row) for row in sorted_rows])
+    lengths = [len(p) for p in sorted_prompts]
+    row_lengths = [len(row) for row in sorted_rows]
+    lengths = torch.tensor(lengths)
+    row_lengths = torch.tensor(row_lengths)
     index = torch.tensor(sorted_owner)
     # What goes to the GPU goes before the forward: later, a copy would wait for it.
-    predictors = torch.empty(scored.shape, dtype=torch.long)
-    predictors[row_order] = predictor_places(lengths, row_lengths, index, scored.shape[1])
-    chosen = predictors[scored].to(policy.device, non_blocking=True)
+    count, longest = scored.shape
+    predictors = torch.empty(count, longest, dtype=torch.long)
+    predictors[row_order] = predictor_places(lengths, row_lengths, index, longest)
+    chosen = predictors[scored]
+    chosen = chosen.to(policy.device, non_blocking=True)
     shared = SharedPrefix(lengths, row_lengths, index, policy.device)
     stream = stream_inputs(sorted_prompts, sorted_rows, sorted_owner)
     out = policy.run(sorted_prompts, stream, use_cache=False, shared=shared)
@@ -228,11 +245,15 @@ def stream_inputs(prompts, rows, owner):
 
     after = []
     for b, row in zip(owner, rows):
-        after.append(prompts[b].next_position + torch.arange(len(row)))
-    after = torch.cat(after).to(ids.device, non_blocking=True)
-    before = torch.cat([p.positions for p in prompts], -1)
+        places = torch.arange(len(row))
+        after.append(prompts[b].next_position + places)
+    after = torch.cat(after)
+    after = after.to(ids.device, non_blocking=True)
+    before = [p.positions for p in prompts]
+    before = torch.cat(before, -1)
     # With M-RoPE, text has the same position on all three axes.
-    after = after.expand(*before.shape[:-1], -1)
+    axes = before.shape[:-1]
+    after = after.expand(*axes, -1)
     stream["position_ids"] = torch.cat([before, after], -1)
     return stream
 
@@ -244,7 +265,8 @@ def predictor_places(lengths, row_lengths, owner, longest):
     """
     # A first token is predicted by the end of its prompt, the others by the token before.
     ends = lengths.cumsum(0) - 1
-    firsts = lengths.sum() + row_lengths.cumsum(0) - row_lengths
+    firsts = row_lengths.cumsum(0) - row_lengths
+    firsts = lengths.sum() + firsts
     places = torch.arange(longest)
     before = firsts[:, None] + places - 1
     return torch.where(places == 0, ends[owner, None], before)
