@@ -3,15 +3,17 @@ configuration and processor are fetched.
 
   python -m tools.plan_memory config.yaml [key=value ...] --gpus 8
 
-Estimates for one process, by part. Activations are those of a plain Qwen: what the backward of one
-layer keeps for a token, times layers and tokens; with gradient checkpointing the inputs of all
-layers, and everything of one. SFT counts 256 tokens of questions and answers a study.
+Estimates for one process, by part. Activations are those of a plain Qwen: what the backward keeps
+of a token in a layer goes with the outputs of its linear parts; with gradient checkpointing it
+keeps the inputs of all layers, and everything of one. SFT counts 256 tokens of questions and
+answers a study.
 """
 
 import numpy as np
+from torch import nn
 
 import data
-from model import TILE_SIZE, load_policy
+from model import TILE_SIZE, load_policy, part_of
 from runtime.output import world_size
 from runtime.processes import parse_args, run_main
 
@@ -29,16 +31,6 @@ def size_of(parameters):
     return sum(p.nbytes for p in parameters)
 
 
-def head_size(text):
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def key_width(text):
-    """Numbers in the keys of a token, and as many in its values."""
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return heads * head_size(text)
-
-
 def prompt_size(config, vision):
     """Patches and tokens of a prompt whose images are as large as model.max_pixels allows."""
     images = 1
@@ -52,36 +44,24 @@ def prompt_size(config, vision):
     return patches, min(config.model.max_prompt_tokens, tokens)
 
 
-def kept(config, width, layers, per_layer):
-    """Bytes per token for the backward. With checkpointing: inputs of all layers, all of one."""
-    if config.model.gradient_checkpointing:
-        return FLOAT * width * layers + per_layer
-    return per_layer * layers
+def linear_parts(policy, part):
+    """How many blocks a part has (None: the language model, or "vision"), and the linear layers of
+    the first, by their names."""
+    blocks = [block for name, block in policy.blocks().items() if part_of(name) == part]
+    named = blocks[0].named_modules()
+    return len(blocks), {name: m for name, m in named if isinstance(m, nn.Linear)}
 
 
-def kept_of_token(config, text, operand):
-    """In the language model."""
-    hidden = text.hidden_size
-    attention = text.num_attention_heads * head_size(text) + key_width(text)
-    # Norms and rotations in float32, then the operands of projections, attention and MLP.
-    operands = operand * (attention + text.intermediate_size)
-    per_layer = 24 * hidden + 12 * attention + 4 * operands
-    return kept(config, hidden, text.num_hidden_layers, per_layer)
-
-
-def kept_of_patch(config, vision):
-    """In the vision tower."""
-    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    width = vision.hidden_size
-    mlp = getattr(vision, "intermediate_size", None) or 4 * width
-    return kept(config, width, depth, FLOAT * (12 * width + 4 * mlp))
-
-
-def step_size(config, section, gpus):
-    """Prompts of a process, completions of a prompt, tokens of a completion."""
-    if section is config.grpo:
-        return -(-section.prompts // gpus), section.group_size, section.max_new_tokens
-    return -(-section.batch_size // gpus), 1, ANSWER
+def kept(policy, part):
+    """Bytes for the backward of one token, or of one patch."""
+    count, linear = linear_parts(policy, part)
+    outputs = sum(m.out_features for m in linear.values())
+    # Norms, rotations and sums in float32, operands of products in their type: fitted to Qwen3-VL.
+    of_block = outputs * (4.4 + 1.8 * policy.dtype.itemsize)
+    if not policy.config.model.gradient_checkpointing:
+        return count * of_block
+    first, *_ = linear.values()
+    return count * FLOAT * first.in_features + of_block
 
 
 def memory_plan(policy, config, section, gpus=None):
@@ -94,25 +74,30 @@ def memory_plan(policy, config, section, gpus=None):
     shares = gpus if config.model.parallel == "shard" else 1
     operand = policy.dtype.itemsize
     text = policy.model.config.get_text_config()
-    vision = getattr(policy.model.config, "vision_config", None)
     trained = FLOAT * count(policy.parameters())
-    local, rows, row_tokens = step_size(config, section, gpus)
-    patches, prompt_tokens = prompt_size(config, vision)
+    patches, prompt_tokens = prompt_size(config, policy.model.config.vision_config)
 
-    # With a shared prefix, a prompt counts once and not once per completion.
-    copies = 1 if policy.shared else rows
+    # Prompts of a process and of a micro-batch, and tokens of all completions of a prompt.
     if section is config.grpo:
+        local = -(-section.prompts // gpus)
+        rows = section.group_size
+        new_tokens = rows * section.max_new_tokens
         # With grpo.micro_tokens=0, as many as fit: here the least.
-        prompts = max(1, section.micro_tokens // (prompt_tokens + rows * row_tokens))
+        prompts = max(1, section.micro_tokens // (prompt_tokens + new_tokens))
     else:
+        local = -(-section.batch_size // gpus)
+        rows = 1
+        new_tokens = ANSWER
         prompts = section.micro_batch
     prompts = min(prompts, local)
-    tokens = prompts * (copies * prompt_tokens + rows * row_tokens)
-    activations = tokens * kept_of_token(config, text, operand)
-    if vision and not policy.vision_frozen:
-        activations += prompts * patches * kept_of_patch(config, vision)
+    # With a shared prefix, a prompt counts once and not once per completion.
+    copies = 1 if policy.shared else rows
+    tokens = prompts * (copies * prompt_tokens + new_tokens)
+    activations = tokens * kept(policy, None)
+    if not policy.vision_frozen:
+        activations += prompts * patches * kept(policy, "vision")
     # Of the head: logits, their exponentials, and these in half precision.
-    logits = min(TILE_SIZE["cuda"], prompts * rows * row_tokens * text.vocab_size)
+    logits = min(TILE_SIZE["cuda"], prompts * new_tokens * text.vocab_size)
     parts = {
         "gradients": trained / shares,
         "optimizer": 2 * trained / shares,
@@ -122,8 +107,10 @@ def memory_plan(policy, config, section, gpus=None):
     parts |= weight_sizes(policy, config, section, shares)
     if section is config.grpo:
         # The buffers of fast/ are in half precision.
-        sampled = min(section.sample_batch, local) * (prompt_tokens + rows * row_tokens)
-        parts["keys and values"] = sampled * 2 * key_width(text) * text.num_hidden_layers * operand
+        layers, linear = linear_parts(policy, None)
+        keys = linear["self_attn.k_proj"].out_features
+        sampled = min(section.sample_batch, local) * (prompt_tokens + new_tokens)
+        parts["keys and values"] = sampled * 2 * keys * layers * operand
     return parts
 
 
