@@ -208,8 +208,10 @@ class Policy:
         self.base = model.model  # without the language-model head
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        self.device = torch.device(cuda if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            local_rank = os.environ.get("LOCAL_RANK", 0)
+            self.device = torch.device(f"cuda:{local_rank}")
         if not self.head.is_meta:
             self.model.to(self.device)
         self.sharded = False
@@ -329,15 +331,18 @@ class Policy:
         positions, _ = self.base.get_rope_index(**known)
         return positions
 
-    def split_at_images(self, prompt: Prompt) -> tuple[Prompt, Tensor]:
+    def split_at_images(self, prompt):
         """The prompt up to its last image token, which all questions on an image share, and the ids
         (Q,) after it."""
         ids = prompt.input_ids[0]
         end = self.end_of_images(ids)
-        tokens = {name: values[:, :end] for name, values in prompt.tokens.items()}
+        tokens = {}
+        for name, values in prompt.tokens.items():
+            tokens[name] = values[:, :end]
         positions = prompt.positions[..., :end]
         next_position = int(positions.max()) + 1
-        return Prompt(tokens, positions, next_position, prompt.images), ids[end:]
+        shared = Prompt(tokens, positions, next_position, prompt.images)
+        return shared, ids[end:]
 
     def question_ids(self, example: Example) -> Tensor:
         """(Q,) ids of the prompt after its last image token. The images are not opened."""
@@ -376,7 +381,8 @@ class Policy:
             text = data.after_opened_think(text)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         # The model learns to end its turn, too.
-        ids = torch.tensor([*ids, self.end_id], device=self.device)
+        ids.append(self.end_id)
+        ids = torch.tensor(ids, device=self.device)
         banned = ids[torch.isin(ids, self.banned)]
         if len(banned):
             raise InputError(
@@ -411,7 +417,10 @@ class Policy:
         length = max(map(len, prompts))
 
         def join(tensors):
-            padded = [F.pad(t, (length - t.shape[-1], 0)) for t in tensors]
+            padded = []
+            for t in tensors:
+                missing = length - t.shape[-1]
+                padded.append(F.pad(t, (missing, 0)))
             # With M-RoPE, an axis comes before that of the prompts.
             return torch.cat(padded, -2)
 
@@ -433,7 +442,7 @@ class Policy:
         with tower:
             return self.base(**tokens, **images, **options)
 
-    def remember_images(self, prompts: list[Prompt]):
+    def remember_images(self, prompts):
         """Run a frozen vision tower once: sampling, reference (which starts from the same tower)
         and update share its output."""
         if self.shared and self.vision_frozen:
@@ -491,9 +500,7 @@ class Policy:
         return rollouts
 
     @in_fsdp_forward
-    def decode_groups(
-        self, prompts: list[Prompt], uniform: Tensor, temperature: float
-    ) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+    def decode_groups(self, prompts, uniform, temperature):
         """One prefill per prompt, then the R rows together, a token at a time.
 
         uniform (R, T) are the random numbers. Returns for each row its tokens and their
@@ -516,6 +523,7 @@ class Policy:
                 "the model's logits are not finite: its weights have overflowed. Go back to an "
                 "earlier checkpoint and lower lr, or try model.precision=float32"
             )
+        # Here the GPU is waited for, once for all rows.
         sizes = lengths.tolist()
         tokens = [row[:size] for row, size in zip(tokens, sizes)]
         logprobs = [row[:size] for row, size in zip(logprobs, sizes)]
@@ -526,7 +534,8 @@ class Policy:
         self.remember_images(prompts)
         tokens = self.pad_prompts(prompts)
         out = self.run(prompts, tokens, use_cache=True)
-        start = torch.tensor([p.next_position for p in prompts], device=self.device)
+        start = [p.next_position for p in prompts]
+        start = torch.tensor(start, device=self.device)
         hidden = out.last_hidden_state[:, -1]
         return Prefill(out.past_key_values, tokens["attention_mask"], start, hidden)
 
@@ -653,7 +662,8 @@ class Policy:
         copies = [prompts[b] for b in owner]
         tokens = self.pad_prompts(copies)
         ids = pad_rows(rows)  # (R, T)
-        start = torch.tensor([p.next_position for p in copies], device=self.device)
+        start = [p.next_position for p in copies]
+        start = torch.tensor(start, device=self.device)
         real = pad_rows([torch.ones_like(row) for row in rows])
         positions = self.later_positions(start, ids.shape[1])
         after = {"input_ids": ids, "attention_mask": real, "position_ids": positions}
@@ -663,7 +673,8 @@ class Policy:
             tokens[name] = torch.cat([before, rest], -1)
         out = self.run(copies, tokens, use_cache=False)
         # A token is predicted by the one before it.
-        predictors = out.last_hidden_state[:, -ids.shape[1] - 1 : -1]  # (R, T, H)
+        before = ids.shape[1] + 1
+        predictors = out.last_hidden_state[:, -before:-1]  # (R, T, H)
         return predictors[scored.to(self.device)]
 
     # -- sharding
@@ -693,7 +704,8 @@ class Policy:
             # Forward and backward without effect.
             row = self.stop_ids[:1].expand(2)
             logp, _, _ = self.logprobs([self.dummy_prompt], [[row]])
-            (0 * logp.sum()).backward()
+            nothing = 0 * logp.sum()
+            nothing.backward()
 
     # -- what is trained
 
@@ -774,7 +786,7 @@ class Policy:
             for layer in self.adapted.values():
                 layer.on = True
 
-    def adapters(self) -> dict[str, nn.Parameter]:
+    def adapters(self):
         """The adapters by their names in PEFT's files."""
         adapters = {}
         for name, layer in self.adapted.items():
@@ -791,7 +803,7 @@ class Policy:
             parameter.copy_(saved[name])
 
     @torch.no_grad()
-    def merged_state(self) -> dict[str, Tensor]:
+    def merged_state(self):
         """The state dict of the model with its adapters added to the weights."""
         state = self.model.state_dict()
         for name, layer in self.adapted.items():
@@ -899,7 +911,7 @@ class Policy:
                 if not (part_of(name) == "vision" and "attn" in part):
                     module.compile(dynamic=True)
 
-    def end_of_turn(self) -> int:
+    def end_of_turn(self):
         """The token after an answer in the chat template. Gemma's is not its end of text."""
         turns = [chat_turn("user", "QUESTION"), chat_turn("assistant", "ANSWER")]
         chat = self.processor.apply_chat_template(turns, tokenize=False)
@@ -917,7 +929,7 @@ class Policy:
         )
         return chat.rstrip().endswith("<think>")
 
-    def vision_ids(self) -> list[int]:
+    def vision_ids(self):
         """Tokens that stand for images: banned in sampling and in scoring alike.
 
         A completion with one could not be scored, as no image belongs to it.
@@ -936,12 +948,13 @@ class LoRALinear(nn.Linear):
 
     scale, on = 2.0, True
 
-    def add_adapter(self, lora_rank: int, generator: torch.Generator):
+    def add_adapter(self, lora_rank, generator):
         a = torch.rand(lora_rank, self.in_features, generator=generator)
         a = a.mul_(2).sub_(1) / self.in_features**0.5
         # B is zero, so that training begins at the model as it was.
         self.lora_A = nn.Parameter(a.to(self.weight.device))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, lora_rank))
+        b = self.weight.new_zeros(self.out_features, lora_rank)
+        self.lora_B = nn.Parameter(b)
 
     def forward(self, x):
         y = super().forward(x)
@@ -1023,7 +1036,8 @@ class FusedLogProbs(torch.autograd.Function):
             w = weight[i : i + size].to(hidden.dtype)
             j = i + len(w)
             z = head_logits(hidden, w, temperature)
-            yield i, j, w, z.masked_fill_(is_banned[i:j], BANNED_LOGIT)
+            z.masked_fill_(is_banned[i:j], BANNED_LOGIT)
+            yield i, j, w, z
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, banned):
@@ -1044,7 +1058,8 @@ class FusedLogProbs(torch.autograd.Function):
             shrink = change.exp()
             z = z.sub_(peak[:, None])
             exp = z.exp()
-            weighted = shrink * (weighted + change * total) + z.mul_(exp).sum(1)
+            weighted = shrink * (weighted + change * total)
+            weighted += z.mul_(exp).sum(1)
             total = shrink * total + exp.sum(1)
         lse = peak + total.log()
         ctx.save_for_backward(hidden, weight, targets, lse)
@@ -1138,7 +1153,8 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
         model = load_weights(path, weights)
         processor = load_processor(path, model, pixels)
     except NOT_LOADED as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = str(error).strip() or repr(error)
+        reason, *_ = reason.splitlines()
         raise InputError(f"model {path!r} cannot be loaded: {reason}") from None
     model_type = model.config.model_type
     head_bias = getattr(model.get_output_embeddings(), "bias", None)

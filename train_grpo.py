@@ -46,7 +46,7 @@ import model
 import rewards
 import train_sft
 from data import Example, batched
-from model import Optimizer, Policy, Prompt, Rollout, pad_rows, save_checkpoint
+from model import Optimizer, Policy, Rollout, pad_rows, save_checkpoint
 from runtime.checkpoint import last_step, open_run, resolve
 from runtime.config import Config, GRPOConfig, InputError
 from runtime.log import Log, sample_record
@@ -77,7 +77,9 @@ def group_advantages(rewards: Tensor, norm: str = "group", eps: float = 1e-4) ->
         scale = 1.0
 
     # A tiny std would turn rounding into large advantages.
-    spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
+    highest = r.amax(1, keepdim=True)
+    lowest = r.amin(1, keepdim=True)
+    spread = highest - lowest
     advantages = torch.where(spread > EQUAL, centred / scale, 0.0)
     return advantages.to(rewards.dtype)
 
@@ -160,8 +162,10 @@ def grpo_loss(
     # Where the clipping of policy_loss makes a token's gradient zero: only if it would move on the
     # same way.
     a = advantages[:, None]
-    low = (ratio < 1 - grpo.clip_low) & (a < 0)
-    high = (ratio > 1 + grpo.clip_high) & (a > 0)
+    is_low = ratio < 1 - grpo.clip_low
+    is_high = ratio > 1 + grpo.clip_high
+    low = is_low & (a < 0)
+    high = is_high & (a > 0)
     values = {
         "ratio": ratio,
         "clip_ratio/low_mean": low,
@@ -185,7 +189,7 @@ def grpo_loss(
 # ------------------------------------------------------------------------------- one step
 
 
-def local_mini_batches(examples: list[Example], grpo: GRPOConfig) -> list[list[Example]]:
+def local_mini_batches(examples, grpo):
     """What this process samples from, of each mini-batch of a step."""
     mini_batches = batched(examples, grpo.mini_batch or grpo.prompts)
     return [mini_batch[rank() :: world_size()] for mini_batch in mini_batches]
@@ -236,12 +240,13 @@ def assign_advantages(rollouts: list[Rollout], config: Config):
     if config.grpo.normalize_parts:
         assign_gdpo_advantages(rollouts, config)
         return
-    advantages = normalize([r.rewards for r in rollouts], config.grpo.adv_norm)
+    scores = [r.rewards for r in rollouts]
+    advantages = normalize(scores, config.grpo.adv_norm)
     for rollout, row in zip(rollouts, advantages):
         rollout.advantages = row
 
 
-def assign_gdpo_advantages(rollouts: list[Rollout], config: Config):
+def assign_gdpo_advantages(rollouts, config):
     """GDPO: normalise each reward component by itself, then take the weighted sum. Collective.
 
     Normalised after the sum, a component that varies little would hardly count.
@@ -265,7 +270,7 @@ def assign_gdpo_advantages(rollouts: list[Rollout], config: Config):
             rollout.advantages += weights[name] * row
 
 
-def normalize(scores: list[list[float]], norm: str) -> list[Tensor]:
+def normalize(scores, norm):
     """Rewards of this process's groups, G numbers each -> their advantages (G,). Collective:
     adv_norm=batch takes the std over the groups of all processes."""
     everyone, local = gather_rows(scores)
@@ -275,19 +280,19 @@ def normalize(scores: list[list[float]], norm: str) -> list[Tensor]:
     return list(advantages[local])
 
 
-def is_degenerate(rollout: Rollout) -> bool:
+def is_degenerate(rollout):
     """All advantages are zero, so the group has no policy gradient (it has one of the KL)."""
     return not rollout.advantages.any()
 
 
-def trainable_groups(rollouts: list[Rollout], grpo: GRPOConfig) -> list[Rollout]:
+def trainable_groups(rollouts, grpo):
     """The groups that updates use."""
     if not grpo.drop_degenerate:
         return rollouts
     return [r for r in rollouts if not is_degenerate(r)]
 
 
-def micro_batches(rollouts: list[Rollout], micro_tokens: int) -> list[list[Rollout]]:
+def micro_batches(rollouts, micro_tokens):
     """The rollouts in order, as many together as have micro_tokens tokens; at least one."""
     batches = []
     room = 0
@@ -301,13 +306,13 @@ def micro_batches(rollouts: list[Rollout], micro_tokens: int) -> list[list[Rollo
     return batches
 
 
-def logprobs_of(rollouts: list[Rollout], name: str) -> Tensor:
+def logprobs_of(rollouts, name):
     """Log-probabilities that the rollouts keep, (R, T)."""
     rows = chain.from_iterable(r.logprobs[name] for r in rollouts)
     return pad_rows(list(rows))
 
 
-def keep_logprobs(rollouts: list[Rollout], name: str, logp: Tensor):
+def keep_logprobs(rollouts, name, logp):
     """Each rollout keeps its rows of logp (R, T) as logprobs[name], unless it has some."""
     rows = iter(logp)
     for rollout in rollouts:
@@ -316,9 +321,7 @@ def keep_logprobs(rollouts: list[Rollout], name: str, logp: Tensor):
         rollout.logprobs.setdefault(name, own)
 
 
-def score_tokens(
-    policy: Policy, rollouts: list[Rollout], temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def score_tokens(policy, rollouts, temperature):
     """Log-probabilities under the policy, entropies and mask of the completions, (R, T) each."""
     prompts = [r.prompt for r in rollouts]
     completions = [r.tokens for r in rollouts]
@@ -353,7 +356,8 @@ def update(
     n_tokens = sum(lengths)
     # A constant divisor stays constant when groups are dropped.
     counted = rollouts if grpo.loss_agg == "constant" else used
-    n_sequences = sum(gather_lists([len(r.tokens) for r in counted]))
+    groups = gather_lists([len(r.tokens) for r in counted])
+    n_sequences = sum(groups)
     if n_tokens == 0:
         return UpdateStats([], 0.0)
 
@@ -476,7 +480,8 @@ def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | fl
     }
     for name in sorted(set().union(*components)):
         # A component belongs to one task, and is NaN where it does not apply to a completion.
-        values = torch.tensor([group[name] for group in components if name in group])
+        values = [group[name] for group in components if name in group]
+        values = torch.tensor(values)
         values = values[~values.isnan()]
         metrics[f"rewards/{name}/mean"] = values.mean()
         metrics[f"rewards/{name}/std"] = values.std(correction=0)
@@ -496,21 +501,27 @@ def update_metrics(updates: list[UpdateStats]) -> dict[str, float]:
 
     # These are not means over tokens.
     metrics["loss"] = total["loss"] / len(updates)
-    metrics["grad_norm"] = sum(u.grad_norm for u in updates) / len(updates)
+    metrics["grad_norm"] = np.mean([u.grad_norm for u in updates])
     if sums:
         metrics[f"{GAP}/max"] = max(s[f"{GAP}/max"] for s in sums)
     return metrics
 
 
-def sample_records(rollouts: list[Rollout], examples: list[Example]) -> list[dict]:
+def sample_records(rollouts, examples):
     """The first group of each task, for samples.jsonl: the metrics hide a lot. Collective."""
     # Each process gives its first. The first of all is the same whatever their number.
     local = {r.example.task: r for r in reversed(rollouts)}
-    records = gather_lists([sample_record(r) for r in local.values()])
+    records = [sample_record(r) for r in local.values()]
+    records = gather_lists(records)
     order = [example.id for example in examples]
-    records.sort(key=lambda record: order.index(record["id"]))
+
+    def place(record):
+        return order.index(record["id"])
+
+    records.sort(key=place)
     first = {record["task"]: record for record in reversed(records)}
-    return [first[task] for task in ("report", "grounding") if task in first]
+    tasks = ("report", "grounding")
+    return [first[task] for task in tasks if task in first]
 
 
 # ------------------------------------------------------------------------------- before the loop
@@ -524,8 +535,8 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     """
     grpo = config.grpo
     data.say_repeats(examples, config)
-    usable = chain.from_iterable(policy.encode_all([example]) for example in examples)
-    prompts = [prompt for _, prompt in islice(usable, PROMPTS_TO_TRY)]
+    pairs = chain.from_iterable(policy.encode_all([example]) for example in examples)
+    prompts = [prompt for _, prompt in islice(pairs, PROMPTS_TO_TRY)]
     if not prompts:
         raise InputError("none of the training examples can be used (see the messages above)")
     # With sharded weights, a process without work runs along on this prompt.
@@ -538,7 +549,8 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     # A run that is resumed goes on with the number that it began with.
     micro_tokens = grpo.micro_tokens or state.get("micro_tokens")
     if not micro_tokens:
-        micro_tokens = tokens_that_fit(partial(try_update, policy, [longest], grpo), size)
+        work = partial(try_update, policy, [longest], grpo)
+        micro_tokens = tokens_that_fit(work, size)
     first_batch = data.grpo_batch(examples, state["step"], config)
     local, *_ = local_mini_batches(first_batch, grpo)
     count = max(1, min(len(local), micro_tokens // size))
@@ -560,12 +572,14 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     return replace(grpo, micro_tokens=micro_tokens)
 
 
-def try_update(policy: Policy, prompts: list[Prompt], grpo: GRPOConfig):
+def try_update(policy, prompts, grpo):
     """Forward and backward of prompts with completions of full length."""
     row = policy.stop_ids[:1].expand(grpo.max_new_tokens)
-    completions = [[row] * grpo.group_size] * len(prompts)
+    group = [row] * grpo.group_size
+    completions = [group] * len(prompts)
     logp, _, _ = policy.logprobs(prompts, completions, grpo.temperature)
-    logp.sum().backward()
+    loss = logp.sum()
+    loss.backward()
 
 
 def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:

@@ -137,7 +137,8 @@ class SharedDecoder:
         """Take over the prompts of a batch and sample the first token of each row."""
         self.refresh_weights()
         prompts, length = prefill.mask.shape
-        for past, layer in zip(self.past, prefill.cache.layers):
+        layers = prefill.cache.layers
+        for past, layer in zip(self.past, layers):
             keys, values = past[:, :prompts, :, -length:]
             keys.copy_(layer.keys)
             values.copy_(layer.values)
@@ -243,7 +244,8 @@ class SharedDecoder:
         """
         rotary = self.text.rotary_emb
         positions = self.start + self.t
-        angles = positions[:, None, None] * rotary.inv_freq  # (n, 1, d / 2)
+        positions = positions[:, None, None]
+        angles = positions * rotary.inv_freq  # (n, 1, d / 2)
         cos = angles.cos() * rotary.attention_scaling
         sin = angles.sin() * rotary.attention_scaling
         cos = torch.cat([cos, cos], -1)
@@ -253,7 +255,8 @@ class SharedDecoder:
 
     def own_mask(self):
         """0 for tokens up to the newest, -inf for places that are not filled yet."""
-        places = torch.arange(self.visible, device=self.t.device)
+        device = self.t.device
+        places = torch.arange(self.visible, device=device)
         mask = torch.zeros_like(places, dtype=torch.float)
         is_later = places > self.t
         return mask.masked_fill(is_later, -torch.inf)
@@ -283,22 +286,26 @@ class SharedDecoder:
         sizes = [to_past.shape[-1], self.visible]
         to_past, to_own = weights.split(sizes, -1)
         from_past = self.groups(to_past) @ past_v
-        out = self.rows(from_past) + to_own @ own_v
+        from_own = to_own @ own_v
+        out = self.rows(from_past) + from_own
         return out.flatten(1)
 
     def groups(self, rows):
         """(n, h, g, d) -> (B, h, G g, d): rows of each prompt together, ended ones zero."""
         cells = self.prompts * self.group_size
         if self.count < cells:
-            empty = rows.new_zeros(cells, *rows.shape[1:])
+            _, *shape = rows.shape
+            empty = rows.new_zeros(cells, *shape)
             rows = empty.index_copy(0, self.place, rows)
         groups = rows.unflatten(0, (self.prompts, -1))
-        return groups.transpose(1, 2).flatten(2, 3)
+        groups = groups.transpose(1, 2)
+        return groups.flatten(2, 3)
 
     def rows(self, groups):
         """The way back: (B, h, G g, d) -> (n, h, g, d)."""
         groups = groups.unflatten(2, (self.group_size, -1))
-        rows = groups.transpose(1, 2).flatten(0, 1)
+        groups = groups.transpose(1, 2)
+        rows = groups.flatten(0, 1)
         if self.count < len(rows):
             rows = rows.index_select(0, self.place)
         return rows
@@ -324,7 +331,11 @@ class SharedDecoder:
 
 def half_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy whose linear layers are held in `dtype`. Weights that have it already are shared."""
-    shared = {id(p): p for p in layer.parameters() if p.dtype == dtype}
+    shared = {}
+    for p in layer.parameters():
+        if p.dtype == dtype:
+            # deepcopy takes what it finds here.
+            shared[id(p)] = p
     half = copy.deepcopy(layer, shared)
     for module in half.modules():
         if isinstance(module, nn.Linear):

@@ -78,14 +78,15 @@ class SharedPrefix:
             after = (owner >= first) & (owner < first + count)
             (rows,) = after.nonzero(as_tuple=True)
             # Rows of similar length: little padding.
-            parts = min(4, len(rows) // MIN_ROWS_TO_SPLIT + 1)
-            for chosen in rows.tensor_split(parts):
+            parts = len(rows) // MIN_ROWS_TO_SPLIT + 1
+            for chosen in rows.tensor_split(min(4, parts)):
                 own = row_lengths[chosen]
                 # Rows of one token are predicted by their prompts alone.
                 if own.sum() > 0:
                     block = len(self.prompt_blocks)
                     index = owner[chosen] - first
-                    self.row_blocks.append(row_block(block, index, length, own, device))
+                    rows_of_block = row_block(block, index, length, own, device)
+                    self.row_blocks.append(rows_of_block)
             self.prompt_blocks.append((count, length))
             self.sizes.append(count * length)
             first += count
@@ -93,6 +94,7 @@ class SharedPrefix:
 
     def attend(self, query, key, value, scaling):
         """query (1, H, N, d), key and value (1, h, N, d) of the stream -> (1, N, H, d)."""
+        # Query heads that share a head of keys.
         groups = query.shape[1] // key.shape[1]
         if query.is_cuda and groups > 1:
             # Its fast kernels take a mask or grouped heads, not both.
@@ -106,18 +108,21 @@ class SharedPrefix:
         keys = self.split(key)
         values = self.split(value)
         blocks = list(zip(queries, keys, values))
+        # The prompts first, because the rows need their keys and values.
         prompts = []
         outs = []
         for count, _ in self.prompt_blocks:
             block = blocks[len(outs)]
             q, k, v = (split_rows(t, count) for t in block)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-            outs.append(join_rows(out))
+            out = join_rows(out)
+            outs.append(out)
             prompts.append((k, v))
         for rows in self.row_blocks:
             block = blocks[len(outs)]
             prompt = prompts[rows.prompt_block]
-            outs.append(attend_rows(rows, block, prompt, options))
+            out = attend_rows(rows, block, prompt, options)
+            outs.append(out)
         return torch.cat(outs)[None]
 
     def split(self, stream):
@@ -128,6 +133,7 @@ class SharedPrefix:
 
 def row_block(prompt_block, prompt_index, length, own, device):
     """The block of rows of lengths own (r,) after prompts of `length` tokens."""
+    # On the CPU, where the lengths are known.
     places = torch.arange(int(own.max()))  # (T,)
     real = places < own[:, None]  # (r, T)
     unpad_index = None
@@ -136,7 +142,8 @@ def row_block(prompt_block, prompt_index, length, own, device):
         unpad_index = unpad_index.to(device, non_blocking=True)
     causal = places <= places[:, None]
     # All of its prompt.
-    mask = F.pad(causal, (length, 0), value=True)  # (T, P + T)
+    before = length, 0
+    mask = F.pad(causal, before, value=True)  # (T, P + T)
     mask = mask.to(device, non_blocking=True)
     prompt_index = prompt_index.to(device, non_blocking=True)
     size = int(own.sum())
@@ -207,9 +214,11 @@ def shared_hidden(policy, prompts, rows, owner, scored):
     # Sort as SharedPrefix wants it. All sizes are known on the CPU, so the GPU is not waited for.
     prompt_order = sorted(range(len(prompts)), key=prompt_size)
     row_order = sorted(range(len(rows)), key=sizes_of)
+    # A row's last token predicts nothing.
     sorted_prompts = [prompts[b] for b in prompt_order]
     sorted_rows = [rows[r][:-1] for r in row_order]
-    sorted_owner = [prompt_order.index(owner[r]) for r in row_order]
+    owners = [owner[r] for r in row_order]
+    sorted_owner = [prompt_order.index(b) for b in owners]
 
     lengths = [len(p) for p in sorted_prompts]
     row_lengths = [len(row) for row in sorted_rows]
@@ -237,9 +246,9 @@ def stream_inputs(prompts, rows, owner):
     nothing = torch.zeros_like(ids)
     stream = {}
     for name in prompts[0].tokens:
-        before = [p.tokens[name] for p in prompts]
-        after = ids if name == "input_ids" else nothing
-        stream[name] = torch.cat([*before, after], 1)
+        parts = [p.tokens[name] for p in prompts]
+        parts.append(ids if name == "input_ids" else nothing)
+        stream[name] = torch.cat(parts, 1)
     # A 4-D mask is passed on untouched, and SharedPrefix needs none.
     stream["attention_mask"] = ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
 
@@ -269,4 +278,5 @@ def predictor_places(lengths, row_lengths, owner, longest):
     firsts = lengths.sum() + firsts
     places = torch.arange(longest)
     before = firsts[:, None] + places - 1
-    return torch.where(places == 0, ends[owner, None], before)
+    is_first = places == 0
+    return torch.where(is_first, ends[owner, None], before)

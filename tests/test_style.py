@@ -17,24 +17,14 @@ PER_LINE = 9.0
 PER_STATEMENT = 12.0
 EXCEPTIONS = {
     "eval.py": 10.2,
-    "model.py": 9.3,
-    "train_grpo.py": 10.0,
+    "train_grpo.py": 9.1,
     "train_sft.py": 9.6,
-    "fast/frozen_tower.py": 9.2,
-    "fast/patches.py": 9.3,
-    "fast/shared_decode.py": 11.0,
-    "fast/shared_prefix.py": 10.8,
+    "fast/shared_decode.py": 9.6,
+    "fast/shared_prefix.py": 10.0,
 }
 LONG_STATEMENT = 40  # tokens; imports, signatures and tables may be longer
 LONG_FUNCTION = 50  # lines, with the docstring
 COMMENTS = 0.06  # share of the lines in train_grpo.py, model.py and fast/
-FEW_COMMENTS = {
-    "model.py": 0.045,
-    "fast/frozen_tower.py": 0.054,
-    "fast/patches.py": 0.034,
-    "fast/shared_decode.py": 0.049,
-    "fast/shared_prefix.py": 0.04,
-}
 FILES = [*python_files(*(f"{name}.py" for name in SIX)), *python_files("fast/[!_]*.py")]
 
 by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -140,5 +130,4 @@ def is_imported(name):
 def test_comments_say_why(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     comments = [line for line in lines if line.lstrip().startswith("#")]
-    wanted = FEW_COMMENTS.get(str(path.relative_to(ROOT)), COMMENTS)
-    assert len(comments) / len(lines) >= wanted
+    assert len(comments) / len(lines) >= COMMENTS
