@@ -14,6 +14,7 @@ from rewards import REWARDS
 from runtime.config import Dataset, known_keys, load_config
 
 README = ROOT / "README.md"
+HOUSE = ROOT / "docs/house.md"
 PAGES = [README, *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/README.md"]
 README_BYTES = 14_000  # longer matter belongs into docs/
 
@@ -21,7 +22,14 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```\n(.*?)^```$", re.M | re.S)
 SPAN = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"[\w./-]+\.(?:py|yaml|md|cff)\b")
+# model.path, but not model.py.
 KEY = re.compile(r"\b(?:model|data|sft|grpo|rewards|eval|log)\.(?!py\b|png\b)[a-z]\w*")
+# snake_case, and Class.method.
+NAME = re.compile(r"\b[a-z]\w*_\w+")
+METHOD = re.compile(r"^[A-Z][a-z]\w*\.[a-z_]+$")
+# `file.py`: `name`, `name`
+STANDS_IN = re.compile(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)")
+COMMAND = re.compile(r"(python|torchrun) .*(\.py|-m \w)")
 # The user's own files, and one of R2Gen.
 NOT_OURS = ("my.py", "path/to/file.py", "compute_ce.py")
 GONE = "## Settings that are gone"
@@ -40,28 +48,30 @@ def spans(page):
 
 def commands(page):
     """The words of each command that runs one of our programs."""
-    text = page.read_text(encoding="utf-8")
     lines = spans(page)
-    for block in BLOCK.findall(text):
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        # A backslash continues a command on the next line.
         lines += block.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if is_command(line)]
-
-
-def is_command(line):
-    return re.match(r"(python|torchrun) .*(\.py|-m \w)", line) is not None
+    return [shlex.split(line, comments=True) for line in lines if COMMAND.match(line)]
 
 
 def anchors(page):
     """The headings of a page, as GitHub turns them into anchors."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M):
+        plain = re.sub(r"[^\w -]", "", heading.lower())
+        found.add(plain.replace(" ", "-"))
+    return found
 
 
-def table_cells(page, column, after=""):
-    """A column of all tables after a heading, without their heads."""
-    text = page.read_text(encoding="utf-8").partition(after)[2]
-    rows = re.findall(r"^\|(?!-)(.*)\|$", text, re.M)
-    return [re.split(r"(?<!\\)\|", row)[column] for row in rows]
+def column(page, number, heading):
+    """The text of one column of all tables after a heading."""
+    text = page.read_text(encoding="utf-8").partition(heading)[2]
+    cells = []
+    for row in re.findall(r"^\|(.*)\|$", text, re.M):
+        # A cell may hold an escaped bar.
+        cells.append(re.split(r"(?<!\\)\|", row)[number])
+    return " ".join(cells)
 
 
 # ------------------------------------------------------------------------------- what there is
@@ -69,14 +79,17 @@ def table_cells(page, column, after=""):
 
 @cache
 def files():
-    return [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.*")]
+    return [f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.*")]
 
 
 @cache
 def sources():
     """Paths and texts of all code but this."""
-    found = python_files("*.py", "*/*.py", "*.yaml", "configs/**/*.yaml")
-    return {p: p.read_text(encoding="utf-8") for p in found if p.name != "test_docs.py"}
+    texts = {}
+    for path in python_files("*.py", "*/*.py", "*.yaml", "configs/**/*.yaml"):
+        if path.name != "test_docs.py":
+            texts[path] = path.read_text(encoding="utf-8")
+    return texts
 
 
 @cache
@@ -91,16 +104,22 @@ def defined(path):
     for node in ast.parse(sources()[path]).body:
         names |= names_of(node)
         if isinstance(node, ast.ClassDef):
-            inner = [name for child in node.body for name in names_of(child)]
-            names |= {f"{node.name}.{name}" for name in inner}
+            for child in node.body:
+                names |= {f"{node.name}.{name}" for name in names_of(child)}
     return names
 
 
 def names_of(node):
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return {node.name}
-    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    targets = getattr(node, "targets", [])
     return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+@cache
+def all_defined():
+    python = [path for path in sources() if path.suffix == ".py"]
+    return set().union(*map(defined, python))
 
 
 # ------------------------------------------------------------------------------- tests
@@ -126,70 +145,72 @@ def test_every_page_is_linked_from_the_readme(page):
 @by_page
 def test_files_exist(page):
     for name in FILE.findall(" ".join(spans(page))):
-        # NAME stands for the user's.
-        if not name.endswith(NOT_OURS) and "NAME" not in name:
-            assert any(f"/{path}".endswith(f"/{name}") for path in files()), name
+        # NAME stands for a name that the user chooses.
+        if name.endswith(NOT_OURS) or "NAME" in name:
+            continue
+        assert any(path.endswith(f"/{name}") for path in files()), name
 
 
 @by_page
 def test_names_exist(page):
     """Words with an underscore occur in the code; Class.method is defined."""
-    everything = set().union(*(defined(p) for p in sources() if p.suffix == ".py"))
     for span in spans(page):
-        assert set(re.findall(r"\b[a-z]\w*_\w+", FILE.sub("", span))) <= words(), span
-        assert set(re.findall(r"^[A-Z][a-z]\w*\.[a-z_]+$", span)) <= everything, span
+        names = NAME.findall(FILE.sub("", span))
+        assert set(names) <= words(), span
+        methods = METHOD.findall(span)
+        assert set(methods) <= all_defined(), span
 
 
 @by_page
 def test_functions_stand_in_the_file_that_is_named(page):
-    """Where a page says: `file.py`: `name`, `name`."""
-    text = page.read_text(encoding="utf-8")
-    for file, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text):
+    for file, names in STANDS_IN.findall(page.read_text(encoding="utf-8")):
         assert set(SPAN.findall(names)) <= defined(ROOT / file), file
 
 
 @by_page
 def test_settings_exist(page):
-    for key in KEY.findall(" ".join(spans(page))):
-        assert key in known_keys(), key
+    keys = KEY.findall(" ".join(spans(page)))
+    assert set(keys) <= known_keys().keys()
 
 
 def test_settings_that_are_gone_are_gone_and_what_stands_for_them_exists():
-    page = ROOT / "docs/house.md"
-    gone = KEY.findall(" ".join(table_cells(page, 0, GONE)))
+    gone = KEY.findall(column(HOUSE, 0, GONE))
     assert len(gone) > 10
     assert not set(gone) & known_keys().keys()
-    for key in KEY.findall(" ".join(table_cells(page, 1, GONE))):
-        assert key in known_keys(), key
+    instead = KEY.findall(column(HOUSE, 1, GONE))
+    assert set(instead) <= known_keys().keys()
 
 
 @by_page
 def test_commands_can_be_given(page):
-    """Program, configuration, settings and options; nothing is run."""
+    """Program, configuration, settings and options exist; nothing is run."""
     code = "\n".join(sources().values())
     for command in commands(page):
-        names = [word.replace(".", "/") + ".py" for word in command if word.startswith("tools.")]
-        names += [word for word in command if word.endswith((".py", ".yaml"))]
-        assert all((ROOT / name).exists() for name in names), command
+        programs = [word.replace(".", "/") for word in command if word.startswith("tools.")]
+        assert all((ROOT / f"{name}.py").exists() for name in programs), command
+        paths = [word for word in command if word.endswith((".py", ".yaml"))]
+        assert all((ROOT / path).exists() for path in paths), command
 
-        yaml = [name for name in names if name.endswith(".yaml") and "ablations" not in name]
         settings = [word for word in command if re.match(r"[a-z_.]+=", word)]
-        if yaml:
-            load_config(ROOT / yaml[0], settings)
+        # The grid is no configuration.
+        for path in paths:
+            if path.endswith(".yaml") and "ablations" not in path:
+                load_config(ROOT / path, settings)
+
         for option in command:
-            torchrun = option.startswith(("--n", "--rdzv"))
-            if option.startswith("--") and not torchrun:
+            of_torchrun = option.startswith(("--n", "--rdzv"))
+            if option.startswith("--") and not of_torchrun:
                 assert re.search(rf"{option}\b", code), option
 
 
 def test_tables_of_datasets_and_rewards_are_complete():
-    datasets = SPAN.findall(" ".join(table_cells(ROOT / "docs/data.md", 0, "## Datasets")))
-    assert set(datasets) - {"data.source"} == set(get_args(Dataset))
-    rewards = SPAN.findall(" ".join(table_cells(ROOT / "docs/rewards.md", 0, "## Rewards")))
+    datasets = SPAN.findall(column(ROOT / "docs/data.md", 0, "## Datasets"))
+    assert set(datasets) == {"data.source", *get_args(Dataset)}
+    rewards = SPAN.findall(column(ROOT / "docs/rewards.md", 0, "## Rewards"))
     assert REWARDS.keys() <= set(rewards)
 
 
 def test_the_budgets_are_those_that_the_page_names():
-    text = (ROOT / "docs/house.md").read_text(encoding="utf-8")
+    text = " ".join(HOUSE.read_text(encoding="utf-8").split())
     assert f"{SIX_TOKENS:,} tokens in the six modules; {ALL_TOKENS:,} in all code" in text
     assert len(README.read_bytes()) <= README_BYTES
