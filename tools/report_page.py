@@ -10,6 +10,7 @@ import json
 import math
 import re
 from html import escape
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 
 from data import LABELS, Example, open_image, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
-from rewards import POSITIVE, UNCERTAIN, find_mentions, labeler
+from rewards import MAX_MATCHED, POSITIVE, UNCERTAIN, find_mentions, labeler, match_boxes
 from runtime.config import Config, InputError
 
 CASES = 60  # half of them reports, half grounding
@@ -39,8 +40,13 @@ PLOTS = {
     "gradient norm": "grad_norm",
     "sampled against scored": "sampling/sampling_logp_difference/mean",
 }
-# Class of a chip by 2 * (is the label in the text?) + (is it in the reference?)
-CHIPS = ("", "fn", "fp", "tp")
+# Of what is said by (a model, the reference) as 2 * (yes or no) + (yes or no).
+VERDICTS = ("right", "missed", "false", "found")
+# By (does a model say it?) - (does the first model say it?)
+GAINS = ("", "gained ", "lost ")
+# By the sign of the change: are there fewer errors?
+CHANGES = ("other changes", "better", "worse")
+SECTIONS = (*CHANGES[1:], CHANGES[0], "no change, abnormal", "no change, normal")
 STYLE = """
 :root {
   --ink: #1d2733; --soft: #66727f; --line: #e2e6ea; --wash: #f6f8f9;
@@ -53,7 +59,10 @@ body {
 }
 h1 { font-size: 24px; margin: 0 }
 h2 { font-size: 18px; margin: 44px 0 12px }
-h3 { font-size: 14px; margin: 0 0 6px }
+h3, h4, h5 { font-size: 14px; margin: 0 0 6px }
+summary h3 { display: inline; font-size: 16px }
+h4 { color: var(--soft); font-weight: normal; font-size: 15px }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 p, small { color: var(--soft) }
 summary { cursor: pointer; color: var(--accent); margin: 10px 0 }
 
@@ -86,15 +95,9 @@ td small { margin-left: 6px }
   display: inline-block; font-size: 12px; padding: 1px 8px; margin: 6px 6px 0 0;
   border-radius: 9px; background: var(--wash); color: var(--soft);
 }
-.tp { background: #e4f2e7; color: var(--good) }
-.fp { background: #fae6e5; color: var(--bad) }
-.fn { background: #fff; color: var(--bad); border: 1px dashed var(--bad) }
-button {
-  font: inherit; font-size: 13px; padding: 3px 12px; margin: 0 6px 6px 0; cursor: pointer;
-  border: 1px solid var(--line); border-radius: 14px; background: #fff; color: var(--ink);
-}
-button[aria-pressed=true] { background: var(--ink); color: #fff; border-color: var(--ink) }
-
+.found, .right { background: #e4f2e7; color: var(--good) }
+.false { background: #fae6e5; color: var(--bad) }
+.missed { background: #fff; color: var(--bad); border: 1px dashed var(--bad) }
 .sample {
   display: grid; grid-template-columns: 170px 1fr; gap: 14px; padding: 7px 0;
   border-top: 1px solid var(--line); font-size: 13.5px;
@@ -104,23 +107,6 @@ button[aria-pressed=true] { background: var(--ink); color: #fff; border-color: v
   .case, .sample { grid-template-columns: 1fr }
   body { padding: 18px 12px 60px }
 }
-"""
-SCRIPT = """
-const chosen = { task: "", outcome: "" };
-const buttons = document.querySelectorAll("button");
-for (const button of buttons) button.onclick = () => {
-  chosen[button.dataset.kind] = button.dataset.value;
-  for (const b of buttons)
-    b.setAttribute("aria-pressed", chosen[b.dataset.kind] === b.dataset.value);
-  let n = 0;
-  for (const c of document.querySelectorAll(".case")) {
-    const fits = (kind) => !chosen[kind] || c.dataset[kind] === chosen[kind];
-    const shown = fits("task") && fits("outcome");
-    c.style.display = shown ? "" : "none";
-    n += shown;
-  }
-  document.getElementById("shown").textContent = n + " shown";
-};
 """
 
 
@@ -133,9 +119,8 @@ def page(cfg: Config, results: dict, predictions: dict, examples: list[Example])
 <title>{out}</title><style>{STYLE}</style><h1>{out}</h1>
 <p>{escape(", ".join(predictions))} on {cfg.eval.split}; 95 % bootstrap intervals over patients.
 The top of eval.py says what each metric means.</p>
-{tables_html(results)}{"".join(map(curves, stages))}
-{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}
-<script>{SCRIPT}</script></html>"""
+<main>{tables_html(results)}{"".join(map(curves, stages))}
+{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}</main></html>"""
 
 
 # ------------------------------------------------------------------------------- tables
@@ -160,7 +145,7 @@ def html_table(metrics):
             html += table_cell(entry["value"], *entry["interval"])
         for name in others:
             html += table_cell(*models[name]["difference"], sign="+")
-    return f"<div class=scroll><table>{html}</table></div>"
+    return f"<div class=scroll tabindex=0 role=group aria-label=metrics><table>{html}</table></div>"
 
 
 def tables_html(results):
@@ -286,89 +271,96 @@ def underlined(text):
     return "".join(parts)
 
 
-def column(title, text, prediction, chips, colour="inherit"):
+def column(title, text, prediction, chips, colour):
     """What a model answered: `text` and `chips` are HTML."""
     thinking = ""
     if prediction["thinking"]:
         thought = escape(prediction["thinking"])
         thinking = f"<details><summary>thinking</summary><p>{thought}</p></details>"
-    return f"""<div><h3 style="color:{colour}">{escape(title)}</h3><p>{text or "(empty)"}</p>
+    return f"""<div><h5 style="color:{colour}">{escape(title)}</h5><p>{text or "(empty)"}</p>
 {chips}{thinking}</div>"""
 
 
-def report_case(example, predictions, read_labels):
-    """The outcome for the last model, no SVG, and the texts with their labels as chips."""
-    (true,) = np.isin(read_labels([example.answer]), (POSITIVE, UNCERTAIN))
-    html = f"<div><h3>reference</h3><p>{underlined(example.answer)}</p></div>"
-    for name, p in predictions.items():
-        (found,) = np.isin(read_labels([p["answer"]]), (POSITIVE, UNCERTAIN))
-        kinds = [CHIPS[i] for i in 2 * found + true]
-        chips = ""
-        for label, kind in zip(LABELS, kinds):
-            if kind:
-                chips += f'<span class="chip {kind}">{label}</span>'
-        html += column(name, underlined(p["answer"]), p, chips)
+def findings(example, answers, read_labels):
+    """What the reference says, then what each answer says: sets of labels, or of boxes found."""
+    if example.task == "report":
+        states = read_labels([example.answer, *answers])
+        # No Finding is no finding.
+        there = np.isin(states, (POSITIVE, UNCERTAIN))[:, 1:]
+        return [set(compress(LABELS[1:], row)) for row in there]
 
-    # No Finding does not count.
-    if "fn" in kinds[1:]:
-        return "missed", "", html
-    return "false alarm" if "fp" in kinds[1:] else "right", "", html
+    said = [{f"box {place + 1}" for place in range(len(example.boxes))}]
+    for answer in answers:
+        boxes = parse_boxes(answer)
+        pairs = match_boxes(boxes[:MAX_MATCHED], example.boxes)
+        found = {f"box {place + 1}" for _, place, overlap in pairs if overlap >= 0.5}
+        if len(boxes) > len(found):
+            found.add("other boxes")
+        said.append(found)
+    return said
 
 
-def grounding_case(example, predictions):
-    """The outcome for the last model, the boxes as SVG, and the texts."""
+def verdicts(true, first, said):
+    """[(verdict, text)] of what a model says or misses, and of what the first model says."""
+    chips = []
+    for name in sorted(true | first | said):
+        verdict = VERDICTS[2 * (name in said) + (name in true)]
+        gain = GAINS[(name in said) - (name in first)]
+        chips.append((verdict, f"{gain}{name}: {verdict}"))
+    return chips
+
+
+def section_of(true, first, *others):
+    """Where a case belongs, by what the models say."""
+    last = [first, *others][-1]
+    if first == last:
+        return SECTIONS[-2 if true else -1]
+    fewer = len(first ^ true) - len(last ^ true)
+    return CHANGES[np.sign(fewer)]
+
+
+def case_html(example, predictions, true, said):
+    """One example with the answers of all models."""
     svg = box_svg(example.boxes, "#ffffff", "4")
-    html = f"<div><h3>reference (dashed)</h3><p>{escape(example.answer)}</p></div>"
-    for (name, p), colour in zip(predictions.items(), COLOURS):
-        boxes, score = parse_boxes(p["answer"]), soft_f1_of(p)
-        svg += box_svg(boxes, colour)
-        chip = f"<span class=chip>soft-F1 {score:.2f}</span>"
-        html += column(name, escape(p["answer"]), p, chip, colour)
+    texts = f"<div><h5>reference (dashed)</h5><p>{underlined(example.answer)}</p></div>"
+    for (name, p), own, colour in zip(predictions.items(), said, COLOURS):
+        svg += box_svg(parse_boxes(p["answer"]), colour)
+        chips = ""
+        for verdict, text in verdicts(true, said[0], own):
+            chips += f'<span class="chip {verdict}">{text}</span>'
+        if example.task == "grounding":
+            chips += f"<span class=chip>soft-F1 {soft_f1_of(p):.2f}</span>"
+        texts += column(name, underlined(p["answer"]), p, chips, colour)
 
-    outcome = "wrong place"
-    if score >= 0.5:
-        outcome = "right"
-    elif not example.boxes:
-        outcome = "false alarm"
-    elif not boxes:
-        outcome = "missed"
-    view = 'viewBox="0 0 1 1" preserveAspectRatio="none" role="img" aria-label="boxes"'
-    return outcome, f"<svg {view}>{svg}</svg>", html
-
-
-def buttons_html(kind, values):
-    html = f'<button data-kind={kind} data-value="" aria-pressed=true>every {kind}</button>'
-    for value in values:
-        html += f'<button data-kind={kind} data-value="{value}" aria-pressed=false>{value}</button>'
-    return f"<div>{html}</div>"
+    name = escape(example.id)
+    return f"""<div class=case><div><div class=film>
+<img src="{thumbnail(example)}" alt="Image of {name}" loading=lazy>
+<svg viewBox="0 0 1 1" preserveAspectRatio="none" role="img"
+aria-label="{svg.count("<rect")} boxes">{svg}</svg></div><small>{name}</small></div>
+<div><h4>{escape(example.question)}</h4><div class=texts>{texts}</div></div></div>"""
 
 
 def cases_html(cfg, predictions, examples):
-    """Some examples with the answers of all models, drawn by the seed."""
+    """Some examples, drawn by the seed: first those that change from the first to the last model."""
     read_labels = labeler(cfg.rewards)
     order = np.random.default_rng(cfg.seed).permutation(len(examples))
-    chosen = []
+    sections = dict.fromkeys(SECTIONS, "")
     for task in TASKS:
-        chosen += [i for i in order if examples[i].task == task][: CASES // 2]
-    if not chosen:
-        return ""
+        for i in [i for i in order if examples[i].task == task][: CASES // 2]:
+            own = {name: rows[i] for name, rows in predictions.items()}
+            answers = [p["answer"] for p in own.values()]
+            true, *said = findings(examples[i], answers, read_labels)
+            sections[section_of(true, *said)] += case_html(examples[i], own, true, said)
 
-    cases, outcomes = "", set()
-    for i in chosen:
-        example = examples[i]
-        own = {name: rows[i] for name, rows in predictions.items()}
-        if example.task == "report":
-            outcome, svg, texts = report_case(example, own, read_labels)
-        else:
-            outcome, svg, texts = grounding_case(example, own)
-        outcomes.add(outcome)
-        name = escape(example.id)
-        cases += f"""<div class=case data-task="{example.task}" data-outcome="{outcome}"><div>
-<div class=film><img src="{thumbnail(example)}" alt="Image of {name}" loading=lazy>{svg}</div>
-<small>{name}</small></div><div><p>{escape(example.question)}</p>
-<div class=texts>{texts}</div></div></div>"""
-    return f"""<h2>Cases</h2>
-{buttons_html("task", TASKS)}{buttons_html("outcome", sorted(outcomes))}
-<p>Underlined: phrases that the built-in rules read. <span class="chip tp">found</span><span
-class="chip fp">not in the reference</span><span class="chip fn">missed</span></p>
-<p id=shown>{len(chosen)} shown</p>{cases}"""
+    html = ""
+    for title, cases in sections.items():
+        if cases:
+            count = cases.count("class=case")
+            html += f"<details open><summary><h3>{title}: {count}</h3></summary>{cases}</details>"
+    if not html:
+        return ""
+    names = list(map(escape, predictions))
+    return f"""<h2>Cases</h2><p>Drawn by the seed, {CASES // 2} at most of each task, and ordered by
+what changes from {names[0]} to {names[-1]}: more or fewer errors in labels, or in boxes found at IoU
+0.5. Gained and lost: against {names[0]}. Right, found, missed and false: against the reference.
+Underlined: phrases that the built-in rules read.</p>{html}"""
