@@ -1,7 +1,12 @@
 """report.html: tables, training curves, cases with texts and boxes, and groups of samples.
 
 eval.evaluate_checkpoints writes it. The page stands alone: it holds its images and asks for no
-other file. Whatever a model wrote is shown as text.
+other file. Whatever a model wrote is shown as text. The README's figure is two cases of it:
+
+  python -m tools.report_page config.yaml [key=value ...] > docs/figure.svg
+
+One is a report, one a grounding question. Each is the median, by the change in errors (labels or
+boxes that are missed or false), of the cases of its task that are abnormal and changed.
 """
 
 import base64
@@ -10,7 +15,7 @@ import json
 import math
 import re
 from html import escape
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +25,13 @@ from data import LABELS, Example, open_image, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
 from rewards import MAX_MATCHED, POSITIVE, UNCERTAIN, find_mentions, labeler, match_boxes
 from runtime.config import Config, InputError
+from runtime.processes import parse_args, run_main
 
 CASES = 60  # half of them reports, half grounding
 GROUPS = 2  # of each task
 SIDE = (300, 300)  # of a thumbnail, in pixels
 TASKS = ("report", "grounding")
+SVG = "http://www.w3.org/2000/svg"
 COLOURS = ("#2563a8", "#c2571a", "#2e8540", "#7b4fa3", "#8a6d1b", "#a83256")
 # Title of a plot -> its lines, a pattern of keys of metrics.jsonl. A group is a line's name.
 PLOTS = {
@@ -44,9 +51,8 @@ PLOTS = {
 VERDICTS = ("right", "missed", "false", "found")
 # By (does a model say it?) - (does the first model say it?)
 GAINS = ("", "gained ", "lost ")
-# By the sign of the change: are there fewer errors?
-CHANGES = ("other changes", "better", "worse")
-SECTIONS = (*CHANGES[1:], CHANGES[0], "no change, abnormal", "no change, normal")
+# By 2 * (is it the same for the first and the last model?) + (is nothing there?)
+SECTIONS = ("changed, abnormal", "changed, normal", "unchanged, abnormal", "unchanged, normal")
 STYLE = """
 :root {
   --ink: #1d2733; --soft: #66727f; --line: #e2e6ea; --wash: #f6f8f9;
@@ -77,18 +83,22 @@ td small { margin-left: 6px }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 18px }
 .plots svg { width: 100%; display: block; background: var(--wash); border-radius: 4px }
 
-.case {
+article {
   display: grid; grid-template-columns: 260px 1fr; gap: 20px; padding: 18px 0;
   border-top: 1px solid var(--line);
 }
-.film { position: relative }
-.film img { width: 100%; display: block; border-radius: 4px; background: #000 }
-.film svg { position: absolute; inset: 0; width: 100%; height: 100% }
+.film { width: 100%; display: block; border-radius: 4px }
 .film rect { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
+.figure {
+  max-width: none; height: 100%; font-size: 16px; padding: 0 20px;
+  display: flex; flex-direction: column; justify-content: space-around;
+}
+.figure .chip { font-size: 13.5px }
 .texts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 18px;
   min-width: 0;
 }
+.figure .texts { grid-template-columns: repeat(3, 1fr) }
 .texts p { margin: 0; color: var(--ink); overflow-wrap: anywhere; white-space: pre-wrap }
 .texts u { text-decoration-color: var(--accent); text-underline-offset: 3px }
 .chip {
@@ -104,7 +114,7 @@ td small { margin-left: 6px }
 }
 .sample div { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 0 }
 @media (max-width: 640px) {
-  .case, .sample { grid-template-columns: 1fr }
+  article, .sample { grid-template-columns: 1fr }
   body { padding: 18px 12px 60px }
 }
 """
@@ -183,8 +193,7 @@ def plot(title, lines):
             top = 112 - 100 * (heights - y.min()) / (np.ptp(y) or 1)
             points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(left, top))
             svg += f'<polyline fill=none stroke={colour} {style} points="{points}" />'
-        if len(lines) > 1:
-            key += f' <small style="color:{colour}">{escape(name)}</small>'
+        key += f' <small style="color:{colour}">{escape(name)}</small>'
     span = f"{y.min():.3g} to {y.max():.3g}, steps {x.min():.0f} to {x.max():.0f}"
     return f"""<div><h3>{title}</h3>
 <svg viewBox="0 0 300 120" role="img" aria-label="{title}: {span}">{svg}</svg>
@@ -236,17 +245,22 @@ def sample_html(sample):
 # ------------------------------------------------------------------------------- cases
 
 
-def thumbnail(example):
-    """The example's first image as a data URL."""
+def film(example, boxes):
+    """The example's first image, and boxes (SVG) on it."""
     try:
         image = open_image(example.images[0]).convert("L")
     except InputError:
         # Predictions of another program can be shown without the images.
         image = Image.new("L", SIDE)
     image.thumbnail(SIDE)
+    width, height = image.size
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=72)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    jpeg = base64.b64encode(buffer.getvalue()).decode()
+    return f"""<svg xmlns="{SVG}" class="film" viewBox="0 0 {width} {height}" role="img"
+aria-label="Image of {escape(example.id)}, {boxes.count("<rect")} boxes">
+<image href="data:image/jpeg;base64,{jpeg}" width="{width}" height="{height}"/>
+<g transform="scale({width} {height})">{boxes}</g></svg>"""
 
 
 def box_svg(boxes, colour, dashes="none"):
@@ -259,16 +273,12 @@ stroke="{colour}" stroke-dasharray="{dashes}"/>"""
 
 def underlined(text):
     """The text as HTML. The phrases that the built-in rules read labels from are underlined."""
-    phrases = {phrase for _, _, phrase, *_ in find_mentions(text) if phrase.strip()}
-    if not phrases:
+    phrases = {escape(phrase) for _, _, phrase, *_ in find_mentions(text)}
+    # Longer phrases first.
+    pattern = "|".join(map(re.escape, sorted(phrases, key=len, reverse=True)))
+    if not pattern:
         return escape(text)
-    # Longer phrases first. The rules have read the text with other blanks and hyphens.
-    longest_first = map(re.escape, sorted(phrases, key=len, reverse=True))
-    pattern = re.sub(r"(\\[\s-])+", r"[\\s-]+", "|".join(longest_first))
-    parts = [escape(part) for part in re.split(rf"(?i)\b((?:{pattern})\w*)", text)]
-    # Plain text and phrases take turns.
-    parts[1::2] = [f"<u>{phrase}</u>" for phrase in parts[1::2]]
-    return "".join(parts)
+    return re.sub(rf"(?i)\b((?:{pattern})\w*)", r"<u>\1</u>", escape(text))
 
 
 def column(title, text, prediction, chips, colour):
@@ -289,9 +299,8 @@ def findings(example, answers, read_labels):
         there = np.isin(states, (POSITIVE, UNCERTAIN))[:, 1:]
         return [set(compress(LABELS[1:], row)) for row in there]
 
-    said = [{f"box {place + 1}" for place in range(len(example.boxes))}]
-    for answer in answers:
-        boxes = parse_boxes(answer)
+    said = []
+    for boxes in [example.boxes, *map(parse_boxes, answers)]:
         pairs = match_boxes(boxes[:MAX_MATCHED], example.boxes)
         found = {f"box {place + 1}" for _, place, overlap in pairs if overlap >= 0.5}
         if len(boxes) > len(found):
@@ -300,48 +309,37 @@ def findings(example, answers, read_labels):
     return said
 
 
-def verdicts(true, first, said):
-    """[(verdict, text)] of what a model says or misses, and of what the first model says."""
-    chips = []
+def chips_html(true, first, said):
+    """What a model says or misses, and what it says or misses otherwise than the first model."""
+    html = ""
     for name in sorted(true | first | said):
         verdict = VERDICTS[2 * (name in said) + (name in true)]
         gain = GAINS[(name in said) - (name in first)]
-        chips.append((verdict, f"{gain}{name}: {verdict}"))
-    return chips
-
-
-def section_of(true, first, *others):
-    """Where a case belongs, by what the models say."""
-    last = [first, *others][-1]
-    if first == last:
-        return SECTIONS[-2 if true else -1]
-    fewer = len(first ^ true) - len(last ^ true)
-    return CHANGES[np.sign(fewer)]
+        html += f'<span class="chip {verdict}">{gain}{name}: {verdict}</span>'
+    return html
 
 
 def case_html(example, predictions, true, said):
     """One example with the answers of all models."""
-    svg = box_svg(example.boxes, "#ffffff", "4")
-    texts = f"<div><h5>reference (dashed)</h5><p>{underlined(example.answer)}</p></div>"
+    reference = example.boxes
+    if example.task == "report":
+        # A phantom knows where its findings are.
+        drawn = getattr(example.images[0], "boxes", {})
+        reference = chain.from_iterable(drawn.values())
+    boxes = box_svg(reference, "#ffffff", "4")
+    texts = f"<div><h5>reference</h5><p>{underlined(example.answer)}</p></div>"
     for (name, p), own, colour in zip(predictions.items(), said, COLOURS):
-        svg += box_svg(parse_boxes(p["answer"]), colour)
-        chips = ""
-        for verdict, text in verdicts(true, said[0], own):
-            chips += f'<span class="chip {verdict}">{text}</span>'
+        boxes += box_svg(parse_boxes(p["answer"]), colour)
+        chips = chips_html(true, said[0], own)
         if example.task == "grounding":
-            chips += f"<span class=chip>soft-F1 {soft_f1_of(p):.2f}</span>"
+            chips += f'<span class="chip">soft-F1 {soft_f1_of(p):.2f}</span>'
         texts += column(name, underlined(p["answer"]), p, chips, colour)
-
-    name = escape(example.id)
-    return f"""<div class=case><div><div class=film>
-<img src="{thumbnail(example)}" alt="Image of {name}" loading=lazy>
-<svg viewBox="0 0 1 1" preserveAspectRatio="none" role="img"
-aria-label="{svg.count("<rect")} boxes">{svg}</svg></div><small>{name}</small></div>
-<div><h4>{escape(example.question)}</h4><div class=texts>{texts}</div></div></div>"""
+    return f"""<div>{film(example, boxes)}<small>{escape(example.id)}</small></div>
+<div><h4>{escape(example.question)}</h4><div class="texts">{texts}</div></div>"""
 
 
 def cases_html(cfg, predictions, examples):
-    """Some examples, drawn by the seed: first those that change from the first to the last model."""
+    """Some examples, drawn by the seed. First those that the last model answers otherwise."""
     read_labels = labeler(cfg.rewards)
     order = np.random.default_rng(cfg.seed).permutation(len(examples))
     sections = dict.fromkeys(SECTIONS, "")
@@ -350,17 +348,48 @@ def cases_html(cfg, predictions, examples):
             own = {name: rows[i] for name, rows in predictions.items()}
             answers = [p["answer"] for p in own.values()]
             true, *said = findings(examples[i], answers, read_labels)
-            sections[section_of(true, *said)] += case_html(examples[i], own, true, said)
+            section = SECTIONS[2 * (said[0] == said[-1]) + (not true)]
+            fewer = len(said[0] ^ true) - len(said[-1] ^ true)
+            sections[section] += f"""<article data-case="{section}, {task}, {fewer}">
+{case_html(examples[i], own, true, said)}</article>"""
 
     html = ""
     for title, cases in sections.items():
-        if cases:
-            count = cases.count("class=case")
-            html += f"<details open><summary><h3>{title}: {count}</h3></summary>{cases}</details>"
-    if not html:
-        return ""
-    names = list(map(escape, predictions))
-    return f"""<h2>Cases</h2><p>Drawn by the seed, {CASES // 2} at most of each task, and ordered by
-what changes from {names[0]} to {names[-1]}: more or fewer errors in labels, or in boxes found at IoU
-0.5. Gained and lost: against {names[0]}. Right, found, missed and false: against the reference.
-Underlined: phrases that the built-in rules read.</p>{html}"""
+        html += f"""<details open><summary><h3>{title}: {cases.count("<article")}</h3></summary>
+{cases}</details>"""
+    return f"""<h2>Cases</h2><p>Drawn by the seed, {CASES // 2} of each task. Changed: the last
+model has other labels than the first one, or finds other boxes (IoU 0.5). Gained and lost: against
+the first model. Found, missed, false and right: against the reference. Underlined: phrases that the
+built-in rules read. Dashed boxes: the reference.</p>{html}"""
+
+
+# ------------------------------------------------------------------------------- the figure
+
+
+def figure(page: str) -> str:
+    """Two cases of a page as SVG. Raises InputError."""
+    rows = ""
+    for task in TASKS:
+        pattern = rf'<article data-case="{SECTIONS[0]}, {task}, (.+?)">(.*?)</article>'
+        cases = re.findall(pattern, page, re.DOTALL)
+        if not cases:
+            raise InputError(f"the page has no case of {task} that is {SECTIONS[0]}")
+        cases.sort(key=lambda case: int(case[0]))
+        _, middle = cases[len(cases) // 2]
+        rows += f"<article>{middle}</article>"
+    return f"""<svg xmlns="{SVG}" viewBox="0 0 1000 720" role="img">
+<title>A report and boxes before and after GRPO</title><foreignObject width="1000" height="720">
+<body xmlns="http://www.w3.org/1999/xhtml" class="figure"><style>{STYLE}</style>{rows}</body>
+</foreignObject></svg>"""
+
+
+def main():
+    cfg, _ = parse_args(__doc__)
+    path = Path(cfg.out, "eval", "report.html")
+    if not path.exists():
+        raise InputError(f"{path}: no such page; eval.py writes it")
+    print(figure(path.read_text()))
+
+
+if __name__ == "__main__":
+    run_main(main)
