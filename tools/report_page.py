@@ -32,7 +32,7 @@ GROUPS = 2  # of each task
 SIDE = (300, 300)  # of a thumbnail, in pixels
 TASKS = ("report", "grounding")
 SVG = "http://www.w3.org/2000/svg"
-COLOURS = ("#2563a8", "#c2571a", "#2e8540", "#7b4fa3", "#8a6d1b", "#a83256")
+COLOURS = ("#2563a8", "#b8501a", "#2e8540", "#7b4fa3", "#8a6d1b", "#a83256")
 # Title of a plot -> its lines, a pattern of keys of metrics.jsonl. A group is a line's name.
 PLOTS = {
     "loss": "loss|eval_loss",
@@ -56,7 +56,7 @@ SECTIONS = ("changed, abnormal", "changed, normal", "unchanged, abnormal", "unch
 STYLE = """
 :root {
   --ink: #1d2733; --soft: #66727f; --line: #e2e6ea; --wash: #f6f8f9;
-  --good: #2e8540; --bad: #b3312c; --accent: #2563a8;
+  --good: #23703a; --bad: #b3312c; --accent: #2563a8;
 }
 * { box-sizing: border-box }
 body {
