@@ -1082,8 +1082,14 @@ const look = (width) => new Promise((done) => {
 });
 onload = async () => {
   for (const width of WIDTHS) await look(width);
+  // How light are the texts, the right half, where a phone shows the figure?
   await figure.decode().catch(() => {});
-  seen.figure = [figure.naturalWidth, figure.naturalHeight];
+  const canvas = document.createElement("canvas"), pen = canvas.getContext("2d");
+  canvas.width = 350;
+  canvas.height = 350 * figure.naturalHeight / figure.naturalWidth;
+  pen.drawImage(figure, 0, 0, canvas.width, canvas.height);
+  const { data } = pen.getImageData(175, 0, 175, canvas.height);
+  seen.light = data.reduce((sum, value) => sum + value, 0) / data.length;
   document.getElementById("seen").textContent = JSON.stringify(seen);
 };
 </script>"""
@@ -1120,5 +1126,5 @@ def test_in_a_browser(cfg, tmp_path, few_resamples):
         assert frame["shown"] == frame["stops"] > 6
         assert len(frame["films"]) == 8
         assert min(frame["films"]) > 100
-    width, height = seen["figure"]
-    assert width > height > 0
+    # Texts on white: the images are on the left, and the white is not the canvas's.
+    assert seen["light"] > 220

@@ -5,8 +5,9 @@ other file. Whatever a model wrote is shown as text. The README's figure is two 
 
   python -m tools.report_page config.yaml [key=value ...] > docs/figure.svg
 
-One is a report, one a grounding question. Each is the median, by the change in errors (labels or
-boxes that are missed or false), of the cases of its task that are abnormal and changed.
+One is a report, one a grounding question. Each is the median (of an even number, the upper one), by
+how many errors fewer the last model makes, of the cases that are abnormal and changed. An error is
+a label or a box that is missed or false.
 """
 
 import base64
@@ -98,6 +99,8 @@ article {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 18px;
   min-width: 0;
 }
+.figure article { grid-template-columns: 260px 1fr }
+.figure article:first-of-type { border: 0 }
 .figure .texts { grid-template-columns: repeat(3, 1fr) }
 .texts p { margin: 0; color: var(--ink); overflow-wrap: anywhere; white-space: pre-wrap }
 .texts u { text-decoration-color: var(--accent); text-underline-offset: 3px }
