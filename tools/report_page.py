@@ -48,7 +48,7 @@ PLOTS = {
     "gradient norm": "grad_norm",
     "sampled against scored": "sampling/sampling_logp_difference/mean",
 }
-# Of what is said by (a model, the reference) as 2 * (yes or no) + (yes or no).
+# Of a label or a box, by 2 * (does the model say it?) + (does the reference say it?)
 VERDICTS = ("right", "missed", "false", "found")
 # By (does a model say it?) - (does the first model say it?)
 GAINS = ("", "gained ", "lost ")
