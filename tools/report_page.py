@@ -90,18 +90,10 @@ article {
 }
 .film { width: 100%; display: block; border-radius: 4px }
 .film rect { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
-.figure {
-  max-width: none; height: 100%; font-size: 16px; padding: 0 20px;
-  display: flex; flex-direction: column; justify-content: space-around;
-}
-.figure .chip { font-size: 13.5px }
 .texts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 18px;
   min-width: 0;
 }
-.figure article { grid-template-columns: 260px 1fr }
-.figure article:first-of-type { border: 0 }
-.figure .texts { grid-template-columns: repeat(3, 1fr) }
 .texts p { margin: 0; color: var(--ink); overflow-wrap: anywhere; white-space: pre-wrap }
 .texts u { text-decoration-color: var(--accent); text-underline-offset: 3px }
 .chip {
@@ -111,6 +103,15 @@ article {
 .found, .right { background: #e4f2e7; color: var(--good) }
 .false { background: #fae6e5; color: var(--bad) }
 .missed { background: #fff; color: var(--bad); border: 1px dashed var(--bad) }
+.figure {
+  max-width: none; height: 100%; padding: 0 20px; line-height: 1.4;
+  display: flex; flex-direction: column; justify-content: space-evenly;
+}
+.figure article { grid-template-columns: 200px 1fr; padding: 10px 0 }
+.figure article:first-of-type { border: 0 }
+.figure .texts { grid-template-columns: repeat(3, 1fr); gap: 14px }
+.figure .chip { font-size: 13px; margin: 3px 4px 0 0 }
+
 .sample {
   display: grid; grid-template-columns: 170px 1fr; gap: 14px; padding: 7px 0;
   border-top: 1px solid var(--line); font-size: 13.5px;
@@ -380,8 +381,8 @@ def figure(page: str) -> str:
         cases.sort(key=lambda case: int(case[0]))
         _, middle = cases[len(cases) // 2]
         rows += f"<article>{middle}</article>"
-    return f"""<svg xmlns="{SVG}" viewBox="0 0 1000 720" role="img">
-<title>A report and boxes before and after GRPO</title><foreignObject width="1000" height="720">
+    return f"""<svg xmlns="{SVG}" viewBox="0 0 920 680" role="img">
+<title>A report and boxes before and after GRPO</title><foreignObject width="920" height="680">
 <body xmlns="http://www.w3.org/1999/xhtml" class="figure"><style>{STYLE}</style>{rows}</body>
 </foreignObject></svg>"""
 
