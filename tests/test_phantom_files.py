@@ -16,14 +16,17 @@ SIZES = {"train": 3, "val": 1, "test": 2}
 def test_written_phantoms_are_read_as_iu_xray(tmp_path):
     write_phantoms(tmp_path, SIZES)
     config = load(f"data.path={tmp_path}", config="configs/iu_xray.yaml")
+    patients = set()
     for split, size in SIZES.items():
         examples = data.load_split(config, split)
         assert len(examples) == size
+        patients |= {example.patient for example in examples}
         for n, example in enumerate(examples):
             study = phantom(0, SPLIT_START[split] + n)
             assert example.answer == study.report
             (path,) = example.images
             assert np.array_equal(np.asarray(Image.open(path)), np.asarray(study.image))
+    assert len(patients) == sum(SIZES.values())
 
 
 def test_the_tiny_tokenizer_knows_the_words_of_its_data(tmp_path):

@@ -25,7 +25,7 @@ def write_phantoms(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
         rows = []
         for study in progress(studies, split, total=size):
             (report,) = study.asked
-            name = f"phantom_{study.id}"
+            name = f"phantom{study.id}"  # an underscore would end the patient
             image = Path(name, "0.png")
             path = folder / "images" / image
             path.parent.mkdir(parents=True, exist_ok=True)
