@@ -138,19 +138,18 @@ def ask_findings(study, questions):
 def ask_boxes(study, label, rng, questions):
     """Where is it? The trace says on which side, if it has one."""
     where = "not there"
-    boxes = []
     for finding in study.findings:
         if finding.label == label:
             where = f"there{ON_SIDE[finding.side]}"
-            boxes = list(map(tuple, np.round(finding.boxes, 2).tolist()))
 
+    boxes = np.round(study.boxes.get(label, ()), 2).tolist()
     name = QUESTION_NAMES[label]
     question = pick(rng, questions["abnormality"][:4])
     return Asked(
         f"{study.index}-{label}",
         "grounding",
         question.format(name),
-        boxes=boxes,
+        boxes=list(map(tuple, boxes)),
         label=label,
         kind="abnormality",
         thinking=f"Looking for {name}. It is {where}.",
@@ -207,6 +206,12 @@ def loop(there, back):
     return np.append(there, back[::-1])
 
 
+def strip(distance, top, bottom, side_sign):
+    """Polygon between two heights at each distance from the midline."""
+    u = side_sign * distance
+    return loop(u + 1j * top, u + 1j * bottom)
+
+
 def ellipse(center, width, tall, tilt=0.0):
     turn = np.linspace(0, 2 * np.pi, 24)
     cos, sin = np.cos(turn), np.sin(turn)
@@ -220,7 +225,7 @@ def stroke(path, width, side_sign=1):
     step = end - start
     # 1j turns it by a right angle.
     across = 1j * step * (width / 2 / np.hypot(step.real, step.imag))
-    corners = [start - across, end - across, end + across, start + across]
+    corners = start - across, end - across, end + across, start + across
     return list(np.stack(corners, 1))
 
 
@@ -310,13 +315,12 @@ PICTURES = {
     1.00: {"Support Devices": 0.06},
 }
 ZONES = {"upper lobe": -0.21, "mid lung": -0.03, "lower lobe": 0.13}  # heights of their centres
-# What has no side is drawn once.
-SIGNS = {"right": (-1,), "left": (1,), "both": (-1, 1), "": (-1,)}
 
 
 @dataclass
 class Finding:
     label: str
+    kind: "Kind"
     side: str  # of the patient: "left", "right", "both" or ""
     zone: str  # a key of ZONES, or ""
     severity: int  # 0, 1, 2
@@ -327,6 +331,10 @@ class Finding:
     certain: bool = True
     mentioned: bool = True
     boxes: list[Box] = ()
+
+    @property
+    def sides(self):
+        return ("right", "left") if self.side == "both" else (self.side,)
 
 
 def sample_findings(rng, anatomy):
@@ -345,12 +353,11 @@ def sample_findings(rng, anatomy):
         if kind.sides != "zone":
             places = [(side, "") for side in kind.sides.split("|")]
         if label in labels and places:
-            found = sample_finding(label, places, rng, anatomy)
-            findings.append(found)
-            sides = ("right", "left") if found.side == "both" else (found.side,)
-            hidden = set(itertools.product(sides, found.hides))
+            finding = sample_finding(label, places, rng, anatomy)
+            findings.append(finding)
+            hidden = set(itertools.product(finding.sides, finding.hides))
             free = [place for place in free if place not in hidden]
-    return tuple(findings)
+    return findings
 
 
 def sample_finding(label, places, rng, anatomy):
@@ -360,8 +367,9 @@ def sample_finding(label, places, rng, anatomy):
     side, zone = pick(rng, places)
     height = ZONES.get(zone, 0) + rng.uniform(-0.02, 0.02)
     distance = rng.uniform(0.17, 0.23) + 0.06 * (zone == "lower lobe")
-    finding = Finding(label, side, zone, severity, (zone,), [])
-    for side_sign in SIGNS[side]:
+    finding = Finding(label, kind, side, zone, severity, (zone,), [])
+    for drawn in finding.sides:
+        side_sign = 1 if drawn == "left" else -1
         finding.center = side_sign * distance + 1j * height
         finding.shapes += kind.draw(finding, side_sign, anatomy, rng)
     finding.boxes = [box_of(shape, kind.blur, anatomy) for shape in finding.shapes]
@@ -410,8 +418,7 @@ def effusion(finding, side_sign, anatomy, rng):
     # The meniscus climbs the wall.
     surface = top + 0.11 * (1 - np.exp((distance - anatomy.lung) / 0.08))
     shown = surface < floor - 0.015
-    u = side_sign * distance[shown]
-    yield [loop(u + 1j * surface[shown], u + 1j * (floor[shown] + 0.01))]
+    yield [strip(distance[shown], surface[shown], floor[shown] + 0.01, side_sign)]
 
 
 def pneumothorax(finding, side_sign, anatomy, rng):
@@ -447,8 +454,7 @@ def consolidation(finding, side_sign, anatomy, rng):
     edge = height + rng.uniform(-0.2, 0.2) * (distance - 0.2)
     top = edge - rng.uniform(0.07, 0.10)
     bottom = edge + rng.uniform(0.07, 0.09)
-    u = side_sign * distance
-    yield [loop(u + 1j * top, u + 1j * bottom)]
+    yield [strip(distance, top, bottom, side_sign)]
 
 
 def pneumonia(finding, side_sign, anatomy, rng):
@@ -674,7 +680,7 @@ def blend(density, value, cover):
 
 def add_findings(density, findings, regions, anatomy, within=1):
     for finding in findings:
-        kind = KINDS[finding.label]
+        kind = finding.kind
         if kind.region in regions:
             opacity = (kind.opacity + kind.worse * finding.severity) * within
             for polygons in finding.shapes:
@@ -702,8 +708,7 @@ def belly_and_lungs(anatomy):
     below = []
     for side_sign in (-1, 1):
         floor = floor_at(distance, side_sign, anatomy)
-        half = loop(distance + 1j * floor, distance + 0.7j)
-        below.append(mirrored(half, side_sign))
+        below.append(strip(distance, floor, 0.7, side_sign))
     belly = coverage(below, anatomy)
     return belly, coverage([mirrored(lung), lung], anatomy) * (1 - belly)
 
@@ -731,8 +736,9 @@ def develop(density, rng):
 
 # ------------------------------------------------------------------------------- texts
 
-CERTAIN = ("there {be} {phrase}.", "{phrase} {be} present.", "{phrase} {be} seen.")
-HEDGED = ("possible {bare}.", "there may be {phrase}.")
+# Of a phrase and its verb; of a phrase and the same without its article.
+CERTAIN = ("there {1} {0}.", "{0} {1} present.", "{0} {1} seen.")
+HEDGED = ("possible {1}.", "there may be {0}.")
 DENIED = ("no {}.", "there is no {}.", "no evidence of {}.")
 # (probability, labels, are they denied, wordings), used when all of the labels are absent and none
 # is denied yet. The sentence stands in the region of the first label.
@@ -787,7 +793,6 @@ READING = {
     "Bones": "intact",
     "Devices": "none",
 }
-LUNGS = {"right": ["Right lung"], "left": ["Left lung"], "both": ["Right lung", "Left lung"]}
 
 
 def write_texts(rng, findings):
@@ -803,7 +808,7 @@ def write_texts(rng, findings):
     said = defaultdict(list)
     for finding in mentioned:
         states[finding.label] = 1 if finding.certain else 3
-        said[KINDS[finding.label].region].append(affirm(finding, rng))
+        said[finding.kind.region].append(affirm(finding, rng))
     states["No Finding"] = int(said.keys() <= {"devices"})
 
     settled = {f.label for f in findings}
@@ -837,7 +842,7 @@ def phrases_of(finding):
         words.update(a="", s="s")
     words["size"] = SIZES[finding.severity]
     words["degree"] = DEGREES[finding.severity]
-    text = KINDS[finding.label].wordings.format(**words)
+    text = finding.kind.wordings.format(**words)
     return text.replace("both", "bilateral").split("|")
 
 
@@ -848,12 +853,14 @@ def without_article(phrase):
 def affirm(finding, rng):
     """A sentence that says or hedges a finding."""
     phrases = phrases_of(finding)
-    phrase = pick(rng, phrases) if finding.certain else phrases[0]
+    if not finding.certain:
+        phrase = phrases[0]
+        return pick(rng, HEDGED).format(phrase, without_article(phrase))
+    phrase = pick(rng, phrases)
     if phrase.endswith("."):
         return phrase
-    form = pick(rng, CERTAIN if finding.certain else HEDGED)
     be = "are" if re.search("nodules|effusions|fractures", phrase) else "is"
-    return form.format(phrase=phrase, bare=without_article(phrase), be=be)
+    return pick(rng, CERTAIN).format(phrase, be)
 
 
 def impression(mentioned):
@@ -869,8 +876,9 @@ def systematic_reading(mentioned):
     """A trace: region by region, what the report mentions."""
     seen = defaultdict(list)
     for finding in mentioned:
-        region = KINDS[finding.label].region
-        titles = LUNGS[finding.side] if region == "lungs" else [region.title()]
+        titles = [finding.kind.region.title()]
+        if titles == ["Lungs"]:
+            titles = [f"{side.title()} lung" for side in finding.sides]
         bare = without_article(phrases_of(finding)[0])
         for title in titles:
             seen[title].append(bare if finding.certain else f"possible {bare}")
