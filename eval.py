@@ -103,11 +103,9 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
     """
     own = examples[rank() :: world_size()]
     policy.encode_ahead(own)
-    batches = batched(own, BATCH)
     local = []
-    for batch in progress(batches, f"predict {name}"):
-        rollouts = policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0)
-        for r in rollouts:
+    for batch in progress(batched(own, BATCH), f"predict {name}"):
+        for r in policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0):
             record = prediction_record(r.example, r.texts[0], r.finished[0], r.lengths[0])
             local.append(record)
     return {p["id"]: p for p in gather_lists(local)}
@@ -116,21 +114,12 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
 def prediction_record(example: Example, text: str, finished=True, n_tokens=0) -> dict:
     """A prediction as it is written to NAME.jsonl."""
     valid, thinking, answer = parse_output(text, example.task, example.style)
-    return {
-        "id": example.id,
-        "task": example.task,
-        "kind": example.kind,
-        "label": example.label,
-        "patient": example.patient,
-        "text": text,
-        "answer": answer,
-        "thinking": thinking,
-        "valid": valid,
-        "finished": finished,
-        "n_tokens": n_tokens,
-        "reference": example.answer,
-        "boxes": [list(box) for box in example.boxes],
-    }
+    record = {key: getattr(example, key) for key in ("id", "task", "kind", "label", "patient")}
+    record |= {"text": text, "answer": answer, "thinking": thinking}
+    record |= {"valid": valid, "finished": finished, "n_tokens": n_tokens}
+    record["reference"] = example.answer
+    record["boxes"] = [list(box) for box in example.boxes]
+    return record
 
 
 def read_predictions(path: str, examples: list[Example]) -> dict[str, dict]:
@@ -142,7 +131,14 @@ def read_predictions(path: str, examples: list[Example]) -> dict[str, dict]:
             f"{path}: no prediction for {len(missing)} of {len(examples)} examples, such as id "
             f"{missing[0]!r}"
         )
-    return {e.id: prediction_record(e, texts[e.id]) for e in examples}
+    records = {e.id: prediction_record(e, texts[e.id]) for e in examples}
+    surplus = [name for name in texts if name not in records]
+    if surplus:
+        print0(
+            f"{path}: {len(surplus)} of {len(texts)} predictions are ignored, as no chosen example "
+            f"has their id, such as {surplus[0]!r}"
+        )
+    return records
 
 
 # ------------------------------------------------------------------------------- reports
@@ -178,12 +174,13 @@ def report_metrics(predictions: Predictions, weights: Array, read_labels, traini
     for n, values in enumerate(bleu_scores(answers, references, weights), 1):
         metrics[f"bleu{n}"] = values
     metrics["cider"] = average(cider_scores(answers, references), weights)
-    metrics["rouge_l"] = average(list(map(rouge_l, answers, references)), weights)
-    metrics["gleu"] = average(list(map(gleu, answers, references)), weights)
+    for score in (rouge_l, gleu):
+        scores = list(map(score, answers, references))
+        metrics[score.__name__] = average(scores, weights)
 
     metrics |= diversity_metrics(answers, found, training, weights)
-    of_references = diversity_metrics(references, true, training, weights)
-    for name, values in of_references.items():
+    reference = diversity_metrics(references, true, training, weights)
+    for name, values in reference.items():
         metrics[f"{name}_reference"] = values
     metrics |= output_metrics(predictions, weights)
     return metrics, dict(zip(LABELS, f1.T))
@@ -219,24 +216,20 @@ def precision_recall_f1(counts):
     return {"f1": f1, "precision": precision, "recall": recall}
 
 
-def bleu_scores(candidates: list[str], references: list[str], weights: Array) -> list[Array]:
-    """Corpus BLEU-1 .. 4 (Papineni et al. 2002), (S,) each."""
-    counts = []
-    for candidate, reference in zip(candidates, references):
-        counts.append(count_ngrams(tokenize(candidate), tokenize(reference)))
+def bleu_scores(candidates: list[str], references: list[str], weights: Array) -> Array:
+    """Corpus BLEU-1 .. 4 (Papineni et al. 2002), (4, S)."""
+    texts = zip(map(tokenize, candidates), map(tokenize, references))
+    counts = list(itertools.starmap(count_ngrams, texts))
     # Counts are summed over the corpus before any ratio is taken.
     totals = np.tensordot(weights, counts, 1)  # (S, 4, 3)
     matching, in_candidate, in_reference = totals.T  # (4, S) each
 
     in_candidate = np.maximum(in_candidate, 1)
     log_precision = np.log(matching / in_candidate)
+    log_means = log_precision.cumsum(0) / [[1], [2], [3], [4]]
     # The length of a text is its number of 1-grams.
     brevity = np.minimum(0, 1 - in_reference[0] / in_candidate[0])
-    bleu = []
-    for n in range(1, 5):
-        log_mean = log_precision[:n].mean(0)
-        bleu.append(np.exp(brevity + log_mean))
-    return bleu
+    return np.exp(brevity + log_means)
 
 
 def cider_scores(candidates: list[str], references: list[str]) -> Array:

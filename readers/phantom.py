@@ -736,9 +736,8 @@ def develop(density, rng):
 
 # ------------------------------------------------------------------------------- texts
 
-# Of a phrase and its verb; of a phrase and the same without its article.
-CERTAIN = ("there {1} {0}.", "{0} {1} present.", "{0} {1} seen.")
-HEDGED = ("possible {1}.", "there may be {0}.")
+CERTAIN = ("there {be} {phrase}.", "{phrase} {be} present.", "{phrase} {be} seen.")
+HEDGED = ("possible {bare}.", "there may be {phrase}.")
 DENIED = ("no {}.", "there is no {}.", "no evidence of {}.")
 # (probability, labels, are they denied, wordings), used when all of the labels are absent and none
 # is denied yet. The sentence stands in the region of the first label.
@@ -855,12 +854,12 @@ def affirm(finding, rng):
     phrases = phrases_of(finding)
     if not finding.certain:
         phrase = phrases[0]
-        return pick(rng, HEDGED).format(phrase, without_article(phrase))
+        return pick(rng, HEDGED).format(phrase=phrase, bare=without_article(phrase))
     phrase = pick(rng, phrases)
     if phrase.endswith("."):
         return phrase
     be = "are" if re.search("nodules|effusions|fractures", phrase) else "is"
-    return pick(rng, CERTAIN).format(phrase, be)
+    return pick(rng, CERTAIN).format(phrase=phrase, be=be)
 
 
 def impression(mentioned):
