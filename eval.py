@@ -46,6 +46,7 @@ import os
 import warnings
 from collections import Counter
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,8 @@ from rewards import (
     tokenize,
 )
 from runtime.checkpoint import last_step, resolve
-from runtime.config import Config, InputError, load_config
-from runtime.output import format_table, print0, progress, rank, world_size, write_atomically
+from runtime.config import Config, InputError
+from runtime.output import format_table, print0, progress, rank, warn0, world_size, write_atomically
 from runtime.processes import gather_lists, init_processes, parse_args, run_main
 
 Array = np.ndarray
@@ -134,7 +135,7 @@ def read_predictions(path: str, examples: list[Example]) -> dict[str, dict]:
     records = {e.id: prediction_record(e, texts[e.id]) for e in examples}
     surplus = [name for name in texts if name not in records]
     if surplus:
-        print0(
+        warn0(
             f"{path}: {len(surplus)} of {len(texts)} predictions are ignored, as no chosen example "
             f"has their id, such as {surplus[0]!r}"
         )
@@ -307,9 +308,9 @@ def grounding_metrics(predictions: Predictions, weights: Array):
     """Metrics of the grounding questions, and those of each class that is asked for."""
     per_class = {}
     precisions = []
-    classes = [class_of(p) for p in predictions]
-    for name, (asked, own) in group_by(classes, predictions, weights).items():
-        per_class[f"soft_f1 {name}"] = average(list(map(soft_f1_of, asked)), own)
+    for name, (asked, own) in group_by(class_of, predictions, weights).items():
+        scores = list(map(soft_f1_of, asked))
+        per_class[f"soft_f1 {name}"] = average(scores, own)
         precision = average_precision(asked, own)
         precisions.append(precision)
         if any(p["boxes"] for p in asked):
@@ -322,10 +323,9 @@ def grounding_metrics(predictions: Predictions, weights: Array):
         "soft_f1_nonempty": average(scores, weights * nonempty),
         "matched_iou": mean_matched_iou(predictions, weights),
         "map50": np.nanmean(precisions, 0),
+        "empty_accuracy": average(scores, weights * ~nonempty),
     }
-    metrics["empty_accuracy"] = average(scores, weights * ~nonempty)
-    metrics |= output_metrics(predictions, weights)
-    return metrics, per_class
+    return metrics | output_metrics(predictions, weights), per_class
 
 
 def class_of(prediction):
@@ -428,33 +428,32 @@ def summarise(
     if not first:
         return {}
     weights = bootstrap_weights(first, RESAMPLES, cfg.seed)
-    read_labels = labeler(cfg.rewards)
-    scores = library_scores(cfg)
     # What has nothing to average is NaN, and needs no warning.
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         measured = {}
         for name, rows in predictions.items():
-            measured[name] = measure(rows, weights, read_labels, training, scores)
+            measured[name] = measure(rows, weights, cfg, training)
         return compare(measured)
 
 
-def measure(predictions, weights, read_labels, training, scores):
+def measure(predictions, weights, cfg, training):
     """{block: {metric: (S,)}} of one model. A task without predictions has no block."""
     blocks = {}
-    tasks = group_by([p["task"] for p in predictions], predictions, weights)
+    tasks = group_by(itemgetter("task"), predictions, weights)
     if "report" in tasks:
         reports, own = tasks["report"]
-        found = report_metrics(reports, own, read_labels, training)
-        blocks["reports"], blocks["labels"] = found
+        read_labels = labeler(cfg.rewards)
+        metrics, per_label = report_metrics(reports, own, read_labels, training)
         texts = [p["answer"] for p in reports]
         references = [p["reference"] for p in reports]
-        for name, score in scores.items():
-            blocks["reports"][name] = average(score(texts, references), own)
+        for name, score in library_scores(cfg).items():
+            metrics[name] = average(score(texts, references), own)
+        blocks |= {"reports": metrics, "labels": per_label}
     if "grounding" in tasks:
-        asked, own = tasks["grounding"]
-        blocks["grounding"], blocks["grounding labels"] = grounding_metrics(asked, own)
+        metrics, per_class = grounding_metrics(*tasks["grounding"])
+        blocks |= {"grounding": metrics, "grounding labels": per_class}
         # The papers report the kinds of grounding apart.
-        kinds = group_by([p["kind"] for p in asked], asked, own)
+        kinds = group_by(itemgetter("kind"), *tasks["grounding"])
         if len(kinds) > 1:
             for kind, group in kinds.items():
                 blocks[f"grounding of {kind}"], _ = grounding_metrics(*group)
@@ -467,9 +466,9 @@ def library_scores(cfg: Config) -> dict:
     return {name: library_score(name) for name in names}
 
 
-def group_by(values, predictions, weights):
-    """{value: (the predictions that have it, their weights)}, by value."""
-    values = np.array(values)
+def group_by(key, predictions, weights):
+    """{key of a prediction: (the predictions that have it, their weights)}, by key."""
+    values = np.array([key(p) for p in predictions])
     groups = {}
     for value in np.unique(values).tolist():
         rows = np.flatnonzero(values == value)
@@ -504,17 +503,13 @@ def table(results: dict) -> str:
     for block, metrics in results.items():
         for metric, by_model in main_metrics(metrics).items():
             head = ["", *by_model]
-            row = [f"{block}: {metric}"]
-            for entry in by_model.values():
-                row.append(cell(entry["value"], *entry["interval"]))
-            values.append(row)
+            cells = [cell(entry["value"], *entry["interval"]) for entry in by_model.values()]
+            values.append([f"{block}: {metric}", *cells])
 
             first, *others = by_model.values()
             if others and metric in DIFFERENCES and not math.isnan(first["interval"][0]):
-                row = [f"minus {head[1]}: {metric}", ""]
-                for entry in others:
-                    row.append(cell(*entry["difference"], sign="+"))
-                changes.append(row)
+                cells = [cell(*entry["difference"], sign="+") for entry in others]
+                changes.append([f"minus {head[1]}: {metric}", "", *cells])
     if not values:
         return "nothing to evaluate"
     return format_table([head, *values, *changes])
@@ -559,7 +554,7 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     predictions = {}
     for name, path in paths.items():
         # Nothing keeps the model: it is freed before the next one is loaded.
-        by_id = predict(frozen_policy(cfg, path), examples, cfg, name)
+        by_id = predict(model.load_policy(cfg, resolve(path)).freeze_all(), examples, cfg, name)
         predictions[name] = by_id
         if rank() == 0:
             lines = [json.dumps(by_id[e.id]) + "\n" for e in examples if e.id in by_id]
@@ -584,10 +579,6 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     print0(text)
     write_page(folder / "report.html", cfg, results, predictions, examples)
     return text, results
-
-
-def frozen_policy(cfg, path):
-    return model.load_policy(cfg, resolve(path)).freeze_all()
 
 
 def chosen_examples(cfg: Config) -> list[Example]:
@@ -652,19 +643,13 @@ def column_names(paths: list[str]) -> list[str]:
 
 
 def main() -> None:
-    paths = {"nargs": "+", "default": []}
-    _, args = parse_args(
+    paths = {"nargs": "*", "default": []}
+    config, args = parse_args(
         __doc__,
         checkpoint={**paths, "metavar": "RUN", "help": "run folders or model folders"},
         predictions={**paths, "metavar": "FILE", "help": "JSON lines of id and text"},
     )
-    # The options take all words that follow, so overrides may be among them.
-    words = [*args.checkpoint, *args.predictions]
-    overrides = [word for word in words if "=" in word and not os.path.exists(word)]
-    config = load_config(args.config, args.overrides + overrides)
-    folders = [word for word in args.checkpoint if word not in overrides]
-    files = [word for word in args.predictions if word not in overrides]
-
+    folders, files = args.checkpoint, args.predictions
     names = column_names([*folders, *(path.removesuffix(".jsonl") for path in files)])
     if not names:
         raise InputError("expected a folder after --checkpoint, or a file after --predictions")
