@@ -82,7 +82,7 @@ Predictions = list[dict]  # see prediction_record
 RESAMPLES = 1000  # of the bootstrap
 BATCH = 64  # examples that are decoded together
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
-LABEL_SUBSETS = {"14": range(14), "13": range(1, 14), "5": [LABELS.index(label) for label in TOP5]}
+LABEL_SUBSETS = {"14": range(14), "13": range(1, 14), "5": list(map(LABELS.index, TOP5))}
 # The metrics of the table, and those whose differences it shows. metrics.json has all.
 IN_TABLE = """
     ce_f1_macro14 ce_f1_macro13 ce_f1_macro5 ce_f1_micro14 ce_f1_micro13 ce_f1_micro5
@@ -116,10 +116,16 @@ def prediction_record(example: Example, text: str, finished=True, n_tokens=0) ->
     """A prediction as it is written to NAME.jsonl."""
     valid, thinking, answer = parse_output(text, example.task, example.style)
     record = {key: getattr(example, key) for key in ("id", "task", "kind", "label", "patient")}
-    record |= {"text": text, "answer": answer, "thinking": thinking}
-    record |= {"valid": valid, "finished": finished, "n_tokens": n_tokens}
-    record["reference"] = example.answer
-    record["boxes"] = [list(box) for box in example.boxes]
+    record |= {
+        "text": text,
+        "answer": answer,
+        "thinking": thinking,
+        "valid": valid,
+        "finished": finished,
+        "n_tokens": n_tokens,
+        "reference": example.answer,
+    }
+    record["boxes"] = list(map(list, example.boxes))
     return record
 
 
@@ -160,7 +166,10 @@ def report_metrics(predictions: Predictions, weights: Array, read_labels, traini
     true = np.isin(read_labels(references), (POSITIVE, UNCERTAIN))
     training = {plain_words(text) for text in training}
 
-    counts = np.stack([found & true, found & ~true, ~found & true], 1)  # (N, 3, 14)
+    hits = found & true
+    false_alarms = found & ~true
+    misses = true & ~found
+    counts = np.stack([hits, false_alarms, misses], 1)  # (N, 3, 14)
     scores, f1 = label_scores(counts, weights)
     metrics = {f"ce_{name}": values for name, values in scores.items()}
     # The same for some of the reports: a report with weight 0 does not count.
@@ -172,12 +181,13 @@ def report_metrics(predictions: Predictions, weights: Array, read_labels, traini
         for name in ("f1_macro13", "f1_micro13"):
             metrics[f"{subset}_{name}"] = scores[name]
 
-    for n, values in enumerate(bleu_scores(answers, references, weights), 1):
-        metrics[f"bleu{n}"] = values
+    bleu = bleu_scores(answers, references, weights)
+    for n in range(4):
+        metrics[f"bleu{n + 1}"] = bleu[n]
     metrics["cider"] = average(cider_scores(answers, references), weights)
-    for score in (rouge_l, gleu):
-        scores = list(map(score, answers, references))
-        metrics[score.__name__] = average(scores, weights)
+    for metric in (rouge_l, gleu):
+        values = list(map(metric, answers, references))
+        metrics[metric.__name__] = average(values, weights)
 
     metrics |= diversity_metrics(answers, found, training, weights)
     reference = diversity_metrics(references, true, training, weights)
@@ -227,7 +237,8 @@ def bleu_scores(candidates: list[str], references: list[str], weights: Array) ->
 
     in_candidate = np.maximum(in_candidate, 1)
     log_precision = np.log(matching / in_candidate)
-    log_means = log_precision.cumsum(0) / [[1], [2], [3], [4]]
+    log_sums = log_precision.cumsum(0)
+    log_means = log_sums / np.arange(1, 5)[:, None]
     # The length of a text is its number of 1-grams.
     brevity = np.minimum(0, 1 - in_reference[0] / in_candidate[0])
     return np.exp(brevity + log_means)
@@ -240,15 +251,16 @@ def cider_scores(candidates: list[str], references: list[str]) -> Array:
     """
     if len(references) == 1:
         return np.array([math.nan])
-    candidates = [tokenize(text) for text in candidates]
-    references = [tokenize(text) for text in references]
+    candidates = list(map(tokenize, candidates))
+    references = list(map(tokenize, references))
     scores = np.zeros(len(references))
     for n in range(1, 5):
         written = [ngrams(tokens, n) for tokens in candidates]
         expected = [ngrams(tokens, n) for tokens in references]
         scores += tf_idf_cosines(written, expected)
     gaps = np.array([len(a) - len(b) for a, b in zip(candidates, references)])
-    return 10 / 4 * scores * np.exp(-(gaps**2) / (2 * 6**2))
+    penalty = np.exp(-(gaps**2) / (2 * 6**2))
+    return 10 / 4 * scores * penalty
 
 
 def tf_idf_cosines(candidates, references):
@@ -318,14 +330,13 @@ def grounding_metrics(predictions: Predictions, weights: Array):
 
     scores = list(map(soft_f1_of, predictions))
     nonempty = np.array([len(p["boxes"]) > 0 for p in predictions])
-    metrics = {
-        "soft_f1": average(scores, weights),
-        "soft_f1_nonempty": average(scores, weights * nonempty),
-        "matched_iou": mean_matched_iou(predictions, weights),
-        "map50": np.nanmean(precisions, 0),
-        "empty_accuracy": average(scores, weights * ~nonempty),
-    }
-    return metrics | output_metrics(predictions, weights), per_class
+    metrics = {"soft_f1": average(scores, weights)}
+    metrics["soft_f1_nonempty"] = average(scores, weights * nonempty)
+    metrics["matched_iou"] = mean_matched_iou(predictions, weights)
+    metrics["map50"] = np.nanmean(precisions, 0)
+    metrics["empty_accuracy"] = average(scores, weights * ~nonempty)
+    metrics |= output_metrics(predictions, weights)
+    return metrics, per_class
 
 
 def class_of(prediction):
@@ -369,15 +380,16 @@ def average_precision(predictions: Predictions, weights: Array) -> Array:
             if hit:
                 del free[np.argmax(overlaps)]
             ranked.append((place, i, hit))
-    ranked = np.array(sorted(ranked), int).reshape(-1, 3)
-    _, owners, hits = ranked.T  # (K,) each
+    ranked.sort()
+    _, owners, hits = np.array(ranked, int).reshape(-1, 3).T  # (K,) each
 
     # Where an example is drawn k times, each of its boxes ranks k times.
     copies = weights[:, owners]  # (S, K)
     found = copies * hits
     precision = np.nan_to_num(found.cumsum(1) / copies.cumsum(1))
     # The best precision at this recall or a higher one.
-    envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    backwards = precision[:, ::-1]
+    envelope = np.maximum.accumulate(backwards, 1)[:, ::-1]
     n_reference = weights @ [len(p["boxes"]) for p in predictions]
     return (envelope * found).sum(1) / n_reference
 
@@ -406,7 +418,8 @@ def bootstrap_weights(predictions: Predictions, resamples: int, seed: int) -> Ar
     names, patient = np.unique(patients, return_inverse=True)
     size = len(names)
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(size, np.full(size, 1 / size), resamples)  # (resamples, patients)
+    chances = np.full(size, 1 / size)
+    draws = rng.multinomial(size, chances, resamples)  # (resamples, patients)
     return np.vstack([np.ones(size), draws])[:, patient]
 
 
@@ -488,8 +501,11 @@ def compare(measured):
                 # Another model may have no thinking to measure.
                 values = blocks[block].get(metric, baseline * math.nan)
                 value, *interval = with_interval(values)
-                difference = with_interval(values - baseline)
-                entries[name] = {"value": value, "interval": interval, "difference": difference}
+                entries[name] = {
+                    "value": value,
+                    "interval": interval,
+                    "difference": with_interval(values - baseline),
+                }
             results[block][metric] = entries
     return results
 
@@ -557,7 +573,8 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
         by_id = predict(model.load_policy(cfg, resolve(path)).freeze_all(), examples, cfg, name)
         predictions[name] = by_id
         if rank() == 0:
-            lines = [json.dumps(by_id[e.id]) + "\n" for e in examples if e.id in by_id]
+            ordered = [by_id[e.id] for e in examples if e.id in by_id]
+            lines = [json.dumps(p) + "\n" for p in ordered]
             write_atomically(folder / f"{name}.jsonl", "".join(lines))
     predictions |= others
     if rank() != 0:
@@ -573,10 +590,10 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
         predictions[name] = [by_id[e.id] for e in examples]
 
     results = summarise(predictions, cfg, training)
-    without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    write_atomically(folder / "metrics.json", json.dumps(without_nan, indent=1))
     text = table(results)
     print0(text)
+    without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    write_atomically(folder / "metrics.json", json.dumps(without_nan, indent=1))
     write_page(folder / "report.html", cfg, results, predictions, examples)
     return text, results
 
@@ -587,17 +604,18 @@ def chosen_examples(cfg: Config) -> list[Example]:
     chosen = []
     for task in ("report", "grounding"):
         own = [e for e in examples if e.task == task]
-        order = np.random.default_rng(cfg.seed).permutation(len(own))
-        drawn = order[: cfg.eval.limit or None]
+        rng = np.random.default_rng(cfg.seed)
+        drawn = rng.permutation(len(own))[: cfg.eval.limit or None]
         chosen += [own[i] for i in sorted(drawn)]
     return chosen
 
 
 def try_evaluation(policy: Policy, config: Config):
     """A few tokens of the first examples, so that what is wrong shows before the training."""
-    short = replace(config, grpo=replace(config.grpo, max_new_tokens=4))
+    examples = chosen_examples(config)[:2]
+    grpo = replace(config.grpo, max_new_tokens=4)
     with policy.unsharded():
-        predict(policy, chosen_examples(config)[:2], short, "a try")
+        predict(policy, examples, replace(config, grpo=grpo), "a try")
 
 
 def compare_with_start(config: Config, start: str, run: Path):
@@ -616,10 +634,11 @@ def training_reports(cfg, examples):
     if not any(e.task == "report" for e in examples):
         return []
     try:
-        return [e.answer for e in data.load_split(cfg, "train") if e.task == "report"]
+        training = data.load_split(cfg, "train")
     except InputError as error:
         print0(f"no comparison with training reports: {error}")
         return []
+    return [e.answer for e in training if e.task == "report"]
 
 
 def write_page(path, *content):
@@ -650,7 +669,8 @@ def main() -> None:
         predictions={**paths, "metavar": "FILE", "help": "JSON lines of id and text"},
     )
     folders, files = args.checkpoint, args.predictions
-    names = column_names([*folders, *(path.removesuffix(".jsonl") for path in files)])
+    stems = [path.removesuffix(".jsonl") for path in files]
+    names = column_names(folders + stems)
     if not names:
         raise InputError("expected a folder after --checkpoint, or a file after --predictions")
     checkpoints = dict(zip(names, folders))
