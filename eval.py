@@ -60,6 +60,7 @@ from rewards import (
     POSITIVE,
     UNCERTAIN,
     count_ngrams,
+    finite_scores,
     gleu,
     iou,
     labeler,
@@ -459,8 +460,10 @@ def measure(predictions, weights, cfg, training):
         metrics, per_label = report_metrics(reports, own, read_labels, training)
         texts = [p["answer"] for p in reports]
         references = [p["reference"] for p in reports]
+        ids = [p["id"] for p in reports]
         for name, score in library_scores(cfg).items():
-            metrics[name] = average(score(texts, references), own)
+            values = finite_scores(name, score(texts, references), ids)
+            metrics[name] = average(values, own)
         blocks |= {"reports": metrics, "labels": per_label}
     if "grounding" in tasks:
         metrics, per_class = grounding_metrics(*tasks["grounding"])

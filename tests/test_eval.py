@@ -234,6 +234,14 @@ def test_a_single_study_has_no_cider(cfg, few_resamples):
     assert line.split("|")[1].strip() == "-"
 
 
+def test_a_library_score_that_gives_nothing_is_named(cfg, monkeypatch, few_resamples):
+    scores = {"radeval:f": lambda texts, references: [0.5, None]}
+    monkeypatch.setattr(evaluation, "library_scores", lambda cfg: scores)
+    rows = [report(i, "Edema.", "Edema.") for i in range(2)]
+    with pytest.raises(InputError, match="'radeval:f' gave nothing for .* id 'r1'"):
+        evaluation.summarise({"a": rows}, cfg)
+
+
 def test_reports_that_training_has_are_told_apart():
     rows = [
         report(0, "Clear lungs.", "Moderate cardiomegaly."),
