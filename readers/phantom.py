@@ -404,10 +404,12 @@ def wide_mediastinum(finding, side_sign, anatomy, rng):
 def effusion(finding, side_sign, anatomy, rng):
     """It raises the visible lung base."""
     finding.hides = ("lower lobe", "mid lung")[: finding.severity]
-    inner, behind = 0.06 if side_sign < 0 else 0.12, 0
+    inner = 0.06 if side_sign < 0 else 0.12
+    behind = 0
     if side_sign > 0 and anatomy.enlarged:
         # To show beside and above a heart that hides the base.
-        inner, behind = 0.21, 0.05
+        inner = 0.21
+        behind = 0.05
     distance = np.linspace(inner, anatomy.lung, 30)
     floor = floor_at(distance, side_sign, anatomy)
     rise = (0.16, 0.24, 0.35)[finding.severity]
@@ -435,7 +437,8 @@ def atelectasis(finding, side_sign, anatomy, rng):
     height = anatomy.bases[side_sign] - rng.uniform(0, 0.03)
     inner_height = height + rng.uniform(-0.03, 0.05)
     inner = 0.13 if side_sign < 0 else 0.20
-    start, end = inner + 1j * inner_height, anatomy.lung + 1j * height
+    start = inner + 1j * inner_height
+    end = anatomy.lung + 1j * height
     bands = stroke((start, end - 0.03), 0.034, side_sign)
     if finding.severity:
         path = start + (0.03 - 0.06j), end - (0.07 + 0.05j)
@@ -459,7 +462,8 @@ def consolidation(finding, side_sign, anatomy, rng):
 
 def pneumonia(finding, side_sign, anatomy, rng):
     # Ten spots: offsets from the centre of the zone, and radii.
-    least, most = (-0.08, -0.08, 0.028, 0.028), (0.08, 0.08, 0.042, 0.042)
+    least = (-0.08, -0.08, 0.028, 0.028)
+    most = (0.08, 0.08, 0.042, 0.042)
     spots = rng.uniform(least, most, (10, 4))
     yield [ellipse(finding.center + complex(x, y), *radii) for x, y, *radii in spots]
 
@@ -499,7 +503,8 @@ RIB_ENDS = polyline("-0.06-0.015j -0.006+0j 0.006+0.035j 0.055+0.055j")
 def fracture(finding, side_sign, anatomy, rng):
     """The ends of a broken rib are out of line. A severe fracture breaks two."""
     place = anatomy.lung - 0.09 + 1j * rng.uniform(-0.22, 0.05)
-    for shift in (0, 0.11j) if finding.severity == 2 else (0,):
+    shifts = (0, 0.11j) if finding.severity == 2 else (0,)
+    for shift in shifts:
         ends = RIB_ENDS + (place + shift)
         inner = stroke(ends[:2], 0.034, side_sign)
         yield inner + stroke(ends[2:], 0.034, side_sign)
@@ -517,8 +522,11 @@ TUBES = {
 
 def device(finding, _, anatomy, rng):
     """A chest tube lies on the side of a pneumothorax, a pacemaker on either."""
-    side_sign = anatomy.collapsed or 1
-    finding.what = "a chest tube" if anatomy.collapsed else pick(rng, tuple(TUBES)[:4])
+    side_sign = anatomy.collapsed
+    finding.what = "a chest tube"
+    if not anatomy.collapsed:
+        side_sign = 1
+        finding.what = pick(rng, tuple(TUBES)[:4])
     battery = []
     if finding.what == "a pacemaker":
         side_sign = pick(rng, (-1, 1))
@@ -668,7 +676,8 @@ def thorax_grid(anatomy):
 def soft_tissue(rng, size):
     """Slow changes of density: coarse noise, interpolated."""
     width, height = size
-    noise = rng.standard_normal((height // 5, width // 5), dtype=np.float32)
+    coarse = height // 5, width // 5
+    noise = rng.standard_normal(coarse, dtype=np.float32)
     smooth = Image.fromarray(noise).resize(size, Image.BILINEAR)
     return np.float32(smooth) * 0.03
 
@@ -725,7 +734,8 @@ def vessels(rng):
 
 def develop(density, rng):
     """Exposure, contrast, blur and grain of a film."""
-    least, most = (0.90, -0.02, 0.88, 2), (1.08, 0.02, 1.12, 4)
+    least = (0.90, -0.02, 0.88, 2)
+    most = (1.08, 0.02, 1.12, 4)
     gain, offset, gamma, grain = np.float32(rng.uniform(least, most))
     exposed = np.clip(density * gain + offset, 0, 1) ** gamma
     film = Image.fromarray(np.uint8(255 * exposed)).filter(ImageFilter.SMOOTH)
@@ -781,7 +791,8 @@ ORDERS = ("heart mediastinum lungs pleura bones devices",) * 8 + (
     "lungs pleura heart mediastinum bones devices",
     "devices heart mediastinum lungs pleura bones",
 )
-SIZES, DEGREES = ("small", "moderate", "large"), ("mild", "moderate", "severe")
+SIZES = ("small", "moderate", "large")
+DEGREES = ("mild", "moderate", "severe")
 # How a trace reads the regions, and what it says where nothing is mentioned.
 READING = {
     "Heart": "normal size",
@@ -836,12 +847,10 @@ def write_texts(rng, findings):
 
 def phrases_of(finding):
     """The wordings of a finding, filled in."""
-    words = dict(vars(finding), a="a ", s="")
-    if len(finding.boxes) > 1:
-        words.update(a="", s="s")
-    words["size"] = SIZES[finding.severity]
-    words["degree"] = DEGREES[finding.severity]
-    text = finding.kind.wordings.format(**words)
+    a, s = ("a ", "") if len(finding.boxes) == 1 else ("", "s")
+    size = SIZES[finding.severity]
+    degree = DEGREES[finding.severity]
+    text = finding.kind.wordings.format(**vars(finding), a=a, s=s, size=size, degree=degree)
     return text.replace("both", "bilateral").split("|")
 
 
