@@ -4,6 +4,7 @@
   python eval.py config.yaml --predictions FILE.jsonl [FILE.jsonl ...] [key=value ...]
 
 The second reads the outputs of any other program: a line {"id": .., "text": ..} for each example.
+Lines of other ids are counted and ignored.
 Decoding is greedy. Writes OUT/eval/: NAME.jsonl (predictions), metrics.json and report.html
 (tables, training curves, cases). NAME is the end of RUN's path.
 
@@ -159,8 +160,11 @@ def average(values, weights):
     return weights @ values / weights.sum(1)
 
 
-def report_metrics(predictions: Predictions, weights: Array, read_labels, training=()):
-    """Metrics of the reports, and F1 per label. training: the texts of the training reports."""
+def report_metrics(predictions: Predictions, weights: Array, read_labels, training=(), library=()):
+    """Metrics of the reports, and F1 per label.
+
+    training: the texts of the training reports; library: (name, score) of other packages.
+    """
     answers = [p["answer"] for p in predictions]
     references = [p["reference"] for p in predictions]
     found = np.isin(read_labels(answers), (POSITIVE, UNCERTAIN))  # (N, 14)
@@ -195,6 +199,9 @@ def report_metrics(predictions: Predictions, weights: Array, read_labels, traini
     for name, values in reference.items():
         metrics[f"{name}_reference"] = values
     metrics |= output_metrics(predictions, weights)
+    for name, score in library:
+        values = finite_scores(name, score(answers, references), [p["id"] for p in predictions])
+        metrics[name] = average(values, weights)
     return metrics, dict(zip(LABELS, f1.T))
 
 
@@ -455,15 +462,9 @@ def measure(predictions, weights, cfg, training):
     blocks = {}
     tasks = group_by(itemgetter("task"), predictions, weights)
     if "report" in tasks:
-        reports, own = tasks["report"]
         read_labels = labeler(cfg.rewards)
-        metrics, per_label = report_metrics(reports, own, read_labels, training)
-        texts = [p["answer"] for p in reports]
-        references = [p["reference"] for p in reports]
-        ids = [p["id"] for p in reports]
-        for name, score in library_scores(cfg).items():
-            values = finite_scores(name, score(texts, references), ids)
-            metrics[name] = average(values, own)
+        library = library_scores(cfg).items()
+        metrics, per_label = report_metrics(*tasks["report"], read_labels, training, library)
         blocks |= {"reports": metrics, "labels": per_label}
     if "grounding" in tasks:
         metrics, per_class = grounding_metrics(*tasks["grounding"])

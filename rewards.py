@@ -541,11 +541,11 @@ def clause_mentions(clause):
 @lru_cache(1)
 def find_cues(clause):
     """The first cue of each kind that acts on what follows, the last that acts on what precedes."""
-    before, after = {}, {}
+    before = {}
     for cue in CUES_BEFORE.finditer(clause):
         before.setdefault(cue.lastgroup, cue)
-    for cue in CUES_AFTER.finditer(clause):
-        after[cue.lastgroup] = cue
+    # The last of a kind stays.
+    after = {cue.lastgroup: cue for cue in CUES_AFTER.finditer(clause)}
     return before, after
 
 
