@@ -333,7 +333,8 @@ class Finding:
     boxes: list[Box] = ()
 
     @property
-    def sides(self):
+    def each_side(self):
+        """Both sides, or the one that it has: "" is drawn once."""
         return ("right", "left") if self.side == "both" else (self.side,)
 
 
@@ -355,7 +356,7 @@ def sample_findings(rng, anatomy):
         if label in labels and places:
             finding = sample_finding(label, places, rng, anatomy)
             findings.append(finding)
-            hidden = set(itertools.product(finding.sides, finding.hides))
+            hidden = set(itertools.product(finding.each_side, finding.hides))
             free = [place for place in free if place not in hidden]
     return findings
 
@@ -368,8 +369,8 @@ def sample_finding(label, places, rng, anatomy):
     height = ZONES.get(zone, 0) + rng.uniform(-0.02, 0.02)
     distance = rng.uniform(0.17, 0.23) + 0.06 * (zone == "lower lobe")
     finding = Finding(label, kind, side, zone, severity, (zone,), [])
-    for drawn in finding.sides:
-        side_sign = 1 if drawn == "left" else -1
+    for one in finding.each_side:
+        side_sign = 1 if one == "left" else -1
         finding.center = side_sign * distance + 1j * height
         finding.shapes += kind.draw(finding, side_sign, anatomy, rng)
     finding.boxes = [box_of(shape, kind.blur, anatomy) for shape in finding.shapes]
@@ -886,7 +887,7 @@ def systematic_reading(mentioned):
     for finding in mentioned:
         titles = [finding.kind.region.title()]
         if titles == ["Lungs"]:
-            titles = [f"{side.title()} lung" for side in finding.sides]
+            titles = [f"{side.title()} lung" for side in finding.each_side]
         bare = without_article(phrases_of(finding)[0])
         for title in titles:
             seen[title].append(bare if finding.certain else f"possible {bare}")
