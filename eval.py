@@ -106,9 +106,10 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
     """
     own = examples[rank() :: world_size()]
     policy.encode_ahead(own)
+    longest = cfg.grpo.max_new_tokens
     local = []
     for batch in progress(batched(own, BATCH), f"predict {name}"):
-        for r in policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0):
+        for r in policy.sample(batch, 1, longest, temperature=0):
             record = prediction_record(r.example, r.texts[0], r.finished[0], r.lengths[0])
             local.append(record)
     return {p["id"]: p for p in gather_lists(local)}
@@ -117,7 +118,8 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
 def prediction_record(example: Example, text: str, finished=True, n_tokens=0) -> dict:
     """A prediction as it is written to NAME.jsonl."""
     valid, thinking, answer = parse_output(text, example.task, example.style)
-    record = {key: getattr(example, key) for key in ("id", "task", "kind", "label", "patient")}
+    keys = ("id", "task", "kind", "label", "patient")
+    record = {key: getattr(example, key) for key in keys}
     record |= {
         "text": text,
         "answer": answer,
@@ -248,7 +250,8 @@ def bleu_scores(candidates: list[str], references: list[str], weights: Array) ->
     log_sums = log_precision.cumsum(0)
     log_means = log_sums / np.arange(1, 5)[:, None]
     # The length of a text is its number of 1-grams.
-    brevity = np.minimum(0, 1 - in_reference[0] / in_candidate[0])
+    ratio = in_reference[0] / in_candidate[0]
+    brevity = np.minimum(0, 1 - ratio)
     return np.exp(brevity + log_means)
 
 
@@ -328,7 +331,8 @@ def grounding_metrics(predictions: Predictions, weights: Array):
     """Metrics of the grounding questions, and those of each class that is asked for."""
     per_class = {}
     precisions = []
-    for name, (asked, own) in group_by(class_of, predictions, weights).items():
+    classes = group_by(class_of, predictions, weights)
+    for name, (asked, own) in classes.items():
         scores = list(map(soft_f1_of, asked))
         per_class[f"soft_f1 {name}"] = average(scores, own)
         precision = average_precision(asked, own)
@@ -364,8 +368,8 @@ def mean_matched_iou(predictions, weights):
     """Over the pairs that soft-F1 matches."""
     owners, overlaps = [], []
     for i, p in enumerate(predictions):
-        boxes = parse_boxes(p["answer"])
-        for _, _, overlap in match_boxes(boxes[:MAX_MATCHED], p["boxes"]):
+        boxes = parse_boxes(p["answer"])[:MAX_MATCHED]
+        for _, _, overlap in match_boxes(boxes, p["boxes"]):
             owners.append(i)
             overlaps.append(overlap)
     return average(overlaps, weights[:, owners])
@@ -388,8 +392,8 @@ def average_precision(predictions: Predictions, weights: Array) -> Array:
             if hit:
                 del free[np.argmax(overlaps)]
             ranked.append((place, i, hit))
-    ranked.sort()
-    _, owners, hits = np.array(ranked, int).reshape(-1, 3).T  # (K,) each
+    ranked = np.array(sorted(ranked), int).reshape(-1, 3)
+    _, owners, hits = ranked.T  # (K,) each
 
     # Where an example is drawn k times, each of its boxes ranks k times.
     copies = weights[:, owners]  # (S, K)
@@ -428,7 +432,8 @@ def bootstrap_weights(predictions: Predictions, resamples: int, seed: int) -> Ar
     rng = np.random.default_rng(seed)
     chances = np.full(size, 1 / size)
     draws = rng.multinomial(size, chances, resamples)  # (resamples, patients)
-    return np.vstack([np.ones(size), draws])[:, patient]
+    counts = np.vstack([np.ones(size), draws])
+    return counts[:, patient]
 
 
 def with_interval(values):
@@ -489,7 +494,8 @@ def group_by(key, predictions, weights):
     groups = {}
     for value in np.unique(values).tolist():
         rows = np.flatnonzero(values == value)
-        groups[value] = [predictions[i] for i in rows], weights[:, rows]
+        chosen = [predictions[i] for i in rows]
+        groups[value] = chosen, weights[:, rows]
     return groups
 
 
@@ -658,7 +664,8 @@ def write_page(path, *content):
 
 def column_names(paths: list[str]) -> list[str]:
     """The shortest end of each path that tells it apart from the others."""
-    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    absolute = map(os.path.abspath, paths)
+    parts = [Path(path).parts[1:] for path in absolute]
     for depth in itertools.count(1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(set(parts)):

@@ -105,7 +105,8 @@ def read(seed: int, split: str, size: int, questions: dict) -> Iterator[Study]:
 
 def is_chosen(study):
     """Everything rare, and a third of what else has findings."""
-    return study.boxes.keys() - COMMON or (study.boxes and study.index % 3 == 0)
+    rare = study.boxes.keys() - COMMON
+    return rare or (study.boxes and study.index % 3 == 0)
 
 
 def as_study(study, asked):
@@ -193,7 +194,9 @@ def to_image(points, anatomy):
     cos = anatomy.scale * anatomy.cos
     sin = anatomy.scale * anatomy.sin
     matrix = (cos, sin), (-sin, cos)
-    return points.view(float).reshape(-1, 2) @ matrix + (anatomy.x, anatomy.y)
+    turned = points.view(float).reshape(-1, 2) @ matrix
+    origin = anatomy.x, anatomy.y
+    return turned + origin
 
 
 def polyline(text):
@@ -397,7 +400,8 @@ def cardiomegaly(finding, side_sign, anatomy, rng):
 
 
 def wide_mediastinum(finding, side_sign, anatomy, rng):
-    half = rng.uniform(0.12, 0.15) * np.array((0.8, 1, 1, 0.95, 0.85, 0.7))
+    outline = np.array((0.8, 1, 1, 0.95, 0.85, 0.7))
+    half = rng.uniform(0.12, 0.15) * outline
     edge = half + 1j * np.linspace(-0.36, 0.06, 6)
     yield [loop(edge, mirrored(edge))]
 
@@ -419,7 +423,8 @@ def effusion(finding, side_sign, anatomy, rng):
     anatomy.bases[side_sign] = top - 0.03
 
     # The meniscus climbs the wall.
-    surface = top + 0.11 * (1 - np.exp((distance - anatomy.lung) / 0.08))
+    climb = 1 - np.exp((distance - anatomy.lung) / 0.08)
+    surface = top + 0.11 * climb
     shown = surface < floor - 0.015
     yield [strip(distance[shown], surface[shown], floor[shown] + 0.01, side_sign)]
 
@@ -470,7 +475,8 @@ def pneumonia(finding, side_sign, anatomy, rng):
 
 
 def opacity(finding, side_sign, anatomy, rng):
-    yield [ellipse(finding.center, *rng.uniform(0.09, 0.11, 2))]
+    radii = rng.uniform(0.09, 0.11, 2)
+    yield [ellipse(finding.center, *radii)]
 
 
 def lesion(finding, side_sign, anatomy, rng):
@@ -671,7 +677,8 @@ def thorax_grid(anatomy):
     y = y / height - anatomy.y
     cos = anatomy.cos / anatomy.scale
     sin = anatomy.sin / anatomy.scale
-    return np.abs(x * cos + y * sin), y * cos - x * sin
+    distance = np.abs(x * cos + y * sin)
+    return distance, y * cos - x * sin
 
 
 def soft_tissue(rng, size):
@@ -706,8 +713,8 @@ def coverage(polygons, anatomy, blur=0):
     for polygon in polygons:
         corners = to_image(polygon, anatomy) * canvas.size
         pen.polygon(corners.ravel().tolist(), fill=255)
-    soft = canvas.reduce(2).filter(ImageFilter.GaussianBlur(blur * width))
-    return np.float32(soft) / 255
+    border = ImageFilter.GaussianBlur(blur * width)
+    return np.float32(canvas.reduce(2).filter(border)) / 255
 
 
 def belly_and_lungs(anatomy):
@@ -720,7 +727,8 @@ def belly_and_lungs(anatomy):
         floor = floor_at(distance, side_sign, anatomy)
         below.append(strip(distance, floor, 0.7, side_sign))
     belly = coverage(below, anatomy)
-    return belly, coverage([mirrored(lung), lung], anatomy) * (1 - belly)
+    lungs = coverage([mirrored(lung), lung], anatomy)
+    return belly, lungs * (1 - belly)
 
 
 def vessels(rng):
@@ -728,7 +736,8 @@ def vessels(rng):
     turn = rng.uniform(-1.5, 1.5, 18)
     reach = rng.uniform(0.12, 0.26, 18)
     path = np.full(36, 0.07 - 0.02j)
-    path[1::2] = 0.07 + reach * np.cos(turn) + 1.2j * reach * np.sin(turn)
+    distance = 0.07 + reach * np.cos(turn)
+    path[1::2] = distance + 1.2j * reach * np.sin(turn)
     path[:18] = mirrored(path[:18])
     return stroke(path, 0.009)
 
@@ -739,7 +748,8 @@ def develop(density, rng):
     most = (1.08, 0.02, 1.12, 4)
     gain, offset, gamma, grain = np.float32(rng.uniform(least, most))
     exposed = np.clip(density * gain + offset, 0, 1) ** gamma
-    film = Image.fromarray(np.uint8(255 * exposed)).filter(ImageFilter.SMOOTH)
+    film = Image.fromarray(np.uint8(255 * exposed))
+    film = film.filter(ImageFilter.SMOOTH)
     noise = rng.standard_normal(density.shape, dtype=np.float32)
     pixels = np.clip(film + grain * noise, 0, 255)
     return Image.fromarray(np.uint8(pixels))
