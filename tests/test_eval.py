@@ -238,7 +238,7 @@ def test_a_library_score_that_gives_nothing_is_named(cfg, monkeypatch, few_resam
     scores = {"radeval:f": lambda texts, references: [0.5, None]}
     monkeypatch.setattr(evaluation, "library_scores", lambda cfg: scores)
     rows = [report(i, "Edema.", "Edema.") for i in range(2)]
-    with pytest.raises(InputError, match="'radeval:f' gave nothing for .* id 'r1'"):
+    with pytest.raises(InputError, match=r"'radeval:f' gave nothing for .* id 'r1'"):
         evaluation.summarise({"a": rows}, cfg)
 
 
