@@ -482,11 +482,14 @@ def texts_by_id(path: str | Path, key: str) -> dict[str, str]:
             text = row[key]
             if not isinstance(text, str):
                 raise ValueError(f"{key}: expected text, got {text!r}")
-            texts[str(row["id"])] = text
+            name = str(row["id"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {n}: expected an object with id and {key} ({error!r})"
             ) from None
+        if name in texts:
+            raise InputError(f"{path}, line {n}: a second line has the id {name!r}; keep one")
+        texts[name] = text
     return texts
 
 
@@ -616,6 +619,7 @@ def source_names(parts):
 # ------------------------------------------------------------------------------- splits
 
 
+CORPUS = 4000  # examples of each source that the tiny model's tokenizer is trained on
 TRIED = 4  # examples of each source whose images are decoded at the start of a training
 
 
@@ -789,12 +793,21 @@ def by_study(examples: list[Example]) -> list[list[Example]]:
     return list(groups.values())
 
 
-def phantom_corpus(studies: int = 2000) -> list[str]:
-    """Texts of the first training phantoms of seed 0, which the tiny tokenizer is trained on."""
+def corpus(config: Config) -> list[str]:
+    """Texts of training data, on which the tokenizer of the tiny model is trained.
+
+    Its own data, so that their words are few tokens. Phantoms: the first ones of seed 0, so that
+    runs with other seeds share a tokenizer. Raises InputError.
+    """
     texts = []
-    for study in phantoms.read(0, "train", studies // 2, QUESTIONS):
-        for asked in study.asked:
-            texts += [asked.question, answer_text(asked), asked.thinking]
+    if all(source.source == "phantom" for source in sources(config, "train")):
+        for study in phantoms.read(0, "train", 1000, QUESTIONS):
+            for asked in study.asked:
+                texts += [asked.question, answer_text(asked), asked.thinking]
+        return texts
+    for _, part, _ in read_split(config, "train"):
+        for example in part[:CORPUS]:
+            texts += [example.question, example.answer]
     return texts
 
 

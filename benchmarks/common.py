@@ -120,7 +120,8 @@ def build_model(text: dict, vision: dict, rope: dict, side: int) -> tuple[nn.Mod
     text, vision, rope: what differs in the parts of its configuration. Its images have side x side
     pixels.
     """
-    small, processor = model.build_tiny(0, {"min_pixels": side * side, "max_pixels": side * side})
+    pixels = {"min_pixels": side * side, "max_pixels": side * side}
+    small, processor = model.build_tiny(0, pixels, data.corpus(Config()))
     config = copy.deepcopy(small.config)
     config.text_config.update(text)
     config.text_config.rope_parameters |= rope
