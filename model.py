@@ -433,7 +433,8 @@ class Policy:
         """The model without its head, on token inputs and the images of these prompts."""
         images = {}
         for name in prompts[0].images:
-            images[name] = pad_images([p.images[name] for p in prompts])
+            parts = [p.images[name] for p in prompts]
+            images[name] = pad_images(parts)
         tower = nullcontext()
         if all(p.features is not None for p in prompts):
             from fast.frozen_tower import known_features  # noqa: PLC0415
@@ -1141,7 +1142,9 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
     path = str(path or config.model.path)
     pixels = {"min_pixels": MIN_PIXELS, "max_pixels": config.model.max_pixels}
     if path == "tiny":
-        return Policy(*build_tiny(config.seed, pixels, data.corpus(config)), config, path)
+        texts = data.corpus(config)
+        model, processor = build_tiny(config.seed, pixels, texts)
+        return Policy(model, processor, config, path)
     is_id = path.count("/") == 1 and not path.startswith(("/", "."))
     if not is_id and not os.path.isdir(path):
         raise InputError(
