@@ -40,6 +40,8 @@ from readers.study import (
     Box,
     Skip,
     Study,
+    box_text,
+    clean_boxes,
     parse_boxes,  # noqa: F401
     pick,
     read_lines,
@@ -221,7 +223,7 @@ def boxes_text(boxes: Sequence[Box]) -> str:
     """The papers' box format, "[0.12, 0.30, 0.45, 0.61], [...] and [...]". parse_boxes reads it."""
     if not boxes:
         return NOTHING_THERE
-    *first, last = ["[{:.2f}, {:.2f}, {:.2f}, {:.2f}]".format(*box) for box in boxes]
+    *first, last = map(box_text, boxes)
     return f"{', '.join(first)} and {last}" if first else last
 
 
@@ -421,22 +423,6 @@ def clean_study(study, skip):
         if item.boxes or not given:
             asked.append(item)
     study.asked = asked
-
-
-def clean_boxes(boxes, where, skip):
-    """Those of the boxes that are in the image, clipped to it."""
-    kept = []
-    for box in boxes:
-        clipped = tuple(min(max(value, 0), 1) for value in box)
-        right = len(box) == 4 and clipped[0] < clipped[2] and clipped[1] < clipped[3]
-        if clipped != tuple(box) or not right:
-            skip(
-                f"{where}: box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions "
-                f"from 0 to 1); it is {'clipped' if right else 'left out'}"
-            )
-        if right:
-            kept.append(clipped)
-    return kept
 
 
 # ------------------------------------------------------------------------------- thinking traces

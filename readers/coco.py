@@ -32,7 +32,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         patterns = []
         for name in (f"{split}.json", f"instances_{split}*.json", f"*_{split}.json"):
             patterns += [name, f"annotations/{name}"]
-        path = locate(root, *patterns)
+        path = locate(source, *patterns)
     tree = read_json(path)
     try:
         studies = read_studies(tree, path, source, split, skip)

@@ -33,7 +33,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
     root, images = Path(source.path), source.image_root()
     files = list(root.glob("*.json"))
     alone = len(files) == 1
-    path = files[0] if alone else locate(root, f"{split}.json", f"*{split}*.json")
+    path = files[0] if alone else locate(source, f"{split}.json", f"*{split}*.json")
     studies = []
     for n, row in enumerate(read_list(path, "conversations")):
         where = f"{path}, [{n}]"

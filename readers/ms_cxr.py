@@ -5,13 +5,13 @@ that of MIMIC-CXR where it is there, else patients are divided by hash_split.
 """
 
 import re
-from pathlib import Path
 
 from readers.study import (
     Skip,
     Studies,
     Study,
     corners,
+    find,
     locate,
     normalize_box,
     of_split,
@@ -26,7 +26,7 @@ SIZE = ("image_width", "image_height")
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
     images = source.image_root()
-    path = locate(Path(source.path), "MS_CXR_Local_Alignment_v1*.csv")
+    path = locate(source, "MS_CXR_Local_Alignment_v1*.csv")
     studies = {}
     splits = {}
     for row in read_csv(path, skip, "dicom_id", "category_name", "label_text", "path", *BOX, *SIZE):
@@ -50,11 +50,11 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
 
     studies = list(studies.values())
     if not all(splits.values()):
-        tables = sorted(images.glob("mimic-cxr-2*-split.csv*"))
-        if not tables:
+        table = find(source, "mimic-cxr-2*-split.csv")
+        if not table:
             yield from of_split(studies, split)
             return
-        rows = read_csv(tables[-1], skip, "dicom_id", "split")
+        rows = read_csv(table, skip, "dicom_id", "split")
         splits = {row["dicom_id"]: row["split"] for row in rows}
     for study in studies:
         if split_name(splits.get(study.id, "train")) == split:

@@ -11,14 +11,15 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from runtime.config import InputError
+from runtime.config import InputError, Source
+from runtime.output import warn0
 
 LABELS = (
     "No Finding",
@@ -38,6 +39,11 @@ LABELS = (
 )
 NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
+
+# Frontal views, PA before AP, as columns and codes name them; then other views, then unknown ones.
+RANKS = {"FRONTAL": 0, "PA": 0, "POSTERO-ANTERIOR": 0, "AP": 1, "ANTERO-POSTERIOR": 1}
+NOT_FRONTAL = 2
+UNKNOWN = 3
 
 # What PIL raises for an image that it cannot read, or not without danger.
 UNREADABLE_IMAGE = (
@@ -108,20 +114,33 @@ def pick(rng, items):
     return items[int(rng.random() * len(items))]
 
 
+def box_text(box: Sequence) -> str:
+    """The papers' box format, "[0.12, 0.30, 0.45, 0.61]"."""
+    return "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]".format(*box)
+
+
 # ------------------------------------------------------------------------------- files
 
 
-def locate(root: Path, *names: str) -> Path:
-    """The first of these paths below root that exists, as it is or with .gz.
+def find(source: Source, *names: str) -> Path | None:
+    """The first of these paths that is there, below data.path or else data.images, with .gz or not.
 
     Of several that match a pattern, the one that sorts last.
     """
     for name in names:
-        for pattern in (name, f"{name}.gz"):
-            found = sorted(root.glob(pattern))
+        for root in (Path(source.path), source.image_root()):
+            found = sorted([*root.glob(name), *root.glob(f"{name}.gz")])
             if found:
                 return found[-1]
-    raise InputError(f"{root}: expected {' or '.join(names)} there")
+    return None
+
+
+def locate(source: Source, *names: str) -> Path:
+    """The same, of which one has to be there. Raises InputError."""
+    found = find(source, *names)
+    if not found:
+        raise InputError(f"{source.path}: expected {' or '.join(names)} there")
+    return found
 
 
 def first_file(root: Path, folders: Sequence, *names: str | Path) -> Path:
@@ -198,6 +217,44 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise InputError(f"{path}: {reason}") from None
 
 
+# ------------------------------------------------------------------------------- views, labels
+
+
+def choose_views(studies: Mapping, source: Source, where: str | Path) -> dict[Any, list[Path]]:
+    """study -> its images, in the order of RANKS, of {study: [(view, image)]}.
+
+    With data.views=frontal, the first frontal one. What has none is left out, counted and said.
+    """
+    chosen = {}
+    without = unknown = 0
+    for study, images in studies.items():
+        ranked = sorted((view_rank(view), image) for view, image in images)
+        if source.views == "frontal":
+            unknown += sum(rank == UNKNOWN for rank, _ in ranked)
+            ranked = [(rank, image) for rank, image in ranked if rank < NOT_FRONTAL][:1]
+            if not ranked:
+                without += 1
+                continue
+        chosen[study] = [image for _, image in ranked]
+    if without or unknown:
+        warn0(
+            f"{where}: data.views=frontal leaves out {without} studies without an image that is "
+            f"known to be frontal; the view of {unknown} images is unknown"
+        )
+    return chosen
+
+
+def view_rank(view):
+    name = (view or "").strip().upper().replace("_", "-")
+    return RANKS.get(name, NOT_FRONTAL if name not in ("", "UNKNOWN") else UNKNOWN)
+
+
+def findings_of(labels: Mapping, *values: Any) -> list[str] | None:
+    """The observations that have one of these values; None if not even No Finding has one."""
+    found = [label for label in LABELS if labels[label] in values]
+    return [label for label in found if label != "No Finding"] if found else None
+
+
 # ------------------------------------------------------------------------------- splits, boxes
 
 
@@ -235,6 +292,27 @@ def normalize_box(box: Sequence, width, height) -> Box:
             fraction = min(max(fraction, 0.0), 1.0)
         fractions.append(fraction)
     return tuple(fractions)
+
+
+def has_area(box: Sequence) -> bool:
+    """Is it x1 < x2, y1 < y2?"""
+    return len(box) == 4 and box[0] < box[2] and box[1] < box[3]
+
+
+def clean_boxes(boxes: Iterable[Sequence], where: str, skip: Skip) -> list[Box]:
+    """Those of the boxes that are in the image, clipped to it. The others are counted."""
+    kept = []
+    for box in boxes:
+        clipped = tuple(min(max(value, 0), 1) for value in box)
+        right = has_area(clipped)
+        if clipped != tuple(box) or not right:
+            skip(
+                f"{where}: box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions "
+                f"from 0 to 1); it is {'clipped' if right else 'left out'}"
+            )
+        if right:
+            kept.append(clipped)
+    return kept
 
 
 def corners(x, y, width, height) -> Box:

@@ -211,7 +211,9 @@ def test_images_of_unknown_view_are_left_out_and_counted(tmp_path, capsys):
     with_codes(root, {"d1": "postero-anterior", "d2": "lateral"})
     assert [e.id for e in frontal(root)] == ["50414267"]
     # d3 to d6.
-    assert "4 images of train, whose view is unknown, are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "train: data.views=frontal leaves out 2 studies" in said
+    assert "the view of 4 images is unknown" in said
 
 
 def test_r2gens_laterals_are_no_frontal_views(tmp_path, capsys):
@@ -220,7 +222,7 @@ def test_r2gens_laterals_are_no_frontal_views(tmp_path, capsys):
     name = "mimic-cxr-2.0.0-metadata.csv"
     (root / name).write_bytes((tmp_path / "jpg" / name).read_bytes())
     assert [e.id for e in frontal(root)] == ["d1", "d5", "d6"]
-    assert "3 rows of train without an image" in capsys.readouterr().err
+    assert "train: data.views=frontal leaves out 3 studies" in capsys.readouterr().err
 
 
 def test_r2gens_views_are_not_guessed(tmp_path):
@@ -308,31 +310,32 @@ def test_a_study_without_certain_labels_is_not_called_normal(tmp_path):
 A, B, C = (0, 0, 10, 10), (0, 0, 10, 8), (0, 2, 10, 12)
 FAR = (50, 50, 60, 60)
 THIRD = (0, 5, 10, 15)
+NONE, SWAPPED = (3, 3, 3, 3), (10, 8, 0, 0)
 
 
 @pytest.mark.parametrize(
-    "readings, fused",
+    "boxes, fused",
     [
         ([], []),
-        ([[A], [B]], [(0, 0, 10, 9)]),
-        ([[A, FAR], [B, FAR]], [(0, 0, 10, 9), FAR]),
+        ([A, B], [(0, 0, 10, 9)]),
+        ([A, FAR, B, FAR], [(0, 0, 10, 9), FAR]),
         # C overlaps the mean of A and B by 7 / 12.
-        ([[A], [B], [C]], [(0, 2 / 3, 10, 10)]),
+        ([A, B, C], [(0, 2 / 3, 10, 10)]),
         # They overlap by a third: two lesions.
-        ([[A], [THIRD]], [A, THIRD]),
-        # Those of one radiologist are fused, too.
-        ([[(0, 0, 10, 11), (0, 0, 10, 7)], [B]], [(0, 0, 10, 26 / 3)]),
+        ([A, THIRD], [A, THIRD]),
+        # Swapped corners and a box of no size: they stay, and the others are fused.
+        ([NONE, A, NONE, SWAPPED, B], [(0, 0, 10, 9), NONE, NONE, SWAPPED]),
     ],
 )
-def test_boxes_of_several_radiologists_are_fused(readings, fused):
-    assert near(fuse_boxes(readings), fused)
+def test_boxes_of_several_radiologists_are_fused(boxes, fused):
+    assert near(fuse_boxes(boxes), fused)
 
 
 @pytest.mark.parametrize("radiologists", [1, 3])
 def test_boxes_that_lie_apart_stay(radiologists):
     rng = np.random.default_rng(0)
     apart = [(10 * i, 0, 10 * i + 4 + rng.random(), 5) for i in range(9)]
-    assert near(fuse_boxes([apart] * radiologists), apart)
+    assert near(fuse_boxes(apart * radiologists), apart)
 
 
 def test_vindr_cxr_from_physionet(tmp_path):
@@ -680,7 +683,7 @@ def damaged(dataset, root, old, new):
     "dataset, old, new, message",
     [
         (VINDR, "80,40,180,90", "180,40,80,90", "inside the image"),
-        (VINDR, "80,40,180,90", ",,,", "without a box"),
+        (VINDR, "80,40,180,90", ",,,", "box .. is not"),
         (PADCHEST, '"findings"', '"finding"', "ImageID and findings"),
         (PADCHEST, "0.5", "1.5", "inside the image"),
         (NIH, "512.5", "NA", "line 3: expected four numbers"),
