@@ -34,6 +34,7 @@ from PIL import Image
 from readers import phantom as phantoms
 from readers.phantom import phantom  # noqa: F401
 from readers.study import (
+    IMAGE,
     LABELS,  # noqa: F401
     UNREADABLE_IMAGE,
     Asked,
@@ -771,8 +772,15 @@ def by_study(examples: list[Example]) -> list[list[Example]]:
     """Examples grouped by their images: lists of questions about the same study."""
     groups = defaultdict(list)
     for example in examples:
-        groups[example.images, example.copy].append(example)
+        groups[example.images, example.copy, before_images(example)].append(example)
     return list(groups.values())
+
+
+def before_images(example: Example) -> tuple:
+    """The turns before that of the last image: questions about it can share what comes first."""
+    turns = [*example.history, (example.question, "")]
+    shown = [n for n, (question, _) in enumerate(turns) if IMAGE in question]
+    return example.history[: max(shown, default=0)]
 
 
 def phantom_corpus(studies: int = 2000) -> list[str]:

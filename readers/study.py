@@ -38,6 +38,8 @@ LABELS = (
     "Support Devices",
 )
 NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
+# Where a question of a conversation shows an image.
+IMAGE = "<image>"
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 
 # Frontal views, PA before AP, as columns and codes name them; then other views, then unknown ones.
