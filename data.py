@@ -617,9 +617,7 @@ def load_split(config: Config, split: str) -> list[Example]:
     notices = []
     for source, _, problems in parts:
         if problems:
-            notices.append(
-                f"{source.source}: skipped {len(problems)} examples, the first: {problems[0]}"
-            )
+            notices.append(f"{source.source}: {count_problems(problems)}, the first: {problems[0]}")
     if split == "train":
         parts, leaks = without_leaks(config, parts)
         notices += leaks
@@ -631,8 +629,8 @@ def load_split(config: Config, split: str) -> list[Example]:
             nothing = f"{where}: no usable example of {source.source} in split {split!r}"
             raise InputError("; ".join([nothing, *notices]))
         part = with_traces(config, split, part, notices)
+        try_images(part, config, notices)
         if split == "train":
-            try_images(part, config, notices)
             part = oversample(part, source.weight, config.seed)
         prefix = f"{name}/" if len(parts) > 1 else ""
         examples += [replace(e, id=prefix + e.id, style=style_of(config)) for e in part]
@@ -643,6 +641,11 @@ def load_split(config: Config, split: str) -> list[Example]:
     if not examples:
         raise InputError(f"data.path={config.data.path!r}: no usable example in split {split!r}")
     return examples
+
+
+def count_problems(problems: list[str]) -> str:
+    clipped = sum(problem.endswith("clipped") for problem in problems)
+    return f"skipped {len(problems) - clipped} examples or boxes, clipped {clipped} boxes"
 
 
 def try_images(part, config, notices):

@@ -36,10 +36,8 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
     studies = {study.id: study for study in read_all(source, path, skip)}
     # A study is a patient here.
     splits = hash_split(studies)
-    views = {uid: study.images for uid, study in studies.items() if splits[uid] == split}
-    for uid, images in choose_views(views, source, f"{path}, {split}").items():
-        studies[uid].images = images
-        yield studies[uid]
+    chosen = [study for uid, study in studies.items() if splits[uid] == split]
+    yield from choose_views(chosen, source, f"{path}, {split}")
 
 
 def r2gen_patient(row):

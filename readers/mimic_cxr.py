@@ -82,18 +82,18 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         if split_name(row["split"]) == split:
             dicom, study, subject = row["dicom_id"], row["study_id"], row["subject_id"]
             image = source.image_root() / mimic_image(subject, study, dicom)
-            studies.setdefault((subject, study), []).append((views.get(dicom), image))
+            new = Study(study, f"mimic/{subject}", [], f"{table}, study {study}")
+            studies.setdefault(study, new).images.append((views.get(dicom), image))
 
-    for (subject, study), images in choose_views(studies, source, f"{table}, {split}").items():
-        report = None
+    for study in choose_views(studies.values(), source, f"{table}, {split}"):
+        study.findings = labels.get(study.id)
         if texts is not None:
-            report = texts.get(study, "")
+            study.report = texts.get(study.id, "")
         elif "report" in source.tasks:
-            report = read_text(source, subject, study, skip)
-            if report is None:
+            study.report = read_text(source, study, skip)
+            if study.report is None:
                 continue
-        where = f"{table}, study {study}"
-        yield Study(study, f"mimic/{subject}", images, where, report, labels.get(study))
+        yield study
 
 
 def r2gen_patient(row):
@@ -146,10 +146,11 @@ def read_labels(source, skip):
     return {row["study_id"]: findings_of(row, "1", "1.0") for row in rows}
 
 
-def read_text(source, subject, study, skip):
+def read_text(source, study, skip):
     """The report of a .txt file; None if it cannot be read."""
-    path = mimic_image(subject, study, "").parent.with_suffix(".txt")
-    path = first_file(Path(source.path), ("", "mimic-cxr-reports"), path)
+    folder = study.images[0].relative_to(source.image_root()).parent
+    folders = ("", "mimic-cxr-reports")
+    path = first_file(Path(source.path), folders, folder.with_suffix(".txt"))
     try:
         return findings_section(path.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:

@@ -1,7 +1,6 @@
 """The layout of R2Gen, for IU X-Ray and MIMIC-CXR: annotation.json and images/."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from readers.study import Skip, Studies, Study, choose_views, first_file, read_json
@@ -17,7 +16,6 @@ def read_r2gen(
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a list under {split!r}, the layout of R2Gen")
     studies = []
-    views = {}
     for n, row in enumerate(rows):
         where = f"{path}, {split}[{n}]"
         try:
@@ -30,7 +28,6 @@ def read_r2gen(
         report = row.get("report")
         if not isinstance(report, str):
             report = ""
-        views[len(studies)] = [(view(k, image), image) for k, image in enumerate(images)]
-        studies.append(Study(name, patient(row), [], where, report))
-    for n, images in choose_views(views, source, f"{path}, {split}").items():
-        yield replace(studies[n], images=images)
+        images = [(view(k, image), image) for k, image in enumerate(images)]
+        studies.append(Study(name, patient(row), images, where, report))
+    yield from choose_views(studies, source, f"{path}, {split}")

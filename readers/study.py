@@ -222,33 +222,32 @@ def image_size(path: str | Path) -> tuple[int, int]:
 # ------------------------------------------------------------------------------- views, labels
 
 
-def choose_views(studies: Mapping, source: Source, where: str | Path) -> dict[Any, list[Path]]:
-    """study -> its images, in the order of RANKS, of {study: [(view, image)]}.
+def choose_views(studies: Iterable[Study], source: Source, where: str) -> Studies:
+    """Studies, whose images are (view, path) pairs, with paths in the order of RANKS.
 
     With data.views=frontal, the first frontal one. What has none is left out, counted and said.
     """
-    chosen = {}
     without = unknown = 0
-    for study, images in studies.items():
-        ranked = sorted((view_rank(view), image) for view, image in images)
+    for study in studies:
+        ranked = sorted((view_rank(view), path) for view, path in study.images)
         if source.views == "frontal":
             unknown += sum(rank == UNKNOWN for rank, _ in ranked)
-            ranked = [(rank, image) for rank, image in ranked if rank < NOT_FRONTAL][:1]
-            if not ranked:
-                without += 1
-                continue
-        chosen[study] = [image for _, image in ranked]
+            ranked = [pair for pair in ranked if pair[0] < NOT_FRONTAL][:1]
+        if ranked or source.views != "frontal":
+            study.images = [path for _, path in ranked]
+            yield study
+        else:
+            without += 1
     if without or unknown:
         warn0(
             f"{where}: data.views=frontal leaves out {without} studies without an image that is "
             f"known to be frontal; the view of {unknown} images is unknown"
         )
-    return chosen
 
 
 def view_rank(view):
-    name = (view or "").strip().upper().replace("_", "-")
-    return RANKS.get(name, NOT_FRONTAL if name not in ("", "UNKNOWN") else UNKNOWN)
+    name = str(view or "").strip().upper().replace("_", "-")
+    return RANKS.get(name, UNKNOWN if name in ("", "UNKNOWN") else NOT_FRONTAL)
 
 
 def findings_of(labels: Mapping, *values: Any) -> list[str] | None:

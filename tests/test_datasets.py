@@ -305,6 +305,88 @@ def test_a_study_without_certain_labels_is_not_called_normal(tmp_path):
     }
 
 
+# ------------------------------------------------------------------------------- CheXpert Plus
+
+
+# The PNG of CheXpert Plus, as they unpack, and the JPEG of CheXpert.
+PLACES = pytest.mark.parametrize(
+    "folder, end", [("PNG", ".png"), ("PNG/PNG", ".png"), ("", ".png"), ("", ".jpg")]
+)
+
+
+@PLACES
+def test_chexpert_plus(tmp_path, folder, end):
+    root = layouts.chexpert_plus(tmp_path, folder, end)
+    train = load_split(of("chexpert_plus", root), "train")
+    reports = {e.id: e for e in only(train, "report")}
+    # Findings, else the impression.
+    texts = {name: e.answer for name, e in reports.items()}
+    assert texts == {
+        "train/patient1/study1": "Clear. 1.",
+        "train/patient1/study2": "Effusion.",
+        "train/patient2/study1": "Edema.",
+    }
+    first = reports["train/patient1/study1"]
+    assert first.patient == "chexpert/patient1"
+    names = [image.removeprefix(f"{tmp_path / folder}/") for image in first.images]
+    views = ("view1_frontal", "view2_lateral")
+    assert names == [f"train/patient1/study1/{view}{end}" for view in views]
+
+
+def test_chexpert_plus_keeps_what_is_uncertain(tmp_path):
+    root = layouts.chexpert_plus(tmp_path)
+    train = load_split(of("chexpert_plus", root, "data.tasks=[classification]"), "train")
+    # Where there is no label at all, nothing is said.
+    assert {e.id: e.answer for e in train} == {
+        "train/patient1/study1-list": "none.",
+        "train/patient1/study2-list": "edema, pleural effusion.",
+    }
+
+
+def test_chexpert_plus_has_the_official_valid_split(tmp_path):
+    config = of("chexpert_plus", layouts.chexpert_plus(tmp_path), "data.tasks=[report]")
+    assert [e.id for e in load_split(config, "val")] == ["valid/patient3/study1"]
+    with pytest.raises(InputError, match="no usable example in split 'test'"):
+        load_split(config, "test")
+
+
+def test_chexpert_plus_without_labels(tmp_path):
+    root = layouts.chexpert_plus(tmp_path)
+    (root / "chexbert_labels" / "report_fixed.json").unlink()
+    assert {e.task for e in load_split(of("chexpert_plus", root), "train")} == {"report"}
+
+
+def test_chexpert_plus_frontal_views(tmp_path, capsys):
+    root = layouts.chexpert_plus(tmp_path)
+    config = of("chexpert_plus", root, "data.tasks=[report]", "data.views=frontal")
+    names = [e.images[0].rpartition("/")[2] for e in load_split(config, "train")]
+    assert names == ["view1_frontal.png"] * 2
+    assert "train: data.views=frontal leaves out 1 studies" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- ReXGradient-160K
+
+
+def test_rexgradient(tmp_path):
+    parts = splits(of("rexgradient", layouts.rexgradient(tmp_path)))
+    assert sizes(parts) == [2, 2, 2]
+    first, second = parts["val"]
+    assert [first.answer, second.answer] == ["Clear lungs.", "No acute disease."]
+    assert first.patient == "rexgradient/valid0"
+    # The frontal one first.
+    assert [image[-5:] for image in first.images] == ["1.png", "0.png"]
+
+
+def test_rexgradients_frontal_views(tmp_path, capsys):
+    config = of("rexgradient", layouts.rexgradient(tmp_path), "data.views=frontal")
+    (example,) = load_split(config, "test")
+    (image,) = example.images
+    assert image == f"{tmp_path}/deid_png/test0/a1/studies/1.2/1.png"
+    said = capsys.readouterr().err
+    assert "leaves out 1 studies" in said
+    assert "the view of 1 images is unknown" in said
+
+
 # ------------------------------------------------------------------------------- VinDr-CXR
 
 A, B, C = (0, 0, 10, 10), (0, 0, 10, 8), (0, 2, 10, 12)
