@@ -204,23 +204,23 @@ def test_a_file_has_one_unit(tmp_path, answers, boxes):
 
 
 @pytest.mark.parametrize(
-    "box, text, boxes",
+    "box, text, boxes, said",
     [
-        ("[0.5, 0.6, 1.5, 0.75]", "[0.50, 0.60, 1.00, 0.75]", [(0.5, 0.6, 1, 0.75)]),
-        ("[-0.1, 0.6, 0.5, 0.75]", "[0.00, 0.60, 0.50, 0.75]", [(0, 0.6, 0.5, 0.75)]),
+        ("[0.5, 0.6, 1.5, 0.75]", "[0.50, 0.60, 1.00, 0.75]", [(0.5, 0.6, 1, 0.75)], "clipped 1"),
+        ("[-0.1, 0.6, 0.5, 0.75]", "[0.00, 0.60, 0.50, 0.75]", [(0, 0.6, 0.5, 0.75)], "clipped 1"),
         # Two decimals may leave no width.
-        ("[0.5, 0.6, 0.5, 0.75]", "[0.5, 0.6, 0.5, 0.75]", []),
+        ("[0.5, 0.6, 0.5, 0.75]", "[0.5, 0.6, 0.5, 0.75]", [], "skipped 1"),
     ],
     ids=["right of the image", "left of it", "without width"],
 )
-def test_a_wrong_box_of_a_conversation_leaves_the_others(tmp_path, capsys, box, text, boxes):
+def test_a_wrong_box_of_a_conversation_leaves_the_others(tmp_path, capsys, box, text, boxes, said):
     turns = "Where?", f"At {box} and [0.1, 0.2, 0.3, 0.4]."
     with pytest.raises(InputError, match="inside the image"):
         conversations(tmp_path, *turns)
     (example,) = conversations(tmp_path, *turns, settings=["data.on_error=skip"])
     assert example.answer == f"At {text} and [0.1, 0.2, 0.3, 0.4]."
     assert example.boxes == (*boxes, (0.1, 0.2, 0.3, 0.4))
-    assert "llava: skipped 1" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def test_boxes_in_pixels_of_an_unreadable_image_are_said(tmp_path):

@@ -1069,60 +1069,56 @@ def read_rows(text):
     return rows
 
 
-def count_tokens(monkeypatch, prompt, answer):
-    """Let the description find so many tokens. Returns the examples that it will have asked for."""
-    seen = []
-
-    def encode(_, example):
-        seen.append(example)
-        return prompt, answer
-
-    monkeypatch.setattr(inspect_data.Description, "encode", encode)
-    return seen
+def describe(config):
+    """The tables as rows, and the text."""
+    text = inspect_data.Description(config).text()
+    return read_rows(text), text
 
 
-def test_the_description_counts(tmp_path, monkeypatch):
+def test_the_description_counts(tmp_path):
     root = layouts.everything(tmp_path)
     (root / "iu_xray" / "images_normalized" / "5_Frontal.dcm.png").unlink()
     (root / "iu_xray" / "images_normalized" / "6_Frontal.dcm.png").write_bytes(b"no image")
-    count_tokens(monkeypatch, 7, 5)
-    text, sheet = inspect_data.describe(load(f"data.path={root}", MIXTURE))
-    rows = read_rows(text)
-    # Examples, studies, patients, words, widths, heights.
+    rows, text = describe(load(f"data.path={root}", MIXTURE))
+    # Examples, studies, patients; words, widths, heights, tokens.
     assert rows["mimic_cxr", "train", "report"][:3] == ["3", "3", "2"]
     assert rows["ms_cxr", "val", "phrase"][:3] == ["1", "1", "1"]
-    assert rows["vindr_cxr", "test", "detection"][4:] == ["200/200/200", "100/100/100"]
+    assert rows["vindr_cxr", "test", "detection"][4:6] == ["200/200/200", "100/100/100"]
     assert rows["iu_xray", "train", "report"][:2] == ["6", "6"]
-    # Tokens of 7 examples.
-    assert rows["val", "7", "7/7/7"] == ["5/5/5"]
+    assert "iu_xray: would stop a run" in text
     assert "5_Frontal.dcm.png does not exist" in text
-    assert "would stop a run" in text
     assert "cannot be read: " in text
     assert "6_Frontal.dcm.png" in text
-    assert sheet.width == 4 * 360
 
 
-def test_the_lengths_are_of_what_is_trained(tmp_path, monkeypatch):
+def test_the_description_counts_what_is_clipped_and_skipped(tmp_path):
+    root = layouts.padchest_gr(tmp_path)
+    path = root / "grounded_reports_20240819.json"
+    # Of two studies: one box reaches outside, one has its corners swapped.
+    replace_in(path, "0.5, 0.4, 0.9", "0.5, 1.4, 0.9")
+    replace_in(path, "0.1, 0.5, 0.4, 0.9", "0.4, 0.5, 0.1, 0.9")
+    _, text = describe(of("padchest_gr", root, "data.on_error=skip"))
+    assert "train, padchest_gr: skipped 1 examples or boxes, clipped 1 boxes, such as" in text
+    assert "it is clipped" in text
+    assert "it is left out" in text
+
+
+def test_the_lengths_are_of_what_is_trained(tmp_path, policy):
     """Traces and tags included."""
-    seen = count_tokens(monkeypatch, 1, 1)
-    config = load(f"data.path={layouts.everything(tmp_path)}", MIXTURE, "data.thinking=true")
-    inspect_data.describe(config)
-    texts = [data.target_text(e) for e in seen]
-    for text in texts:
-        assert text.startswith("<think>")
-    assert any("Heart: " in text for text in texts)
-    assert any("Looking for " in text for text in texts)
+    config = of("iu_xray", layouts.r2gen(tmp_path), "data.thinking=true")
+    rows, _ = describe(config)
+    lengths = [len(policy.encode_target(e)) for e in load_split(config, "train")]
+    assert rows["iu_xray", "train", "report"][-1] == inspect_data.spread(lengths).replace(" ", "")
 
 
 def test_tokens_are_those_of_the_model(tmp_path, policy):
     config = of("llava", layouts.llava(tmp_path), "model.max_pixels=9216")
-    text, _ = inspect_data.describe(config)
-    examples = load_split(config, "val")
+    rows, _ = describe(config)
+    examples = only(load_split(config, "val"), "report")
     prompts = [len(policy.encode(e)) for e in examples]
     answers = [len(policy.encode_target(e)) for e in examples]
-    row = ["val", str(len(examples)), inspect_data.spread(prompts), inspect_data.spread(answers)]
-    cells = [cell.replace(" ", "") for cell in row]
-    assert read_rows(text)[tuple(cells[:3])] == cells[3:]
+    spreads = [inspect_data.spread(lengths).replace(" ", "") for lengths in (prompts, answers)]
+    assert rows["llava", "val", "report"][-2:] == spreads
 
 
 @pytest.mark.parametrize("size", [(400, 200), (30, 60), (1000, 1000)])
@@ -1179,30 +1175,36 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def test_every_image_is_decoded_on_request(tmp_path):
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_image_is_decoded_on_request(tmp_path, split):
     root = layouts.r2gen(tmp_path)
-    assert inspect_data.unreadable_images(of("iu_xray", root)) == (8, [])
-    cut(root / "images" / "CXR2" / "1.png")
-    count, (problem,) = inspect_data.unreadable_images(of("iu_xray", root))
-    assert count == 8
-    assert "CXR2/1.png: not a readable image" in problem
+    n = {"train": 0, "val": 2, "test": 3}[split]
+    cut(root / "images" / f"CXR{n}" / "1.png")
+    description = inspect_data.Description(of("iu_xray", root))
+    description.decode_images()
+    text = description.text()
+    assert f"CXR{n}/1.png: not a readable image" in text
+    assert "1 of 8 images cannot be read" in text
 
 
 def test_the_command_lists_images_that_cannot_be_read(tmp_path, capsys, monkeypatch):
     root = layouts.r2gen(tmp_path / "data")
-    cut(root / "images" / "CXR2" / "1.png")
+    cut(root / "images" / "CXR0" / "1.png")
     settings = ["data.source=iu_xray", f"data.path={root}", "data.tasks=[report]"]
     argv = ["inspect_data", str(ROOT / "config.yaml"), *settings, f"out={tmp_path}", "--images"]
     monkeypatch.setattr(sys, "argv", argv)
     inspect_data.main()
-    assert "1 of 8 images cannot be read" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "1 of 8 images cannot be read" in said.out
+    assert "decode: 100%" in said.err
 
 
-def test_training_tries_some_images_at_its_start(tmp_path):
+@pytest.mark.parametrize("split, n", [("train", 0), ("val", 2)])
+def test_training_tries_some_images_at_its_start(tmp_path, split, n):
     root = layouts.r2gen(tmp_path)
-    cut(root / "images" / "CXR0" / "0.png")
-    with pytest.raises(InputError, match=r"CXR0/0\.png: not a readable image"):
-        load_split(of("iu_xray", root), "train")
+    cut(root / "images" / f"CXR{n}" / "0.png")
+    with pytest.raises(InputError, match=rf"CXR{n}/0\.png: not a readable image"):
+        load_split(of("iu_xray", root), split)
 
 
 def test_where_errors_are_skipped_a_broken_image_is_said_at_the_start(tmp_path, capsys):
