@@ -480,6 +480,14 @@ def llava(root):
     return root
 
 
+def jsonl(root):
+    picture(root / "a.png")
+    for split in ("train", "val", "test"):
+        row = {"id": split, "images": ["a.png"], "report": "Clear."}
+        write(root / f"{split}.jsonl", json.dumps(row) + "\n")
+    return root
+
+
 # ------------------------------------------------------------------------------- all
 
 

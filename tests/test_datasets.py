@@ -26,6 +26,11 @@ def of(source, root, *overrides):
     return load(f"data.source={source}", f"data.path={root}", *overrides)
 
 
+def read_splits(config):
+    """The examples of all splits of one source, without looking at their images."""
+    return {split: data.read_split(config, split)[0][1] for split in SPLITS}
+
+
 def splits(config):
     return {split: load_split(config, split) for split in SPLITS}
 
@@ -163,6 +168,24 @@ def test_mimic_cxr_from_r2gen(tmp_path):
         ),
         ("PORTABLE CHEST: 10:45\nIMPRESSION: L.", "L."),
         ("EXAMINATION: CHEST (PA AND LAT)\nTECHNIQUE: Chest PA\nFINDINGS: M.", "M."),
+        # A name of the examination with a time, in mixed case, with what was anonymised.
+        (
+            "PORTABLE CHEST, 10:45 AM: The lungs are clear and well aerated.\nIMPRESSION: P.",
+            "The lungs are clear and well aerated.",
+        ),
+        (
+            "Chest, two views ___: The lungs are clear and well aerated.\nIMPRESSION: Q.",
+            "The lungs are clear and well aerated.",
+        ),
+        # It is a part of the findings, or of the impression, where it stands in them.
+        ("FINDINGS:\nTUBES: None.\nCHEST: Clear.\nIMPRESSION: R.", "TUBES: None.\nCHEST: Clear."),
+        (
+            "IMPRESSION: PA chest compared to ___:\nChest: no change of the lungs at all.",
+            "PA chest compared to ___:\nChest: no change of the lungs at all.",
+        ),
+        # Mixed case on one line.
+        ("Findings: The lungs are clear. Impression: Normal.", "The lungs are clear."),
+        ("FINDINGS: The lungs are clear. Conclusion: Normal.", "The lungs are clear."),
         # What follows the findings is not theirs.
         ("FINDINGS: N.\nRECOMMENDATION: CT.", "N."),
         ("FINDINGS: O.\nNOTIFICATION: The team was told.", "O."),
@@ -249,19 +272,48 @@ def test_iu_xray_from_kaggle_as_it_unpacks(tmp_path):
         ("iu_xray", layouts.r2gen, ["images"]),
         ("mimic_cxr", layouts.mimic_r2gen, ["images"]),
         ("mimic_cxr", partial(layouts.mimic_cxr, reports="csv"), ["files"]),
+        ("chexpert_plus", layouts.chexpert_plus, ["PNG"]),
+        ("rexgradient", layouts.rexgradient, ["deid_png"]),
         ("nih", layouts.nih, ["images_001", "images_002"]),
         ("vindr_cxr", layouts.vindr_physionet, ["train", "test"]),
+        ("padchest_gr", layouts.padchest_gr, ["PadChest_GR"]),
+        ("coco", layouts.coco, ["images"]),
+        ("llava", layouts.llava, ["train", "val", "test"]),
     ],
 )
 def test_images_may_lie_in_a_folder_of_their_own(tmp_path, source, build, folders):
     root = build(tmp_path / "reports")
     pixels = tmp_path / "pixels"
     pixels.mkdir()
-    expected = [len(part) for part in splits(of(source, root)).values()]
+    expected = counts(read_splits(of(source, root)))
     for folder in folders:
         (root / folder).rename(pixels / folder)
-    found = splits(of(source, root, f"data.images={pixels}"))
-    assert [len(part) for part in found.values()] == expected
+    found = read_splits(of(source, root, f"data.images={pixels}"))
+    assert counts(found) == expected
+    # The folder itself is good, too.
+    if len(folders) == 1 and folders != ["files"]:
+        found = read_splits(of(source, root, f"data.images={pixels / folders[0]}"))
+        assert counts(found) == expected
+
+
+def test_reports_and_images_of_mimic_cxr_may_lie_apart(tmp_path):
+    """As PhysioNet has them: the .txt files, and the images with all tables."""
+    images = layouts.mimic_cxr(tmp_path / "mimic-cxr-jpg")
+    reports = tmp_path / "mimic-cxr"
+    for path in images.glob("files/**/*.txt"):
+        new = reports / path.relative_to(images)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(new)
+    parts = splits(of("mimic_cxr", reports, f"data.images={images}"))
+    assert counts(parts)["train"] == {"report": 3, "classification": 3}
+
+
+def test_json_lines_have_their_images_elsewhere(tmp_path):
+    row = {"id": 1, "images": ["a.png"], "report": "Clear."}
+    write_lines(tmp_path, "texts", row)
+    (tmp_path / "texts" / "a.png").rename(tmp_path / "a.png")
+    (example,) = load_split(of("jsonl", tmp_path / "texts", f"data.images={tmp_path}"), "train")
+    assert example.images == (f"{tmp_path}/a.png",)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +323,10 @@ def test_images_may_lie_in_a_folder_of_their_own(tmp_path, source, build, folder
         ("iu_xray", layouts.kaggle, "indiana_reports.csv"),
         ("padchest_gr", layouts.padchest_gr, "grounded_reports_20240819.json"),
         ("llava", layouts.llava, "train.json"),
+        ("coco", layouts.coco, "annotations/instances_train2017.json"),
+        ("chexpert_plus", layouts.chexpert_plus, "chexbert_labels/report_fixed.json"),
+        ("rexgradient", layouts.rexgradient, "metadata/train_metadata_view_position.json"),
+        ("jsonl", layouts.jsonl, "train.jsonl"),
     ],
 )
 def test_files_may_begin_with_a_byte_order_mark(tmp_path, source, build, file):
@@ -279,6 +335,34 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, source, build, file):
     path = root / file
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(load_split(of(source, root), "train")) == before
+
+
+def test_kaggles_studies_without_a_frontal_image_are_counted(tmp_path, capsys):
+    """In the published file, one study in 25. The splits stay as they are."""
+    root = layouts.kaggle(tmp_path)
+    train = {e.id for e in load_split(of("iu_xray", root), "train")}
+    path = root / "indiana_projections.csv"
+    name = min(train)
+    replace_in(path, f"{name}_Frontal.dcm.png,Frontal", f"{name}_Frontal.dcm.png,Lateral")
+    frontal = load_split(of("iu_xray", root, "data.views=frontal"), "train")
+    assert {e.id for e in frontal} == train - {name}
+    assert "train: data.views=frontal leaves out 1 studies" in capsys.readouterr().err
+
+
+def test_a_study_without_any_image_is_said(tmp_path):
+    path = layouts.kaggle(tmp_path) / "indiana_projections.csv"
+    text = "".join(line for line in path.open() if not line.startswith("5,"))
+    path.write_text(text)
+    with pytest.raises(InputError, match="uid 5: the study has no image"):
+        splits(of("iu_xray", tmp_path))
+
+
+def test_r2gens_views_may_be_known_beside_the_images(tmp_path):
+    root = layouts.mimic_r2gen(tmp_path / "r2gen")
+    images = layouts.mimic_cxr(tmp_path / "jpg", "csv", end="")
+    (root / "images").rename(images / "images")
+    config = of("mimic_cxr", root, "data.views=frontal", f"data.images={images}")
+    assert [e.id for e in load_split(config, "train")] == ["d1", "d5", "d6"]
 
 
 @pytest.mark.parametrize("text", ["null", "{}", "3"])
@@ -438,6 +522,40 @@ def test_vindr_cxr_from_physionet(tmp_path):
     assert study["v3-detect"].answer == "; ".join(places) + "."
     (effusion,) = only(parts["test"], "abnormality")
     assert effusion.question == "Where is the pleural effusion? Give its boxes."
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ("180,40,80,90", "skipped 1"),
+        (",,,", "skipped 1"),
+        ("80,40,80,40", "skipped 1"),
+        ("80,40,980,90", "clipped 1"),
+        ("300,40,980,90", "skipped 1"),
+    ],
+    ids=["swapped", "absent", "without size", "too wide", "outside"],
+)
+def test_a_bad_box_of_vindr_cxr_takes_no_other_along(tmp_path, capsys, bad, said):
+    root = layouts.vindr_physionet(tmp_path)
+    replace_in(root / "annotations" / "annotations_train.csv", "80,40,180,90", bad)
+    config = of("vindr_cxr", root, "data.on_error=skip")
+    images = {e.images for part in splits(config).values() for e in part}
+    everyone = by_id(splits(config))
+    assert len(images) == 12
+    assert near(everyone["v1-Nodule/Mass"].boxes, [(0.11, 0.1, 0.31, 0.5)])
+    # What was seen was seen, wherever it is.
+    assert everyone["v1-list"].answer == "cardiomegaly, nodule/mass."
+    # Not all that is there has a box.
+    assert ("v1-detect" in everyone) == (said == "clipped 1")
+    assert said in capsys.readouterr().err
+
+
+def test_an_unreadable_image_of_vindr_cxr_is_left_out(tmp_path, capsys):
+    root = layouts.vindr_physionet(tmp_path)
+    (root / "test" / "t0.png").write_bytes(b"no image")
+    config = of("vindr_cxr", root, "data.on_error=skip")
+    assert {e.id for e in load_split(config, "test")} == {"t1-list", "t1-detect"}
+    assert "t0.png: not a readable image" in capsys.readouterr().err
 
 
 def test_a_normal_study_of_vindr_cxr(tmp_path):
