@@ -9,7 +9,6 @@ there on. Texts are kept, but boxes in thousandths or pixels become fractions of
 import re
 from dataclasses import replace
 from itertools import accumulate, chain
-from pathlib import Path
 
 from readers.study import (
     BOX,
@@ -23,12 +22,12 @@ from readers.study import (
     clean_boxes,
     first_file,
     image_size,
-    locate,
     normalize_box,
     of_split,
     parse_boxes,
     patient_of,
     read_list,
+    split_json,
 )
 from runtime.config import Source
 from runtime.output import warn0
@@ -53,10 +52,7 @@ FRACTION = 2
 
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
-    root = Path(source.path)
-    files = list(root.glob("*.json"))
-    alone = len(files) == 1
-    path = files[0] if alone else locate(source, f"{split}.json", f"*{split}*.json")
+    path, alone = split_json(source, split)
     conversations = []
     large = []
     for n, row in enumerate(read_list(path, "conversations")):
@@ -73,7 +69,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
             )
             continue
         large += [(box, size) for box in boxes]
-        study = Study(str(row.get("id", n)), patient_of(names[0], root), images, where)
+        study = Study(str(row.get("id", n)), patient_of(names[0], source.path), images, where)
         conversations.append((study, turns, size))
 
     pixels = are_pixels(large)
@@ -116,7 +112,7 @@ def are_pixels(large):
     more than 1000 of them on a side, and each box lies in its image.
     """
     small = all(max(size) <= 1000 for _, size in large)
-    inside = all(max(normalize_box(box, *size)) <= 1 for box, size in large)
+    inside = all(max(normalize_box(box, *size)) <= 1.01 for box, size in large)
     return (small and inside) or any(max(box) > 1000 for box, _ in large)
 
 

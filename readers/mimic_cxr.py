@@ -36,28 +36,12 @@ HEADING = re.compile(
     re.M,
 )
 SECTIONS = {
-    "findings": ("FINDINGS", "FINDING", "FINDINGS AND IMPRESSION", "FINDINGS/IMPRESSION"),
-    "impression": ("IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "SUMMARY", "OPINION"),
+    "findings": "FINDINGS|FINDINGS AND IMPRESSION|FINDINGS/IMPRESSION",
+    "impression": "IMPRESSION|CONCLUSION|SUMMARY|OPINION",
     "other": (
-        "EXAM",
-        "EXAMINATION",
-        "TYPE OF EXAMINATION",
-        "STUDY",
-        "INDICATION",
-        "CLINICAL INDICATION",
-        "HISTORY",
-        "CLINICAL HISTORY",
-        "CLINICAL INFORMATION",
-        "REASON FOR EXAM",
-        "REASON FOR EXAMINATION",
-        "COMPARISON",
-        "COMPARISONS",
-        "TECHNIQUE",
-        "RECOMMENDATION",
-        "RECOMMENDATIONS",
-        "NOTIFICATION",
-        "WET READ",
-        "ADDENDUM",
+        "EXAM|EXAMINATION|TYPE OF EXAMINATION|STUDY|INDICATION|CLINICAL INDICATION|HISTORY"
+        "|CLINICAL HISTORY|CLINICAL INFORMATION|REASON FOR EXAM|REASON FOR EXAMINATION|COMPARISON"
+        "|TECHNIQUE|RECOMMENDATION|NOTIFICATION|WET READ|ADDENDUM"
     ),
 }
 # Fewer words after the name of an examination, as in "CHEST, TWO VIEWS: 10:45", are no findings.
@@ -190,6 +174,6 @@ def section_of(heading):
     name = heading.upper()
     for kind, names in SECTIONS.items():
         # Dictated words are sometimes misspelt.
-        if difflib.get_close_matches(name, names, n=1, cutoff=0.85):
+        if difflib.get_close_matches(name, names.split("|"), n=1, cutoff=0.85):
             return kind
     return "examination" if re.search(r"\b(CHEST|VIEWS?|RADIOGRAPHS?)\b", name) else ""

@@ -26,7 +26,8 @@ FRAME = 1024
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
     images = source.image_root()
-    boxes = read_boxes(locate(source, "BBox_List_2017.csv"), skip)
+    path = locate(source, "BBox_List_2017.csv")
+    boxes = read_boxes(path)
     labels = read_labels(find(source, "Data_Entry*.csv"), skip)
     every = {*labels, *boxes}
     patients = {image: image.split("_")[0] for image in every}
@@ -39,7 +40,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         held_out = test is not None and image in test
         if ("test" if held_out else splits[patient]) != split:
             continue
-        study = Study(image, f"nih/{patient}", [], f"{source.path}, image {image}")
+        study = Study(image, f"nih/{patient}", [], f"{path}, image {image}")
         study.images = [first_file(images, folders, image)]
         study.findings = labels.get(image)
         study.boxes = boxes.get(image, {})
@@ -63,18 +64,14 @@ def read_test_list(source):
     return None
 
 
-def read_boxes(path, skip):
+def read_boxes(path):
     """image -> (kind, name) -> boxes. The header splits into other cells than the rows."""
     boxes = {}
     _, *lines = read_lines(path)
-    for n, line in enumerate(lines, 2):
-        try:
-            image, name, *cells = line.split(",")
-            box = corners(*cells[:4])
-        except (ValueError, TypeError):
-            skip(f"{path}, line {n}: expected four numbers")
-            continue
+    for line in lines:
+        image, _, rest = line.partition(",")
+        name, *box = rest.split(",")
         key = "abnormality", NAMES.get(name, name)
         found = boxes.setdefault(image, {}).setdefault(key, [])
-        found.append(normalize_box(box, FRAME, FRAME))
+        found.append(corners(*normalize_box(box, FRAME, FRAME)))
     return boxes

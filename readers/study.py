@@ -278,6 +278,18 @@ def hash_split(ids: Iterable[str], test: float = 0.2) -> dict[str, str]:
     return dict(zip(ranked, names))
 
 
+def split_json(source: Source, split: str) -> tuple[Path, bool]:
+    """The JSON file of a split, and whether it is the only one, which has to be divided."""
+    root = Path(source.path)
+    files = [*root.glob("*.json"), *root.glob("annotations/*.json")]
+    if len(files) == 1:
+        return files[0], True
+    names = []
+    for name in (f"{split}.json", f"instances_{split}*.json", f"*{split}*.json"):
+        names += [name, f"annotations/{name}"]
+    return locate(source, *names), False
+
+
 def of_split(studies: Sequence[Study], split: str) -> list[Study]:
     """The studies of a split, by patients, for what is published without one."""
     splits = hash_split(study.patient for study in studies)
@@ -285,14 +297,19 @@ def of_split(studies: Sequence[Study], split: str) -> list[Study]:
 
 
 def normalize_box(box: Sequence, width, height) -> Box:
-    """A box in pixels -> fractions of the image. Rounding may have put it a pixel outside."""
+    """Four numbers in pixels -> fractions of the image; nan for what is no number."""
     fractions = []
-    for value, size in zip(box, (width, height) * 2):
-        fraction = float(value) / float(size)
-        if -0.01 < fraction < 1.01:
-            fraction = min(max(fraction, 0.0), 1.0)
-        fractions.append(fraction)
+    for k, size in enumerate((width, height) * 2):
+        try:
+            fractions.append(float(box[k]) / float(size))
+        except MALFORMED:
+            fractions.append(math.nan)
     return tuple(fractions)
+
+
+def corners(x: float, y: float, width: float, height: float) -> Box:
+    """(x, y, width, height) -> (x1, y1, x2, y2)"""
+    return x, y, x + width, y + height
 
 
 def has_area(box: Sequence) -> bool:
@@ -301,28 +318,25 @@ def has_area(box: Sequence) -> bool:
 
 
 def clean_boxes(boxes: Iterable[Sequence], where: str, skip: Skip) -> list[Box]:
-    """Those of the boxes that are in the image, clipped to it. The others are counted."""
+    """Those of the boxes that are in the image, clipped to it. What is changed is counted, unless
+    rounding put a box a pixel outside."""
     kept = []
     for box in boxes:
         clipped = tuple(min(max(value, 0), 1) for value in box)
-        right = has_area(clipped)
-        if clipped != tuple(box) or not right:
+        if not has_area(clipped):
+            fate = "left out"
+        else:
+            kept.append(clipped)
+            fate = "clipped" if min(box) < -0.01 or max(box) > 1.01 else ""
+        if fate:
             skip(
                 f"{where}: box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions "
-                f"from 0 to 1); it is {'clipped' if right else 'left out'}"
+                f"from 0 to 1); it is {fate}"
             )
-        if right:
-            kept.append(clipped)
     return kept
 
 
-def corners(x, y, width, height) -> Box:
-    """(x, y, width, height) -> (x1, y1, x2, y2)"""
-    x, y, width, height = map(float, (x, y, width, height))
-    return x, y, x + width, y + height
-
-
-def patient_of(path: str | Path, root: Path) -> str:
+def patient_of(path: str | Path, root: str) -> str:
     """The patient of an image, by the names of MIMIC-CXR's folders or NIH's files.
 
     Else the image counts as a patient.

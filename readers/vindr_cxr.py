@@ -59,7 +59,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         study.findings = sorted(findings)
         for name, boxes in findings.items():
             boxes = [normalize_box(box, *size) for box in boxes]
-            inside += [max(box, default=0) <= 1 for box in boxes]
+            inside += [not max(box) > 1.01 for box in boxes]
             study.boxes["abnormality", name] = fuse_boxes(boxes)
         studies.append(study)
     if sum(inside) < len(inside) / 2:
@@ -72,18 +72,14 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
 
 
 def read_boxes(path, skip):
-    """image -> finding -> boxes of all radiologists; () for one that is missing."""
+    """image -> finding -> boxes of all radiologists"""
     images = {}
     for row in read_csv(path, skip, "image_id", "class_name", *CORNERS):
         findings = images.setdefault(row["image_id"], {})
         name = row["class_name"]
         if name.lower() == "no finding":
             continue
-        try:
-            box = tuple(float(row[corner]) for corner in CORNERS)
-        except ValueError:
-            box = ()
-        findings.setdefault(name, []).append(box)
+        findings.setdefault(name, []).append([row[corner] for corner in CORNERS])
     return images
 
 

@@ -109,10 +109,19 @@ def test_a_wrong_number_in_coco_leaves_out_its_box_alone(tmp_path, capsys):
     tree["annotations"][0]["bbox"] = [1, 2, "x", 4]
     path.write_text(json.dumps(tree))
     settings = ["data.source=coco", f"data.path={root}"]
-    with pytest.raises(InputError, match="bbox"):
+    with pytest.raises(InputError, match=r"train2017\.json, image 0: box .*nan"):
         data.load_split(load(*settings), "train")
-    assert data.load_split(load(*settings, "data.on_error=skip"), "train")
-    assert "bbox" in capsys.readouterr().err
+    examples = data.load_split(load(*settings, "data.on_error=skip"), "train")
+    answers = {e.id: e.answer for e in examples if e.task == "classification"}
+    # It was seen, but not all that is there has a box.
+    assert answers["c0.png-list"] == "active tuberculosis."
+    assert {e.id for e in examples if e.kind == "detection"} == {"c1.png-detect", "c2.png-detect"}
+    assert "skipped 1" in capsys.readouterr().err
+
+
+def test_boxes_that_rounding_put_outside_are_not_counted(tmp_path, capsys):
+    assert boxes_of(tmp_path, [[0.5, -0.004, 1.004, 0.4]]) == [((0.5, 0, 1, 0.4),)]
+    assert "clipped" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- conversations

@@ -883,10 +883,10 @@ def damaged(dataset, root, old, new):
     "dataset, old, new, message",
     [
         (VINDR, "80,40,180,90", "180,40,80,90", "inside the image"),
-        (VINDR, "80,40,180,90", ",,,", "box .. is not"),
+        (VINDR, "80,40,180,90", ",,,", "image v1: box .nan"),
         (PADCHEST, '"findings"', '"finding"', "ImageID and findings"),
         (PADCHEST, "0.5", "1.5", "inside the image"),
-        (NIH, "512.5", "NA", "line 3: expected four numbers"),
+        (NIH, "512.5", "NA", "image 00000009_001.png: box .nan"),
         (LLAVA, '"gpt"', '"human"', "human and gpt"),
         (LLAVA, "train/0.png", "../0.png", "lies outside"),
         (R2GEN, "CXR0/0.png", "../../0.png", "lies outside"),
