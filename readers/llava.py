@@ -30,7 +30,7 @@ from readers.study import (
     split_json,
 )
 from runtime.config import Source
-from runtime.output import warn0
+from runtime.output import warn_once
 
 # "Document the findings.", "Can you write a report?", but not "Where are the findings?" or "Can you
 # report where they are?"
@@ -75,7 +75,8 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
     pixels = are_pixels(large)
     if large:
         unit = "pixels" if pixels else "thousandths of the image"
-        warn0(f"{path}: {len(large)} boxes have numbers above 1, which are read as {unit}")
+        text = f"{path}: {len(large)} boxes have numbers above 1, which are read as {unit}"
+        warn_once(text, text)
     studies = []
     for study, turns, size in conversations:
         studies += ask_turns(study, turns, size if pixels else (1000, 1000), skip)

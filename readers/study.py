@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from runtime.config import InputError, Source
-from runtime.output import warn0
+from runtime.output import warn_once
 
 LABELS = (
     "No Finding",
@@ -239,9 +239,10 @@ def choose_views(studies: Iterable[Study], source: Source, where: str) -> Studie
         else:
             without += 1
     if without or unknown:
-        warn0(
+        warn_once(
+            where,
             f"{where}: data.views=frontal leaves out {without} studies without an image that is "
-            f"known to be frontal; the view of {unknown} images is unknown"
+            f"known to be frontal; the view of {unknown} images is unknown",
         )
 
 

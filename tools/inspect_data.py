@@ -7,11 +7,10 @@ Writes OUT/data.png: examples with their boxes. --images decodes every image of 
 those that cannot be read.
 """
 
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -25,9 +24,11 @@ from runtime.output import format_table, progress
 from runtime.processes import parse_args, run_main
 
 HEAD = "source,split,task,examples,studies,patients,words,width,height,prompt tokens,answer tokens"
-COLUMNS, SIDE, FOOT = 4, 360, 96  # of the contact sheet: examples in a row, pixels
+# Of the contact sheet: examples in a row, pixels, and lines of text below each image.
+COLUMNS, SIDE, FOOT, LINES = 4, 360, 96, 7
 MEASURED = 50  # examples of each row whose images and tokens are looked at
 LABELLED = 2000  # reports whose labels are read
+SHOWN = 5  # things that cannot be used, of each source and split
 
 
 def main():
@@ -50,9 +51,7 @@ class Description:
     def __init__(self, config):
         # Everything is read; what would stop a run is counted.
         self.config = replace(config, data=replace(config.data, on_error="skip"))
-        self.fate = ""
-        if config.data.on_error == "stop":
-            self.fate = "would stop a run; with data.on_error=skip: "
+        self.stops = config.data.on_error == "stop"
         self.rng = np.random.default_rng(config.seed)
         self.policy = load_policy(config, weights=False)
         self.counts = [HEAD.split(",")]
@@ -78,40 +77,49 @@ class Description:
         parts = self.tried(data.read_split, self.config, split) or []
         if split == "train":
             parts, leaks = self.tried(data.without_leaks, self.config, parts) or (parts, [])
-            self.notices += [f"{split}: {leak}" for leak in leaks]
+            self.notices += leaks
         reports = []
         for source, part, problems in parts:
+            name = f"{split}, {source.source}"
             if problems:
-                fate = f"{self.fate}{data.count_problems(problems)}, such as"
-                self.notices += [f"{split}, {source.source}: {fate}", *problems[:3]]
-            self.images.update(filter(data.is_path, chain.from_iterable(e.images for e in part)))
+                self.add_problems(name, problems)
+            self.images.update(*(e.images for e in part))
             reports += [e.answer for e in part if e.task == "report"]
-            part = self.tried(data.with_traces, self.config, split, part, self.notices) or part
+            part = data.with_traces(self.config, split, part, self.notices)
             for kind in sorted({kind_of(e) for e in part}):
                 own = [e for e in part if kind_of(e) == kind]
                 self.add_kind([source.source, split, kind], own)
         if reports:
             self.add_labels(split, self.draw(reports, LABELLED))
 
+    def add_problems(self, name, problems):
+        counted = data.count_problems(problems)
+        if self.stops:
+            counted = f"would stop a run; with data.on_error=skip: {counted}"
+        self.notices += [f"{name}: {counted}, such as", *problems[:SHOWN]]
+
     def add_kind(self, names, examples):
         """A row of counts, and some examples for the contact sheet."""
-        few = self.draw(examples, MEASURED)
-        measured = [(e, self.tried(self.measure, e)) for e in few]
-        usable = [(e, numbers) for e, numbers in measured if numbers]
-        columns = list(zip(*(numbers for _, numbers in usable))) or [()] * 5
-        studies, patients = {e.images for e in examples}, {e.patient for e in examples}
+        studies = {e.images for e in examples}
+        patients = {e.patient for e in examples}
         counts = [str(len(items)) for items in (examples, studies, patients)]
+        numbers = {e: self.tried(self.measure, e) for e in self.draw(examples, MEASURED)}
+        usable = [e for e in numbers if numbers[e]]
+        columns = list(zip(*(numbers[e] for e in usable))) or [()] * 5
         self.counts.append([*names, *counts, *map(spread, columns)])
-        with_boxes_first = sorted((e for e, _ in usable), key=lambda e: not e.boxes)
-        self.shown += with_boxes_first[: 4 if "train" in names else 1]
+        # With boxes first.
+        usable.sort(key=lambda e: not e.boxes)
+        self.shown += usable[: 4 if "train" in names else 1]
 
     def measure(self, example):
         """Words, width and height of the first image, tokens as they are trained."""
         image = example.images[0]
         size = image_size(image) if data.is_path(image) else image.size
+        words = example.answer.split()
         example = replace(example, style=data.style_of(self.config))
-        prompt, answer = self.policy.encode(example), self.policy.encode_target(example)
-        return len(example.answer.split()), *size, len(prompt), len(answer)
+        prompt = self.policy.encode(example)
+        answer = self.policy.encode_target(example)
+        return len(words), *size, len(prompt), len(answer)
 
     def add_labels(self, split, reports):
         label = rewards.labeler(self.config.rewards)
@@ -125,15 +133,16 @@ class Description:
         def fails(path):
             return self.tried(data.load_image, path) is None
 
-        paths = sorted(self.images)
+        paths = sorted(filter(data.is_path, self.images))
         # Decoding leaves the interpreter free for the other threads.
         with ThreadPoolExecutor() as pool:
             failed = sum(progress(pool.map(fails, paths), "decode", total=len(paths)))
         self.notices.append(f"{failed} of {len(paths)} images cannot be read")
 
     def text(self):
-        model, grpo = self.config.model, self.config.grpo
-        limits = f"model.max_prompt_tokens={model.max_prompt_tokens}, {grpo.max_new_tokens=}"
+        prompt = self.config.model.max_prompt_tokens
+        answer = self.config.grpo.max_new_tokens
+        limits = f"model.max_prompt_tokens={prompt}, grpo.max_new_tokens={answer}"
         tables = [
             f"{format_table(self.counts)}\n(min / median / max; limits: {limits})",
             format_table(list(zip(*self.labels))),
@@ -150,7 +159,8 @@ def spread(values):
     """min / median / max"""
     if not values:
         return "-"
-    return " / ".join(f"{v:.0f}" for v in np.percentile(values, (0, 50, 100), method="nearest"))
+    points = np.percentile(values, (0, 50, 100), method="nearest")
+    return " / ".join(f"{point:.0f}" for point in points)
 
 
 def contact_sheet(examples):
@@ -158,18 +168,25 @@ def contact_sheet(examples):
     rows = -(-len(examples) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + FOOT)), "white")
     pen = ImageDraw.Draw(sheet)
-    inner = (SIDE - 8, SIDE - 8)
     for n, e in enumerate(examples):
-        x, y = n % COLUMNS * SIDE, n // COLUMNS * (SIDE + FOOT)
-        image = ImageOps.contain(data.open_image(e.images[0]), inner)
-        for box in e.boxes:
-            corners = [v * size for v, size in zip(box, image.size * 2)]
-            ImageDraw.Draw(image).rectangle(corners, outline="red", width=2)
-        sheet.paste(ImageOps.pad(image, inner, color="white"), (x + 4, y + 4))
-        question, answer = textwrap.wrap(e.question, 60)[:2], textwrap.wrap(e.answer, 60)[:4]
-        text = "\n".join([f"{e.id}  ({kind_of(e)})", *question, *answer])
+        row, column = divmod(n, COLUMNS)
+        x, y = column * SIDE, row * (SIDE + FOOT)
+        sheet.paste(with_boxes(e), (x + 4, y + 4))
+        lines = wrap(f"{e.id} ({kind_of(e)}): {e.question} - {e.answer}", 60)
+        text = "\n".join(lines[:LINES])
         pen.multiline_text((x + 6, y + SIDE), text, "black", font_size=11, spacing=2)
     return sheet
+
+
+def with_boxes(example):
+    """A square with the example's first image and its boxes."""
+    inner = (SIDE - 8, SIDE - 8)
+    image = ImageOps.contain(data.open_image(example.images[0]), inner)
+    pen = ImageDraw.Draw(image)
+    for box in example.boxes:
+        corners = np.multiply(box, image.size * 2)
+        pen.rectangle(list(corners), outline="red", width=2)
+    return ImageOps.pad(image, inner, color="white")
 
 
 if __name__ == "__main__":
