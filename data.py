@@ -330,8 +330,8 @@ def study_examples(
     images = tuple(str(image) if is_path(image) else image for image in study.images)
     about_regions = region_questions(study, regions, detection, choose)
     for item in chain(asked, about_regions):
-        if problem := answer_problem(item):
-            skip(f"{study.where}: {problem}")
+        if item.task == "report" and not item.answer.strip():
+            skip(f"{study.where}: the report is empty")
             continue
         # A question has the fields of an example that are not its study's.
         item.question = item.question or usual_question(item, choose)
@@ -395,13 +395,6 @@ def image_problem(images, root):
         if not os.path.isfile(image):
             return f"image {image} does not exist"
     return "" if images else "the study has no image"
-
-
-def answer_problem(asked):
-    """Why a question cannot be used, or "". A dataset's own answers are kept, boxes and all."""
-    if asked.task == "report" and not asked.answer.strip():
-        return "the report is empty"
-    return ""
 
 
 def clean_study(study, skip):

@@ -38,7 +38,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         boxes = {}
         try:
             for region in read_json(path)["objects"]:
-                box = [region[corner] for corner in CORNERS]
+                box = [region.get(corner) for corner in CORNERS]
                 boxes["anatomy", region["bbox_name"]] = [normalize_box(box, *sizes[dicom])]
         except MALFORMED as error:
             skip(

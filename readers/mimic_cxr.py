@@ -53,10 +53,10 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
     if table.name == "annotation.json":
         views = {}
         if source.views == "frontal":
-            views = read_views(source, table, skip)
+            views = read_views(source, skip)
         yield from read_r2gen(source, table, split, skip, r2gen_patient, partial(r2gen_view, views))
         return
-    views = read_views(source, table, skip)
+    views = read_views(source, skip)
     texts = read_sections(source, skip)
     labels = {}
     if "classification" in source.tasks:
@@ -89,13 +89,13 @@ def mimic_image(subject: str, study: str, dicom: str) -> Path:
     return Path("files", f"p{subject[:2]}", f"p{subject}", f"s{study}", f"{dicom}.jpg")
 
 
-def read_views(source, table, skip):
+def read_views(source, skip):
     """dicom -> its view, by the position or, where that is empty, by the code's meaning."""
     path = find(source, "mimic-cxr-2*-metadata.csv")
     if not path:
         raise InputError(
-            f"{table} does not say which images are frontal: put mimic-cxr-2*-metadata.csv beside "
-            f"it, or set data.views=all"
+            f"{source.path}: expected mimic-cxr-2*-metadata.csv there, which names the views; only "
+            f"annotation.json of R2Gen is read without it, and only with data.views=all"
         )
     views = {}
     for row in read_csv(path, skip, "dicom_id", "ViewPosition"):

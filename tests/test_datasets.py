@@ -250,7 +250,7 @@ def test_r2gens_laterals_are_no_frontal_views(tmp_path, capsys):
 
 def test_r2gens_views_are_not_guessed(tmp_path):
     root = layouts.mimic_r2gen(tmp_path)
-    with pytest.raises(InputError, match=r"does not say which images are frontal.*data\.views=all"):
+    with pytest.raises(InputError, match=r"metadata\.csv there.*annotation\.json.*data\.views=all"):
         frontal(root)
 
 
@@ -668,6 +668,18 @@ def test_one_region_of_each_image_is_asked_for(tmp_path):
         assert e.patient == "mimic/10000898"
         seen.add(e.label)
     assert seen == set(regions)
+
+
+@pytest.mark.parametrize("bad", ["15", "null", "-90", '"?"'])
+def test_a_bad_region_takes_no_other_along(tmp_path, capsys, bad):
+    layouts.mimic_cxr(tmp_path / "mimic_cxr")
+    root = layouts.chest_imagenome(tmp_path / "chest_imagenome")
+    # The right edge of the heart.
+    path = root / "silver_dataset" / "scene_graph" / "d7_SceneGraph.json"
+    replace_in(path, '"original_x2": 45', f'"original_x2": {bad}')
+    (example,) = load_split(of("chest_imagenome", root, "data.on_error=skip"), "val")
+    assert example.label == "right lung"
+    assert "skipped 1" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- NIH ChestX-ray14
