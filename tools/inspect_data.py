@@ -69,10 +69,6 @@ class Description:
         except InputError as error:
             self.notices.append(f"cannot be read: {error}")
 
-    def draw(self, items, count):
-        """Some of the items, in a random order."""
-        return [items[i] for i in self.rng.permutation(len(items))[:count]]
-
     def add_split(self, split):
         parts = self.tried(data.read_split, self.config, split) or []
         if split == "train":
@@ -86,11 +82,14 @@ class Description:
             self.images.update(*(e.images for e in part))
             reports += [e.answer for e in part if e.task == "report"]
             part = data.with_traces(self.config, split, part, self.notices)
+            # The first are looked at.
+            self.rng.shuffle(part)
             for kind in sorted({kind_of(e) for e in part}):
                 own = [e for e in part if kind_of(e) == kind]
                 self.add_kind([source.source, split, kind], own)
         if reports:
-            self.add_labels(split, self.draw(reports, LABELLED))
+            self.rng.shuffle(reports)
+            self.add_labels(split, reports[:LABELLED])
 
     def add_problems(self, name, problems):
         counted = data.count_problems(problems)
@@ -103,7 +102,7 @@ class Description:
         studies = {e.images for e in examples}
         patients = {e.patient for e in examples}
         counts = [str(len(items)) for items in (examples, studies, patients)]
-        numbers = {e: self.tried(self.measure, e) for e in self.draw(examples, MEASURED)}
+        numbers = {e: self.tried(self.measure, e) for e in examples[:MEASURED]}
         usable = [e for e in numbers if numbers[e]]
         columns = list(zip(*(numbers[e] for e in usable))) or [()] * 5
         self.counts.append([*names, *counts, *map(spread, columns)])
