@@ -637,6 +637,7 @@ def load_split(config: Config, split: str) -> list[Example]:
 
 
 def count_problems(problems: list[str]) -> str:
+    """How many messages are about what is left out, and how many about clipped boxes."""
     clipped = sum(problem.endswith("clipped") for problem in problems)
     return f"skipped {len(problems) - clipped} examples or boxes, clipped {clipped} boxes"
 

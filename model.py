@@ -284,7 +284,7 @@ class Policy:
         texts.append(data.prompt_text(example))
         roles = itertools.cycle(["user", "assistant"])
         turns = [chat_turn(role, text) for role, text in zip(roles, texts)]
-        # Images stand before the first question, but for those of later questions.
+        # Images stand before the first question, except those that a later question shows.
         early = len(example.images)
         for turn in turns[2::2]:
             (part,) = turn["content"]

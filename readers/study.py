@@ -141,7 +141,8 @@ def locate(source: Source, *names: str) -> Path:
     """The same, of which one has to be there. Raises InputError."""
     found = find(source, *names)
     if not found:
-        raise InputError(f"{source.path}: expected {' or '.join(names)} there")
+        places = dict.fromkeys((source.path, str(source.image_root())))
+        raise InputError(f"{' or '.join(places)}: expected {' or '.join(names)} there")
     return found
 
 
@@ -225,7 +226,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def choose_views(studies: Iterable[Study], source: Source, where: str) -> Studies:
     """Studies, whose images are (view, path) pairs, with paths in the order of RANKS.
 
-    With data.views=frontal, the first frontal one. What has none is left out, counted and said.
+    With data.views=frontal, the first frontal one. Studies without one are left out, and their
+    number is printed once.
     """
     without = unknown = 0
     for study in studies:
@@ -241,8 +243,8 @@ def choose_views(studies: Iterable[Study], source: Source, where: str) -> Studie
     if without or unknown:
         warn_once(
             where,
-            f"{where}: data.views=frontal leaves out {without} studies without an image that is "
-            f"known to be frontal; the view of {unknown} images is unknown",
+            f"{where}: data.views=frontal leaves out studies without a known frontal image: "
+            f"{without}; images of unknown view: {unknown}",
         )
 
 
@@ -319,8 +321,10 @@ def has_area(box: Sequence) -> bool:
 
 
 def clean_boxes(boxes: Iterable[Sequence], where: str, skip: Skip) -> list[Box]:
-    """Those of the boxes that are in the image, clipped to it. What is changed is counted, unless
-    rounding put a box a pixel outside."""
+    """Those of the boxes that are in the image, clipped to it.
+
+    Each change is counted, unless rounding put a box just outside.
+    """
     kept = []
     for box in boxes:
         clipped = tuple(min(max(value, 0), 1) for value in box)

@@ -235,8 +235,8 @@ def test_images_of_unknown_view_are_left_out_and_counted(tmp_path, capsys):
     assert [e.id for e in frontal(root)] == ["50414267"]
     # d3 to d6.
     said = capsys.readouterr().err
-    assert "train: data.views=frontal leaves out 2 studies" in said
-    assert "the view of 4 images is unknown" in said
+    assert "leaves out studies without a known frontal image: 2;" in said
+    assert "images of unknown view: 4" in said
 
 
 def test_r2gens_laterals_are_no_frontal_views(tmp_path, capsys):
@@ -245,7 +245,7 @@ def test_r2gens_laterals_are_no_frontal_views(tmp_path, capsys):
     name = "mimic-cxr-2.0.0-metadata.csv"
     (root / name).write_bytes((tmp_path / "jpg" / name).read_bytes())
     assert [e.id for e in frontal(root)] == ["d1", "d5", "d6"]
-    assert "train: data.views=frontal leaves out 3 studies" in capsys.readouterr().err
+    assert "leaves out studies without a known frontal image: 3;" in capsys.readouterr().err
 
 
 def test_r2gens_views_are_not_guessed(tmp_path):
@@ -308,6 +308,15 @@ def test_reports_and_images_of_mimic_cxr_may_lie_apart(tmp_path):
     assert counts(parts)["train"] == {"report": 3, "classification": 3}
 
 
+def test_both_folders_are_named_where_a_table_is_in_neither(tmp_path):
+    root = layouts.chest_imagenome(tmp_path / "chest_imagenome")
+    images = tmp_path / "pixels"
+    images.mkdir()
+    wanted = rf"{root} or {images}: expected mimic-cxr-2\*-metadata\.csv there"
+    with pytest.raises(InputError, match=wanted):
+        load_split(of("chest_imagenome", root, f"data.images={images}"), "train")
+
+
 def test_json_lines_have_their_images_elsewhere(tmp_path):
     row = {"id": 1, "images": ["a.png"], "report": "Clear."}
     write_lines(tmp_path, "texts", row)
@@ -346,7 +355,7 @@ def test_kaggles_studies_without_a_frontal_image_are_counted(tmp_path, capsys):
     replace_in(path, f"{name}_Frontal.dcm.png,Frontal", f"{name}_Frontal.dcm.png,Lateral")
     frontal = load_split(of("iu_xray", root, "data.views=frontal"), "train")
     assert {e.id for e in frontal} == train - {name}
-    assert "train: data.views=frontal leaves out 1 studies" in capsys.readouterr().err
+    assert "leaves out studies without a known frontal image: 1;" in capsys.readouterr().err
 
 
 def test_a_study_without_any_image_is_said(tmp_path):
@@ -445,7 +454,7 @@ def test_chexpert_plus_frontal_views(tmp_path, capsys):
     config = of("chexpert_plus", root, "data.tasks=[report]", "data.views=frontal")
     names = [e.images[0].rpartition("/")[2] for e in load_split(config, "train")]
     assert names == ["view1_frontal.png"] * 2
-    assert "train: data.views=frontal leaves out 1 studies" in capsys.readouterr().err
+    assert "leaves out studies without a known frontal image: 1;" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- ReXGradient-160K
@@ -467,8 +476,8 @@ def test_rexgradients_frontal_views(tmp_path, capsys):
     (image,) = example.images
     assert image == f"{tmp_path}/deid_png/test0/a1/studies/1.2/1.png"
     said = capsys.readouterr().err
-    assert "leaves out 1 studies" in said
-    assert "the view of 1 images is unknown" in said
+    assert "without a known frontal image: 1;" in said
+    assert "images of unknown view: 1" in said
 
 
 # ------------------------------------------------------------------------------- VinDr-CXR
@@ -1168,7 +1177,8 @@ def with_trace_file(root):
 
 def test_traces_come_from_the_file(tmp_path, capsys):
     config, path = with_trace_file(tmp_path)
-    layouts.write(path, '{"id": "CXR1", "thinking": "First the heart."}\n')
+    # With a byte order mark.
+    layouts.write(path, '\ufeff{"id": "CXR1", "thinking": "First the heart."}\n')
     assert [e.thinking for e in load_split(config, "train")] == ["", "First the heart."]
     assert "1 of 2 examples have a trace in" in capsys.readouterr().err
     # The file is for training.
