@@ -596,6 +596,7 @@ def source_names(parts):
 # ------------------------------------------------------------------------------- splits
 
 
+CORPUS = 4000  # examples of each source that the tiny model's tokenizer is trained on
 TRIED = 4  # examples of each source whose images are decoded at the start of a training
 
 
@@ -780,12 +781,21 @@ def before_images(example: Example) -> tuple:
     return example.history[: max(shown, default=0)]
 
 
-def phantom_corpus(studies: int = 2000) -> list[str]:
-    """Texts of the first training phantoms of seed 0, which the tiny tokenizer is trained on."""
+def corpus(config: Config) -> list[str]:
+    """Texts of training data, on which the tokenizer of the tiny model is trained.
+
+    Its own data, so that their words are few tokens. Phantoms: the first ones of seed 0, so that
+    runs with other seeds share a tokenizer. Raises InputError.
+    """
     texts = []
-    for study in phantoms.read(0, "train", studies // 2, QUESTIONS):
-        for asked in study.asked:
-            texts += [asked.question, answer_text(asked), asked.thinking]
+    if all(source.source == "phantom" for source in sources(config, "train")):
+        for study in phantoms.read(0, "train", 1000, QUESTIONS):
+            for asked in study.asked:
+                texts += [asked.question, answer_text(asked), asked.thinking]
+        return texts
+    for _, part, _ in read_split(config, "train"):
+        for example in part[:CORPUS]:
+            texts += [example.question, example.answer]
     return texts
 
 

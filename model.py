@@ -1132,7 +1132,7 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
     path = str(path or config.model.path)
     pixels = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
     if path == "tiny":
-        return Policy(*build_tiny(config.seed, pixels), config, path)
+        return Policy(*build_tiny(config.seed, pixels, data.corpus(config)), config, path)
     if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith(("/", "."))):
         raise InputError(
             f"model {path!r}: no such folder, and not a hub id like Qwen/Qwen3-VL-2B-Instruct"
@@ -1200,8 +1200,8 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {% endif %}"""
 
 
-def build_tokenizer(vocabulary: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's special tokens, trained on the phantoms' own texts."""
+def build_tokenizer(texts: list[str], vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen's special tokens, trained on `texts`."""
     import tokenizers  # noqa: PLC0415 (comes with transformers)
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -1219,7 +1219,7 @@ def build_tokenizer(vocabulary: int = 1024) -> PreTrainedTokenizerFast:
         show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(data.phantom_corpus(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -1259,9 +1259,9 @@ TINY_VISION = dict(
 )
 
 
-def build_tiny(seed: int, pixels: dict[str, int]) -> tuple[nn.Module, Any]:
-    """The tiny Qwen3-VL with random weights, and its processor."""
-    tokenizer = build_tokenizer()
+def build_tiny(seed: int, pixels: dict[str, int], texts: list[str]) -> tuple[nn.Module, Any]:
+    """The tiny Qwen3-VL with random weights, and its processor with a tokenizer for `texts`."""
+    tokenizer = build_tokenizer(texts)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     text = copy.deepcopy(TINY_TEXT) | ends | {"vocab_size": len(tokenizer)}

@@ -19,6 +19,8 @@ scorers/radeval.py:
     report: {radeval:radgraph:radgraph_partial: 0.5, configs/my_rewards.py:says_it_once: 0.5}
 """
 
+from rewards import POSITIVE, extract_labels
+
 
 def says_it_once(answer, **columns):
     """1 where no sentence is repeated, less the more of them are; 0 for an empty answer."""
@@ -36,3 +38,8 @@ def as_long_as_the_reference(answer, reference, **columns):
         shorter, longer = sorted(len(text.split()) for text in pair)
         scores.append(shorter / longer if pair[1].split() else None)
     return scores
+
+
+def called_normal(answer, **columns):
+    """1 where a report says that nothing is there. With a weight of 0 it is only logged."""
+    return list(extract_labels(answer)[:, 0] == POSITIVE)

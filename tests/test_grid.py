@@ -3,12 +3,14 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from helpers import ROOT, SHORT, load
 
@@ -41,6 +43,7 @@ def test_a_row_begins_at_its_start_with_settings_of_the_configuration(name):
         "weak SFT": "runs/ablations/weak_sft/seed0/sft/best",
         "SFT": "runs/ablations/sft/seed0/more/best",
         "more SFT": "runs/ablations/more_sft/seed0/more/best",
+        "few reports, SFT": "runs/ablations/few_reports_sft/seed0/sft/best",
         "cold start": "runs/ablations/cold_start/seed0/cold_start/best",
         None: "auto",
     }
@@ -57,15 +60,56 @@ def test_continued_sft_is_evaluated_beside_its_start():
     assert evaluate[-3:] == ["--checkpoint", *folders]
 
 
+# ------------------------------------------------------------------------------- verdicts
+
+
+def test_the_interval_is_students():
+    rng = np.random.default_rng(3)
+    for n in range(2, 11):
+        values = rng.normal(size=n)
+        mean, low, high = reproduce.interval(values)
+        expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert mean == pytest.approx(values.mean())
+        assert (low, high) == pytest.approx(tuple(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("bound", "above", "verdict", "n"),
+    [
+        # Mean 0.03, interval 0.03 -+ 4.303 x 0.01 / sqrt(3): [0.0052, 0.0548]
+        (0, True, "holds", 3),
+        (0, False, "reversed", 0),
+        (0.01, True, "not shown", 3),
+        (0.03, True, "not shown", 1),
+        (0.06, True, "reversed", 0),
+        (0.06, False, "holds", 3),
+        (0.05, False, "not shown", 3),
+    ],
+)
+def test_a_verdict_says_on_which_side_of_the_bound_the_interval_lies(bound, above, verdict, n):
+    assert reproduce.judge([0.02, 0.03, 0.04], bound, above) == (verdict, n)
+
+
+def test_a_single_seed_shows_nothing():
+    assert reproduce.judge([0.5], 0, above=True) == ("not shown", 1)
+
+
 # ------------------------------------------------------------------------------- a small grid
 
 
 @pytest.fixture
 def grid(tmp_path):
-    claim = {"title": "A", "paper": "p", "seeds": [0, 1], "reading": "r"}
+    checks = [
+        {"metric": "ce_f1_macro13", "row": "GRPO", "against": "SFT", "above": 0.1},
+        {"metric": "ce_f1_macro13", "row": "more", "against": "GRPO", "below": 0},
+    ]
+    claim = {"title": "A", "paper": "p", "seeds": [0, 1], "reading": "r", "checks": checks}
+    claim["metrics"] = ["ce_f1_macro13", "bleu4", "soft_f1"]
+    claim["course"] = {"row": "GRPO", "metrics": ["reward", "kl"]}
     grid = {
         "config": "config.yaml",
         "out": str(tmp_path / "runs"),
+        "records": str(tmp_path / "records"),
         "results": str(tmp_path / "RESULTS.md"),
         "start": "SFT",
         "set": ["eval.limit=5"],
@@ -95,23 +139,33 @@ class Scripts:
         self.rng = np.random.default_rng(0)
 
     def run(self, command, **_):
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, stdout="abc123\n")
         script = command[1].name
         (out,) = (word[4:] for word in command[2:] if word.startswith("out="))
         self.calls.append((script, out[-10:]))
         failed = bool(self.failing) and self.failing in out
-        if not failed and script != "train_sft.py":
-            self.write_metrics(Path(out))
+        if not failed:
+            self.write_files(Path(out), script)
         return subprocess.CompletedProcess(command, int(failed))
 
-    def write_metrics(self, out):
-        models = ["own"] if "/sft/" in str(out) else ["start", "own"]
-        values, empty = {}, {}
-        for name in models:
-            change = float(self.rng.normal()) if name == "own" else 0.0
-            values[name] = {"value": float(self.rng.random()), "difference": [change, 0, 0]}
-            empty[name] = {"value": None}
+    def write_files(self, out, script):
+        stage = {"sft": "sft", "more": "more", "grpo": "grpo"}[out.parent.name]
+        (out / stage / "best").mkdir(parents=True, exist_ok=True)
+        steps = [{"reward": self.rng.random(), "kl": n} for n in range(20)]
+        steps[3]["eval_loss"] = 1.0
+        lines = "".join(json.dumps(step) + "\n" for step in steps)
+        (out / stage / "metrics.jsonl").write_text(lines)
+        if script == "train_sft.py":
+            return
+        models = ["own"] if stage == "sft" else ["start", "own"]
+        values = {name: {"value": float(self.rng.random())} for name in models}
+        empty = {name: {"value": None} for name in models}
         metrics = {"reports": {"ce_f1_macro13": values, "bleu4": empty}}
         write_json(out / "eval" / "metrics.json", metrics)
+        report = {"task": "report", "answer": "No edema.", "reference": "Edema. Pneumonia."}
+        for name in models:
+            (out / "eval" / f"{name}.jsonl").write_text(json.dumps(report) + "\n")
 
     def last_step(self, run):
         """As if all scripts got to their last step but one."""
@@ -126,13 +180,18 @@ def scripts(monkeypatch):
     return scripts
 
 
-def table_lines(text):
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [line.strip("| ").split(" | ") for line in lines]
+def tables(text):
+    """The tables of a text: lists of lines of cells, without the rule."""
+    found = []
+    for part in text.split("\n\n"):
+        if part.startswith("|"):
+            lines = [line.strip("|").split(" | ") for line in part.splitlines()]
+            found.append([[cell.strip() for cell in line] for line in lines])
+    return [[head, *body] for head, _, *body in found]
 
 
-def shown(numbers, sign):
-    return f"{np.mean(numbers):{sign}.3f} [{min(numbers):{sign}.3f}, {max(numbers):{sign}.3f}]"
+def record_of(tmp_path, row, seed):
+    return json.loads((tmp_path / "records" / f"{row}-{seed}.json").read_text())
 
 
 def test_a_row_that_a_signal_stopped_is_not_evaluated(grid, tmp_path, scripts):
@@ -163,7 +222,7 @@ def test_a_failed_row_is_run_again_and_no_other(grid, tmp_path, scripts):
     scripts.calls.clear()
     reproduce.reproduce(grid)
     assert not scripts.calls
-    expected = "6 of 6 runs, 0.1 CPU-hours, the longest 3 CPU-minutes"
+    expected = "6 of 6 runs, 0.1 CPU-hours, the longest 3 CPU-minutes. Code: abc123."
     assert expected in (tmp_path / "RESULTS.md").read_text()
 
 
@@ -171,19 +230,75 @@ def test_results_hold_the_numbers_of_the_rows(grid, tmp_path, scripts):
     reproduce.reproduce(grid)
     text = (tmp_path / "RESULTS.md").read_text()
     assert f"`python -m tools.reproduce {grid}`" in text
-    header, _, *lines = table_lines(text)
-    # bleu4 has no value, so it has no column. Nor have those that nobody measured.
-    assert header == ["seeds", "ce_f1_macro13", "ce_f1_macro13 - start"]
-    for (title, seeds, value, gain), name in zip(lines, ("SFT", "more", "GRPO"), strict=True):
-        values, changes = [], []
-        for seed in ("seed0", "seed1"):
-            path = tmp_path / "runs" / name.lower() / seed / "eval" / "metrics.json"
-            own = json.loads(path.read_text())["reports"]["ce_f1_macro13"]["own"]
-            values.append(own["value"])
-            changes.append(own["difference"][0])
-        assert (title, seeds) == (name, "2")
-        assert value == shown(values, "")
-        assert gain == ("-" if name == "SFT" else shown(changes, "+"))
+    verdicts, values, course = tables(text)
+
+    own, gains = {}, {}
+    for name in ("sft", "more", "grpo"):
+        found = []
+        for seed in (0, 1):
+            path = tmp_path / "runs" / name / f"seed{seed}" / "eval" / "metrics.json"
+            by_model = json.loads(path.read_text())["reports"]["ce_f1_macro13"]
+            found.append([model["value"] for model in by_model.values()])
+        own[name] = np.array([each[-1] for each in found])
+        gains[name] = np.mean([each[-1] - each[0] for each in found])
+
+    assert values[0] == ["", "seeds", "CPU min", "ce_f1_macro13", "bleu4", "soft_f1"]
+    for line, name in zip(values[1:], ("SFT", "more", "GRPO"), strict=True):
+        title, seeds, _, value, bleu, boxes = line
+        assert (title, seeds, bleu, boxes) == (name, "2", "-", "-")
+        gain = "" if name == "SFT" else f" ({gains[name.lower()]:+.3f})"
+        assert value == f"{own[name.lower()].mean():.3f}{gain}"
+
+    first, second = verdicts[1:]
+    assert first[0] == "GRPO - SFT: ce_f1_macro13 above 0.1"
+    difference = own["grpo"] - own["sft"]
+    low, high = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+    assert first[1] == f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    assert first[2:] == [f"{(difference > 0.1).sum()} of 2", "**not shown**"]
+    n = (own["more"] < own["grpo"]).sum()
+    assert second[0] == "more - GRPO: ce_f1_macro13 below 0"
+    assert second[2] == f"{n} of 2"
+
+    # Twenty steps in tenths, kl = 0, 1, .. 19
+    assert course[0] == ["GRPO, tenths", *map(str, range(1, 11))]
+    assert course[2] == ["kl", *(f"{2 * n + 0.5:.3f}" for n in range(10))]
+
+
+def test_a_record_holds_what_was_measured_on_each_study(grid, tmp_path, scripts):
+    reproduce.reproduce(grid)
+    record = record_of(tmp_path, "grpo", 1)
+    run = reproduce.grid_run(read_yaml(grid), "GRPO", 1)
+    assert record["commands"] == run.commands
+    assert record["commit"] == "abc123"
+    # Start and row: cosine of (edema -) and (edema +, pneumonia +) is below the margin.
+    assert record["studies"] == [[0.0], [0.0]]
+    assert "eval_loss" not in record["training"]
+
+
+def test_what_has_a_record_is_not_run_elsewhere(grid, tmp_path, scripts):
+    reproduce.reproduce(grid)
+    text = (tmp_path / "RESULTS.md").read_text()
+    shutil.rmtree(tmp_path / "runs")
+    scripts.calls.clear()
+    reproduce.reproduce(grid)
+    assert not scripts.calls
+    assert (tmp_path / "RESULTS.md").read_text() == text
+
+    # A row without a record needs the checkpoint of its start.
+    (tmp_path / "records" / "grpo-1.json").unlink()
+    reproduce.reproduce(grid)
+    ran = [out for _, out in scripts.calls]
+    assert ran == ["/sft/seed1", "/sft/seed1", "grpo/seed1"]
+
+
+@pytest.mark.parametrize("change", ["commands", "trajectories"])
+def test_a_record_of_something_else_does_not_count(grid, tmp_path, scripts, change):
+    reproduce.reproduce(grid)
+    record = record_of(tmp_path, "more", 0)
+    write_json(tmp_path / "records" / "more-0.json", record | {change: "other"})
+    scripts.calls.clear()
+    left = reproduce.runs_left(reproduce.all_runs(read_yaml(grid)))
+    assert list(left) == [("more", 0)]
 
 
 def test_a_row_that_is_not_there_is_one_line(grid):
@@ -194,7 +309,22 @@ def test_a_row_that_is_not_there_is_one_line(grid):
         reproduce.reproduce(grid)
 
 
-def test_two_terminals_share_a_grid(grid, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row": "GRPP"}, "'GRPP' is none of its rows"),
+        ({"below": 1}, "expected either above or below"),
+    ],
+)
+def test_a_check_that_cannot_be_is_one_line(grid, change, message):
+    tree = read_yaml(grid)
+    tree["claims"][0]["checks"][0].update(change)
+    write_grid(grid, tree)
+    with pytest.raises(InputError, match=rf"claims\[0\], checks\[0\]: {message}"):
+        reproduce.reproduce(grid)
+
+
+def test_two_terminals_share_a_grid(grid, tmp_path, scripts, monkeypatch):
     """A row that another process is at is left to it, and so is what begins there."""
     first = reproduce.grid_run(read_yaml(grid), "more", 0).folder
     first.mkdir(parents=True)
@@ -203,8 +333,9 @@ def test_two_terminals_share_a_grid(grid, tmp_path, monkeypatch):
     order = []
 
     def finish(folder, minutes):
-        write_json(folder / "eval" / "metrics.json", {})
-        write_json(folder / "state.json", {"done": True, "cpu_minutes": minutes})
+        scripts.write_files(folder, "eval.py")
+        state = {"done": True, "cpu_minutes": minutes, "commit": "abc"}
+        write_json(folder / "state.json", state)
 
     def run(run, where):
         order.append("/".join(run.folder.parts[-2:]))
@@ -228,7 +359,7 @@ def test_a_grid_runs_for_real(grid, tmp_path):
     tree = read_yaml(grid)
     tree["set"] = [*SHORT, "sft.steps=2", "sft.more_steps=1", "grpo.steps=1"]
     # SFT comes with it.
-    tree["claims"][0] |= {"seeds": [3], "rows": ["GRPO"]}
+    tree["claims"][0] |= {"seeds": [3], "rows": ["GRPO"], "checks": []}
     write_grid(grid, tree)
     command = [sys.executable, "-m", "tools.reproduce", str(grid)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -239,7 +370,10 @@ def test_a_grid_runs_for_real(grid, tmp_path):
     assert "| GRPO | 1 | 0." in text
     folder = tmp_path / "runs" / "grpo" / "seed3"
     assert (folder / "eval" / "report.html").exists()
-    assert reproduce.read_state(folder)["cpu_minutes"] > 0.01
+    record = json.loads((tmp_path / "records" / "grpo-3.json").read_text())
+    assert record["cpu_minutes"] > 0.01
+    start, own = record["studies"]
+    assert len(start) == len(own)
 
 
 @pytest.mark.parametrize("text", ["grpo: {}", "claims: [{a: 1}]"])

@@ -340,7 +340,7 @@ def test_image_tokens_are_no_answer(policy, examples):
 
 @pytest.mark.parametrize(("kind", "shared"), [("default", True), ("dynamic", False)])
 def test_rotation_that_depends_on_the_length_is_not_shared(config, kind, shared):
-    tiny, processor = model.build_tiny(0, {})
+    tiny, processor = model.build_tiny(0, {}, data.corpus(config))
     tiny.config.text_config.rope_parameters["rope_type"] = kind
     assert model.Policy(tiny, processor, config).shared == shared
 

@@ -1,7 +1,13 @@
 """report.html: tables, training curves, cases with texts and boxes, and groups of samples.
 
 eval.evaluate_checkpoints writes it. The page stands alone: it holds its images and asks for no
-other file. Whatever a model wrote is shown as text.
+other file. Whatever a model wrote is shown as text. The README's figure is two cases of it:
+
+  python -m tools.report_page config.yaml [key=value ...] > docs/figure.svg
+
+One is a report, one a grounding question. Each is the median (of an even number, the upper one), by
+how many errors fewer the last model makes, of the cases that are abnormal and changed. An error is
+a label or a box that is missed or false.
 """
 
 import base64
@@ -10,6 +16,7 @@ import json
 import math
 import re
 from html import escape
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +24,16 @@ from PIL import Image
 
 from data import LABELS, Example, open_image, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
-from rewards import POSITIVE, UNCERTAIN, find_mentions, labeler
+from rewards import MAX_MATCHED, POSITIVE, UNCERTAIN, find_mentions, labeler, match_boxes
 from runtime.config import Config, InputError
+from runtime.processes import parse_args, run_main
 
 CASES = 60  # half of them reports, half grounding
 GROUPS = 2  # of each task
 SIDE = (300, 300)  # of a thumbnail, in pixels
 TASKS = ("report", "grounding")
-COLOURS = ("#2563a8", "#c2571a", "#2e8540", "#7b4fa3", "#8a6d1b", "#a83256")
+SVG = "http://www.w3.org/2000/svg"
+COLOURS = ("#2563a8", "#b8501a", "#2e8540", "#7b4fa3", "#8a6d1b", "#a83256")
 # Title of a plot -> its lines, a pattern of keys of metrics.jsonl. A group is a line's name.
 PLOTS = {
     "loss": "loss|eval_loss",
@@ -39,12 +48,16 @@ PLOTS = {
     "gradient norm": "grad_norm",
     "sampled against scored": "sampling/sampling_logp_difference/mean",
 }
-# Class of a chip by 2 * (is the label in the text?) + (is it in the reference?)
-CHIPS = ("", "fn", "fp", "tp")
+# Of a label or a box, by 2 * (does the model say it?) + (does the reference say it?)
+VERDICTS = ("right", "missed", "false", "found")
+# By (does a model say it?) - (does the first model say it?)
+GAINS = ("", "gained ", "lost ")
+# By 2 * (is it the same for the first and the last model?) + (is nothing there?)
+SECTIONS = ("changed, abnormal", "changed, normal", "unchanged, abnormal", "unchanged, normal")
 STYLE = """
 :root {
   --ink: #1d2733; --soft: #66727f; --line: #e2e6ea; --wash: #f6f8f9;
-  --good: #2e8540; --bad: #b3312c; --accent: #2563a8;
+  --good: #23703a; --bad: #b3312c; --accent: #2563a8;
 }
 * { box-sizing: border-box }
 body {
@@ -53,7 +66,10 @@ body {
 }
 h1 { font-size: 24px; margin: 0 }
 h2 { font-size: 18px; margin: 44px 0 12px }
-h3 { font-size: 14px; margin: 0 0 6px }
+h3, h4, h5 { font-size: 14px; margin: 0 0 6px }
+summary h3 { display: inline; font-size: 16px }
+h4 { color: var(--soft); font-weight: normal; font-size: 15px }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 p, small { color: var(--soft) }
 summary { cursor: pointer; color: var(--accent); margin: 10px 0 }
 
@@ -68,13 +84,11 @@ td small { margin-left: 6px }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 18px }
 .plots svg { width: 100%; display: block; background: var(--wash); border-radius: 4px }
 
-.case {
+article {
   display: grid; grid-template-columns: 260px 1fr; gap: 20px; padding: 18px 0;
   border-top: 1px solid var(--line);
 }
-.film { position: relative }
-.film img { width: 100%; display: block; border-radius: 4px; background: #000 }
-.film svg { position: absolute; inset: 0; width: 100%; height: 100% }
+.film { width: 100%; display: block; border-radius: 4px }
 .film rect { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
 .texts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 18px;
@@ -86,14 +100,17 @@ td small { margin-left: 6px }
   display: inline-block; font-size: 12px; padding: 1px 8px; margin: 6px 6px 0 0;
   border-radius: 9px; background: var(--wash); color: var(--soft);
 }
-.tp { background: #e4f2e7; color: var(--good) }
-.fp { background: #fae6e5; color: var(--bad) }
-.fn { background: #fff; color: var(--bad); border: 1px dashed var(--bad) }
-button {
-  font: inherit; font-size: 13px; padding: 3px 12px; margin: 0 6px 6px 0; cursor: pointer;
-  border: 1px solid var(--line); border-radius: 14px; background: #fff; color: var(--ink);
+.found, .right { background: #e4f2e7; color: var(--good) }
+.false { background: #fae6e5; color: var(--bad) }
+.missed { background: #fff; color: var(--bad); border: 1px dashed var(--bad) }
+.figure {
+  max-width: none; height: 100%; padding: 0 20px; line-height: 1.4;
+  display: flex; flex-direction: column; justify-content: space-evenly;
 }
-button[aria-pressed=true] { background: var(--ink); color: #fff; border-color: var(--ink) }
+.figure article { grid-template-columns: 200px 1fr; padding: 10px 0 }
+.figure article:first-of-type { border: 0 }
+.figure .texts { grid-template-columns: repeat(3, 1fr); gap: 14px }
+.figure .chip { font-size: 13px; margin: 3px 4px 0 0 }
 
 .sample {
   display: grid; grid-template-columns: 170px 1fr; gap: 14px; padding: 7px 0;
@@ -101,26 +118,9 @@ button[aria-pressed=true] { background: var(--ink); color: #fff; border-color: v
 }
 .sample div { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 0 }
 @media (max-width: 640px) {
-  .case, .sample { grid-template-columns: 1fr }
+  article, .sample { grid-template-columns: 1fr }
   body { padding: 18px 12px 60px }
 }
-"""
-SCRIPT = """
-const chosen = { task: "", outcome: "" };
-const buttons = document.querySelectorAll("button");
-for (const button of buttons) button.onclick = () => {
-  chosen[button.dataset.kind] = button.dataset.value;
-  for (const b of buttons)
-    b.setAttribute("aria-pressed", chosen[b.dataset.kind] === b.dataset.value);
-  let n = 0;
-  for (const c of document.querySelectorAll(".case")) {
-    const fits = (kind) => !chosen[kind] || c.dataset[kind] === chosen[kind];
-    const shown = fits("task") && fits("outcome");
-    c.style.display = shown ? "" : "none";
-    n += shown;
-  }
-  document.getElementById("shown").textContent = n + " shown";
-};
 """
 
 
@@ -133,9 +133,8 @@ def page(cfg: Config, results: dict, predictions: dict, examples: list[Example])
 <title>{out}</title><style>{STYLE}</style><h1>{out}</h1>
 <p>{escape(", ".join(predictions))} on {cfg.eval.split}; 95 % bootstrap intervals over patients.
 The top of eval.py says what each metric means.</p>
-{tables_html(results)}{"".join(map(curves, stages))}
-{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}
-<script>{SCRIPT}</script></html>"""
+<main>{tables_html(results)}{"".join(map(curves, stages))}
+{cases_html(cfg, predictions, examples)}{groups_html(stages[-1])}</main></html>"""
 
 
 # ------------------------------------------------------------------------------- tables
@@ -160,7 +159,7 @@ def html_table(metrics):
             html += table_cell(entry["value"], *entry["interval"])
         for name in others:
             html += table_cell(*models[name]["difference"], sign="+")
-    return f"<div class=scroll><table>{html}</table></div>"
+    return f"<div class=scroll tabindex=0 role=group aria-label=metrics><table>{html}</table></div>"
 
 
 def tables_html(results):
@@ -198,8 +197,7 @@ def plot(title, lines):
             top = 112 - 100 * (heights - y.min()) / (np.ptp(y) or 1)
             points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(left, top))
             svg += f'<polyline fill=none stroke={colour} {style} points="{points}" />'
-        if len(lines) > 1:
-            key += f' <small style="color:{colour}">{escape(name)}</small>'
+        key += f' <small style="color:{colour}">{escape(name)}</small>'
     span = f"{y.min():.3g} to {y.max():.3g}, steps {x.min():.0f} to {x.max():.0f}"
     return f"""<div><h3>{title}</h3>
 <svg viewBox="0 0 300 120" role="img" aria-label="{title}: {span}">{svg}</svg>
@@ -251,17 +249,22 @@ def sample_html(sample):
 # ------------------------------------------------------------------------------- cases
 
 
-def thumbnail(example):
-    """The example's first image as a data URL."""
+def film(example, boxes):
+    """The example's first image, and boxes (SVG) on it."""
     try:
         image = open_image(example.images[0]).convert("L")
     except InputError:
         # Predictions of another program can be shown without the images.
         image = Image.new("L", SIDE)
     image.thumbnail(SIDE)
+    width, height = image.size
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=72)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    jpeg = base64.b64encode(buffer.getvalue()).decode()
+    return f"""<svg xmlns="{SVG}" class="film" viewBox="0 0 {width} {height}" role="img"
+aria-label="Image of {escape(example.id)}, {boxes.count("<rect")} boxes">
+<image href="data:image/jpeg;base64,{jpeg}" width="{width}" height="{height}"/>
+<g transform="scale({width} {height})">{boxes}</g></svg>"""
 
 
 def box_svg(boxes, colour, dashes="none"):
@@ -274,101 +277,123 @@ stroke="{colour}" stroke-dasharray="{dashes}"/>"""
 
 def underlined(text):
     """The text as HTML. The phrases that the built-in rules read labels from are underlined."""
-    phrases = {phrase for _, _, phrase, *_ in find_mentions(text) if phrase.strip()}
-    if not phrases:
+    phrases = {escape(phrase) for _, _, phrase, *_ in find_mentions(text)}
+    # Longer phrases first.
+    pattern = "|".join(map(re.escape, sorted(phrases, key=len, reverse=True)))
+    if not pattern:
         return escape(text)
-    # Longer phrases first. The rules have read the text with other blanks and hyphens.
-    longest_first = map(re.escape, sorted(phrases, key=len, reverse=True))
-    pattern = re.sub(r"(\\[\s-])+", r"[\\s-]+", "|".join(longest_first))
-    parts = [escape(part) for part in re.split(rf"(?i)\b((?:{pattern})\w*)", text)]
-    # Plain text and phrases take turns.
-    parts[1::2] = [f"<u>{phrase}</u>" for phrase in parts[1::2]]
-    return "".join(parts)
+    return re.sub(rf"(?i)\b((?:{pattern})\w*)", r"<u>\1</u>", escape(text))
 
 
-def column(title, text, prediction, chips, colour="inherit"):
+def column(title, text, prediction, chips, colour):
     """What a model answered: `text` and `chips` are HTML."""
     thinking = ""
     if prediction["thinking"]:
         thought = escape(prediction["thinking"])
         thinking = f"<details><summary>thinking</summary><p>{thought}</p></details>"
-    return f"""<div><h3 style="color:{colour}">{escape(title)}</h3><p>{text or "(empty)"}</p>
+    return f"""<div><h5 style="color:{colour}">{escape(title)}</h5><p>{text or "(empty)"}</p>
 {chips}{thinking}</div>"""
 
 
-def report_case(example, predictions, read_labels):
-    """The outcome for the last model, no SVG, and the texts with their labels as chips."""
-    (true,) = np.isin(read_labels([example.answer]), (POSITIVE, UNCERTAIN))
-    html = f"<div><h3>reference</h3><p>{underlined(example.answer)}</p></div>"
-    for name, p in predictions.items():
-        (found,) = np.isin(read_labels([p["answer"]]), (POSITIVE, UNCERTAIN))
-        kinds = [CHIPS[i] for i in 2 * found + true]
-        chips = ""
-        for label, kind in zip(LABELS, kinds):
-            if kind:
-                chips += f'<span class="chip {kind}">{label}</span>'
-        html += column(name, underlined(p["answer"]), p, chips)
+def findings(example, answers, read_labels):
+    """What the reference says, then what each answer says: sets of labels, or of boxes found."""
+    if example.task == "report":
+        states = read_labels([example.answer, *answers])
+        # No Finding is no finding.
+        there = np.isin(states, (POSITIVE, UNCERTAIN))[:, 1:]
+        return [set(compress(LABELS[1:], row)) for row in there]
 
-    # No Finding does not count.
-    if "fn" in kinds[1:]:
-        return "missed", "", html
-    return "false alarm" if "fp" in kinds[1:] else "right", "", html
-
-
-def grounding_case(example, predictions):
-    """The outcome for the last model, the boxes as SVG, and the texts."""
-    svg = box_svg(example.boxes, "#ffffff", "4")
-    html = f"<div><h3>reference (dashed)</h3><p>{escape(example.answer)}</p></div>"
-    for (name, p), colour in zip(predictions.items(), COLOURS):
-        boxes, score = parse_boxes(p["answer"]), soft_f1_of(p)
-        svg += box_svg(boxes, colour)
-        chip = f"<span class=chip>soft-F1 {score:.2f}</span>"
-        html += column(name, escape(p["answer"]), p, chip, colour)
-
-    outcome = "wrong place"
-    if score >= 0.5:
-        outcome = "right"
-    elif not example.boxes:
-        outcome = "false alarm"
-    elif not boxes:
-        outcome = "missed"
-    view = 'viewBox="0 0 1 1" preserveAspectRatio="none" role="img" aria-label="boxes"'
-    return outcome, f"<svg {view}>{svg}</svg>", html
+    said = []
+    for boxes in [example.boxes, *map(parse_boxes, answers)]:
+        pairs = match_boxes(boxes[:MAX_MATCHED], example.boxes)
+        found = {f"box {place + 1}" for _, place, overlap in pairs if overlap >= 0.5}
+        if len(boxes) > len(found):
+            found.add("other boxes")
+        said.append(found)
+    return said
 
 
-def buttons_html(kind, values):
-    html = f'<button data-kind={kind} data-value="" aria-pressed=true>every {kind}</button>'
-    for value in values:
-        html += f'<button data-kind={kind} data-value="{value}" aria-pressed=false>{value}</button>'
-    return f"<div>{html}</div>"
+def chips_html(true, first, said):
+    """What a model says or misses, and what it says or misses otherwise than the first model."""
+    html = ""
+    for name in sorted(true | first | said):
+        verdict = VERDICTS[2 * (name in said) + (name in true)]
+        gain = GAINS[(name in said) - (name in first)]
+        html += f'<span class="chip {verdict}">{gain}{name}: {verdict}</span>'
+    return html
+
+
+def case_html(example, predictions, true, said):
+    """One example with the answers of all models."""
+    reference = example.boxes
+    if example.task == "report":
+        # A phantom knows where its findings are.
+        drawn = getattr(example.images[0], "boxes", {})
+        reference = chain.from_iterable(drawn.values())
+    boxes = box_svg(reference, "#ffffff", "4")
+    texts = f"<div><h5>reference</h5><p>{underlined(example.answer)}</p></div>"
+    for (name, p), own, colour in zip(predictions.items(), said, COLOURS):
+        boxes += box_svg(parse_boxes(p["answer"]), colour)
+        chips = chips_html(true, said[0], own)
+        if example.task == "grounding":
+            chips += f'<span class="chip">soft-F1 {soft_f1_of(p):.2f}</span>'
+        texts += column(name, underlined(p["answer"]), p, chips, colour)
+    return f"""<div>{film(example, boxes)}<small>{escape(example.id)}</small></div>
+<div><h4>{escape(example.question)}</h4><div class="texts">{texts}</div></div>"""
 
 
 def cases_html(cfg, predictions, examples):
-    """Some examples with the answers of all models, drawn by the seed."""
+    """Some examples, drawn by the seed. First those that the last model answers otherwise."""
     read_labels = labeler(cfg.rewards)
     order = np.random.default_rng(cfg.seed).permutation(len(examples))
-    chosen = []
+    sections = dict.fromkeys(SECTIONS, "")
     for task in TASKS:
-        chosen += [i for i in order if examples[i].task == task][: CASES // 2]
-    if not chosen:
-        return ""
+        for i in [i for i in order if examples[i].task == task][: CASES // 2]:
+            own = {name: rows[i] for name, rows in predictions.items()}
+            answers = [p["answer"] for p in own.values()]
+            true, *said = findings(examples[i], answers, read_labels)
+            section = SECTIONS[2 * (said[0] == said[-1]) + (not true)]
+            fewer = len(said[0] ^ true) - len(said[-1] ^ true)
+            sections[section] += f"""<article data-case="{section}, {task}, {fewer}">
+{case_html(examples[i], own, true, said)}</article>"""
 
-    cases, outcomes = "", set()
-    for i in chosen:
-        example = examples[i]
-        own = {name: rows[i] for name, rows in predictions.items()}
-        if example.task == "report":
-            outcome, svg, texts = report_case(example, own, read_labels)
-        else:
-            outcome, svg, texts = grounding_case(example, own)
-        outcomes.add(outcome)
-        name = escape(example.id)
-        cases += f"""<div class=case data-task="{example.task}" data-outcome="{outcome}"><div>
-<div class=film><img src="{thumbnail(example)}" alt="Image of {name}" loading=lazy>{svg}</div>
-<small>{name}</small></div><div><p>{escape(example.question)}</p>
-<div class=texts>{texts}</div></div></div>"""
-    return f"""<h2>Cases</h2>
-{buttons_html("task", TASKS)}{buttons_html("outcome", sorted(outcomes))}
-<p>Underlined: phrases that the built-in rules read. <span class="chip tp">found</span><span
-class="chip fp">not in the reference</span><span class="chip fn">missed</span></p>
-<p id=shown>{len(chosen)} shown</p>{cases}"""
+    html = ""
+    for title, cases in sections.items():
+        html += f"""<details open><summary><h3>{title}: {cases.count("<article")}</h3></summary>
+{cases}</details>"""
+    return f"""<h2>Cases</h2><p>Drawn by the seed, {CASES // 2} of each task. Changed: the last
+model has other labels than the first one, or finds other boxes (IoU 0.5). Gained and lost: against
+the first model. Found, missed, false and right: against the reference. Underlined: phrases that the
+built-in rules read. Dashed boxes: the reference.</p>{html}"""
+
+
+# ------------------------------------------------------------------------------- the figure
+
+
+def figure(page: str) -> str:
+    """Two cases of a page as SVG. Raises InputError."""
+    rows = ""
+    for task in TASKS:
+        pattern = rf'<article data-case="{SECTIONS[0]}, {task}, (.+?)">(.*?)</article>'
+        cases = re.findall(pattern, page, re.DOTALL)
+        if not cases:
+            raise InputError(f"the page has no case of {task} that is {SECTIONS[0]}")
+        cases.sort(key=lambda case: int(case[0]))
+        _, middle = cases[len(cases) // 2]
+        rows += f"<article>{middle}</article>"
+    return f"""<svg xmlns="{SVG}" viewBox="0 0 920 680" role="img">
+<title>A report and boxes before and after GRPO</title><foreignObject width="920" height="680">
+<body xmlns="http://www.w3.org/1999/xhtml" class="figure"><style>{STYLE}</style>{rows}</body>
+</foreignObject></svg>"""
+
+
+def main():
+    cfg, _ = parse_args(__doc__)
+    path = Path(cfg.out, "eval", "report.html")
+    if not path.exists():
+        raise InputError(f"{path}: no such page; eval.py writes it")
+    print(figure(path.read_text()))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -2,44 +2,44 @@
 
   python -m tools.reproduce configs/ablations/grid.yaml
 
-RESULTS.md is written after each row and seed. What is done is kept, what was interrupted continues
+Every run leaves a record, results/ROW-SEED.json: what was measured, on each study too, with which
+commands, by the code of which commit. RESULTS.md is made from the records after each run, and its
+verdicts are computed (see `judge`). What has a record is not run again, here or on another machine,
+as long as its commands and tests/trajectories.json stay as they were. What was interrupted goes on
 from its last checkpoint. The same command in a second terminal takes rows that the first is not at.
 The grid file explains its format.
 """
 
 import argparse
 import fcntl
+import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from eval import soft_f1_of
+from rewards import extract_labels, mccs
 from runtime.checkpoint import last_step
 from runtime.config import InputError, load_config, read_yaml
 from runtime.output import write_atomically
 from runtime.processes import run_main
 
 ROOT = Path(__file__).parents[1]
-METRICS = "eval/metrics.json"  # in the folder of a run
-# The metrics that are shown, with their blocks; those whose difference to the start is shown, too.
-SHOWN = {
-    "ce_f1_macro13": "reports",
-    "ce_f1_macro5": "reports",
-    "ce_f1_micro13": "reports",
-    "ce_recall_micro13": "reports",
-    "bleu4": "reports",
-    "mean_words": "reports",
-    "soft_f1": "grounding",
-    "map50": "grounding",
-}
-GAINS = ("ce_f1_macro13", "ce_recall_micro13", "soft_f1", "map50")
+GRID_KEYS = ("config", "out", "records", "results", "start", "set", "rows", "claims")
+CLAIM_KEYS = ("title", "paper", "seeds", "rows", "metrics", "checks")
+PARTS = 10  # of a run, in the table of what its training went through
+# Student's t of a 95 % interval, for 1, 2, .. degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 # ------------------------------------------------------------------------------- the grid
 
@@ -48,10 +48,13 @@ GAINS = ("ce_f1_macro13", "ce_recall_micro13", "soft_f1", "map50")
 class Run:
     """A row of the grid with one seed."""
 
+    row: str
+    seed: int
     stage: str  # "sft" | "more" | "cold_start" | "grpo"
     folder: Path
+    record: Path
     start: str | None  # the row whose checkpoint it starts from
-    commands: list[list[str]]
+    commands: list[str]
 
 
 def find_row(grid, name):
@@ -61,29 +64,31 @@ def find_row(grid, name):
     return {"stage": "grpo", "start": grid["start"], "set": [], **(grid["rows"][name] or {})}
 
 
-def folder_of(grid, name, seed):
-    return Path(grid["out"], re.sub(r"\W+", "_", name).strip("_").lower(), f"seed{seed}")
+def file_name(row):
+    return re.sub(r"\W+", "_", row).strip("_").lower()
 
 
 def grid_run(grid, name, seed):
     """The commands of a row. All but plain SFT are evaluated beside the row they start from."""
     row = find_row(grid, name)
     stage, start = row["stage"], row["start"]
-    folder = folder_of(grid, name, seed)
+    folder = Path(grid["out"], file_name(name), f"seed{seed}")
+    record = Path(grid["records"], f"{file_name(name)}-{seed}.json")
     settings = [grid["config"], f"seed={seed}", *grid["set"], *row["set"], f"out={folder}"]
     train = ["train_sft.py", *settings]
     evaluate = ["eval.py", *settings, "--checkpoint", str(folder / stage)]
     if stage == "sft":
-        return Run(stage, folder, None, [train, evaluate])
+        return Run(name, seed, stage, folder, record, None, [train, evaluate])
 
-    before = str(folder_of(grid, start, seed) / find_row(grid, start)["stage"])
+    before = Path(grid["out"], file_name(start), f"seed{seed}", find_row(grid, start)["stage"])
     if stage == "grpo":
         # It ends with an evaluation.
-        train = ["train_grpo.py", *settings, f"grpo.init={before}/best"]
-        return Run(stage, folder, start, [train])
-    train += [f"sft.stage={stage}", f"sft.init={before}/best"]
-    evaluate.insert(-1, before)
-    return Run(stage, folder, start, [train, evaluate])
+        commands = [["train_grpo.py", *settings, f"grpo.init={before}/best"]]
+    else:
+        train += [f"sft.stage={stage}", f"sft.init={before}/best"]
+        evaluate.insert(-1, str(before))
+        commands = [train, evaluate]
+    return Run(name, seed, stage, folder, record, start, commands)
 
 
 def check_keys(where, tree, keys):
@@ -92,7 +97,23 @@ def check_keys(where, tree, keys):
             raise InputError(f"{where}: no key {key!r}; a grid is like configs/ablations/grid.yaml")
 
 
-def needed_runs(grid):
+def read_grid(path):
+    grid = read_yaml(path)
+    check_keys(path, grid, GRID_KEYS)
+    for n, claim in enumerate(grid["claims"]):
+        where = f"{path}, claims[{n}]"
+        check_keys(where, claim, CLAIM_KEYS)
+        for m, check in enumerate(claim["checks"]):
+            check_keys(f"{where}, checks[{m}]", check, ("metric", "row", "against"))
+            if ("above" in check) == ("below" in check):
+                raise InputError(f"{where}, checks[{m}]: expected either above or below")
+            for name in (check["row"], check["against"]):
+                if name not in claim["rows"]:
+                    raise InputError(f"{where}, checks[{m}]: {name!r} is none of its rows")
+    return grid
+
+
+def all_runs(grid):
     """{(row, seed): run} of all claims, with the rows that they start from."""
     runs = {}
     for claim in grid["claims"]:
@@ -105,18 +126,31 @@ def needed_runs(grid):
     return runs
 
 
+def runs_left(runs):
+    """Those without a record, and starts whose checkpoint they need."""
+    left = {}
+    for run in runs.values():
+        if read_record(run):
+            continue
+        left[run.row, run.seed] = run
+        while run.start:
+            run = runs[run.start, run.seed]
+            if Path(run.folder, run.stage, "best").exists():
+                break
+            left[run.row, run.seed] = run
+    return left
+
+
 # ------------------------------------------------------------------------------- running it
 
 
 def reproduce(path: str) -> None:
     """Run the grid of a file."""
-    grid = read_yaml(path)
-    check_keys(path, grid, ("config", "out", "results", "start", "set", "rows", "claims"))
-    for n, claim in enumerate(grid["claims"]):
-        check_keys(f"{path}, claims[{n}]", claim, ("title", "paper", "rows", "seeds"))
-
-    left = needed_runs(grid)
-    bar = tqdm(total=len(left), desc="grid")
+    grid = read_grid(path)
+    runs = all_runs(grid)
+    left = runs_left(runs)
+    bar = tqdm(desc="grid", total=len(runs), initial=len(runs) - len(left))
+    write_atomically(Path(grid["results"]), grid_text(grid, path))
     while left:
         done = run_next(left, path)
         if done is None:
@@ -146,14 +180,15 @@ def run_unless_locked(run, where):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if not read_state(run.folder)["done"]:
+        if not read_state(run)["done"]:
             run_commands(run, where)
+        write_record(run)
     return True
 
 
-def read_state(folder):
+def read_state(run):
     """Is a run done, and how many CPU minutes has it taken so far?"""
-    path = folder / "state.json"
+    path = run.folder / "state.json"
     return json.loads(path.read_text()) if path.exists() else {"done": False, "cpu_minutes": 0.0}
 
 
@@ -165,12 +200,12 @@ def child_minutes():
 
 def run_commands(run, where):
     """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
-    state, before = read_state(run.folder), child_minutes()
+    state, before = read_state(run), child_minutes()
     _, config_path, *overrides = run.commands[0]
     config = load_config(config_path, overrides)
     steps = {"grpo": config.grpo.steps, "more": config.sft.more_steps}
     n_steps = steps.get(run.stage, config.sft.steps)
-    metrics = run.folder / METRICS
+    metrics = run.folder / "eval" / "metrics.json"
     metrics.unlink(missing_ok=True)
     try:
         for script, *args in run.commands:
@@ -182,6 +217,7 @@ def run_commands(run, where):
             if code or last_step(run.folder / run.stage) < n_steps:
                 break
         state["done"] = not code and metrics.exists()
+        state["commit"] = commit()
     finally:
         state["cpu_minutes"] += child_minutes() - before
         write_atomically(run.folder / "state.json", json.dumps(state))
@@ -191,64 +227,205 @@ def run_commands(run, where):
         )
 
 
+def commit():
+    """The commit of this code; "" in a copy without git."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+# ------------------------------------------------------------------------------- records
+
+
+def trajectories():
+    """What all numbers hang on: it changes when training or decoding does."""
+    return hashlib.sha256((ROOT / "tests" / "trajectories.json").read_bytes()).hexdigest()[:16]
+
+
+def rounded(value):
+    return None if value is None else round(float(value), 4)
+
+
+def write_record(run):
+    """What a run has measured: its start first, where it has one, then itself."""
+    blocks = json.loads((run.folder / "eval" / "metrics.json").read_text())
+    metrics, models = {}, []
+    for block in ("reports", "grounding"):
+        for metric, by_model in blocks.get(block, {}).items():
+            models = list(by_model)
+            metrics[metric] = [rounded(by_model[model]["value"]) for model in models]
+    state = read_state(run)
+    record = {
+        "row": run.row,
+        "seed": run.seed,
+        "commands": run.commands,
+        "trajectories": trajectories(),
+        "commit": state["commit"],
+        "cpu_minutes": round(state["cpu_minutes"], 2),
+        "metrics": metrics,
+        "training": training_course(run),
+        "studies": [study_scores(run.folder / "eval" / f"{model}.jsonl") for model in models],
+    }
+    write_atomically(run.record, json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def read_record(run):
+    """None if there is none, or one of other commands or other code."""
+    if not run.record.exists():
+        return None
+    record = json.loads(run.record.read_text())
+    current = (run.commands, trajectories())
+    return record if (record["commands"], record["trajectories"]) == current else None
+
+
+def training_course(run):
+    """{metric: its means in each tenth of the steps}, of what every step has."""
+    lines = (run.folder / run.stage / "metrics.jsonl").read_text().splitlines()
+    steps = list(map(json.loads, lines))
+    course = {}
+    for metric in set.intersection(*map(set, steps)):
+        parts = np.array_split([step[metric] for step in steps], PARTS)
+        course[metric] = [rounded(part.mean()) for part in parts if len(part)]
+    return course
+
+
+def study_scores(path):
+    """MCCS of each report and soft-F1 of each answer with boxes, in the order of a file."""
+    scores = []
+    for prediction in map(json.loads, path.read_text().splitlines()):
+        if prediction["task"] == "grounding":
+            scores.append(rounded(soft_f1_of(prediction)))
+            continue
+        answer, reference = prediction["answer"], prediction["reference"]
+        (score,) = mccs(extract_labels([answer]), extract_labels([reference]))
+        scores.append(rounded(score))
+    return scores
+
+
+# ------------------------------------------------------------------------------- verdicts
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and its 95 % t-interval over the seeds: infinite for a single one."""
+    mean, half = np.mean(values), math.inf
+    if len(values) > 1:
+        half = T_95[len(values) - 2] * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(mean), float(mean - half), float(mean + half)
+
+
+def judge(differences: Sequence[float], bound: float, above: bool) -> tuple[str, int]:
+    """Does "the difference lies above (or below) the bound" hold? And for how many seeds?
+
+    "holds" if the 95 % t-interval of the mean lies on the claimed side of the bound, "reversed" if
+    it lies on the other one, else "not shown". differences: one for each seed, of two rows that
+    were measured on the same studies.
+    """
+    sign = 1 if above else -1
+    gaps = [sign * (difference - bound) for difference in differences]
+    _, low, high = interval(gaps)
+    verdict = "not shown"
+    if low > 0:
+        verdict = "holds"
+    elif high < 0:
+        verdict = "reversed"
+    return verdict, sum(gap > 0 for gap in gaps)
+
+
 # ------------------------------------------------------------------------------- RESULTS.md
 
 
 def grid_text(grid, path):
-    """RESULTS.md: a table for each claim."""
-    states = [read_state(run.folder) for run in needed_runs(grid).values()]
-    minutes = [state["cpu_minutes"] for state in states if state["done"]]
+    """RESULTS.md: for each claim its verdicts, a table of its rows, and what they went through."""
+    runs = all_runs(grid)
+    records = {key: read_record(run) for key, run in runs.items()}
+    records = {key: record for key, record in records.items() if record}
+    minutes = [record["cpu_minutes"] for record in records.values()]
+    commits = sorted({record["commit"] for record in records.values()})
     parts = [
         "# The papers' claims in miniature",
         f"`python -m tools.reproduce {path}`: phantoms and the built-in 2.4 M-parameter model. "
-        f"Mean [lowest, highest] over the seeds that are done. {len(minutes)} of {len(states)} "
-        f"runs, {sum(minutes) / 60:.1f} CPU-hours, the longest {max(minutes, default=0):.0f} "
-        f"CPU-minutes.",
+        f"{len(records)} of {len(runs)} runs, {sum(minutes) / 60:.1f} CPU-hours, the longest "
+        f"{max(minutes, default=0):.0f} CPU-minutes. Code: {', '.join(commits) or '-'}.",
         grid.get("setting", "").strip(),
     ]
     for claim in grid["claims"]:
-        parts += [f"## {claim['title']}", claim["paper"].strip(), claim_table(grid, claim)]
+        found = {name: [] for name in claim["rows"]}
+        for seed in claim["seeds"]:
+            for name in claim["rows"]:
+                if (name, seed) in records:
+                    found[name].append(records[name, seed])
+        parts += [f"## {claim['title']}", claim["paper"].strip()]
+        parts += [verdict_table(claim, found), value_table(claim, found)]
+        parts += [course_table(claim["course"], found)] if "course" in claim else []
         parts.append(claim.get("reading", "").strip())
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def claim_table(grid, claim):
-    head = ["", "seeds", *SHOWN, *(f"{metric} - start" for metric in GAINS)]
-    rows = [table_row(grid, name, claim["seeds"]) for name in claim["rows"]]
-
-    # A column compares rows, so one with a single value says nothing.
-    most = max(len(rows) - 2, 0)
-    kept = [column for column in zip(head, *rows) if column.count("-") <= most]
-    head, *rows = zip(*kept)
-    rule = ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows])
+def markdown(rows):
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table_row(grid, name, seeds):
-    results = []
-    for seed in seeds:
-        folder = folder_of(grid, name, seed)
-        if read_state(folder)["done"]:
-            results.append(json.loads((folder / METRICS).read_text()))
+def verdict_table(claim, found):
+    rows = [["claim", "difference, 95 % t-interval", "seeds for it", "verdict"]]
+    for check in claim["checks"]:
+        metric, row, other = check["metric"], check["row"], check["against"]
+        side = "above" if "above" in check else "below"
+        bound = check[side]
+        own, others = values_by_seed(found[row], metric), values_by_seed(found[other], metric)
+        differences = [own[seed] - others[seed] for seed in own.keys() & others.keys()]
+        cells = ["-", "-", "no runs"]
+        if differences:
+            verdict, n = judge(differences, bound, side == "above")
+            mean, low, high = interval(differences)
+            seeds = f"{n} of {len(differences)}"
+            cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", seeds, f"**{verdict}**"]
+        rows.append([f"{row} - {other}: {metric} {side} {bound:g}", *cells])
+    return markdown(rows)
 
-    values, gains = [], []
-    for metric, block in SHOWN.items():
-        # The last model is the row's own. Its start stands before it.
-        measured = [blocks.get(block, {}).get(metric, {}) for blocks in results]
-        models = [list(by_model.values()) for by_model in measured if by_model]
-        values.append(spread([own["value"] for *_, own in models]))
-        if metric in GAINS:
-            changes = [own["difference"][0] for *start, own in models if start]
-            gains.append(spread(changes, "+"))
-    return [name, str(len(results)), *values, *gains]
+
+def values_by_seed(records, metric):
+    """{seed: value} of a row."""
+    return {record["seed"]: value[-1] for record in records if (value := measured(record, metric))}
 
 
-def spread(values, sign=""):
-    """Mean, lowest and highest over the seeds."""
-    values = [v for v in values if v is not None]
-    if not values:
+def measured(record, metric):
+    """The values of a row's start, if it has one, and of the row; [] if it was not measured."""
+    values = record["metrics"].get(metric, [])
+    return [] if None in values else values
+
+
+def value_table(claim, found):
+    """Means over the seeds, and in brackets the mean difference to the row's own start."""
+    rows = [["", "seeds", "CPU min", *claim["metrics"]]]
+    for name, records in found.items():
+        minutes = [record["cpu_minutes"] for record in records]
+        cells = [value_cell(records, metric) for metric in claim["metrics"]]
+        rows.append([name, str(len(records)), f"{np.mean(minutes or [0]):.1f}", *cells])
+    return markdown(rows)
+
+
+def value_cell(records, metric):
+    values = [measured(record, metric) for record in records]
+    own = [value[-1] for value in values if value]
+    gains = [value[-1] - value[0] for value in values if len(value) > 1]
+    if not own:
         return "-"
-    return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]"
+    return f"{np.mean(own):.3f}" + (f" ({np.mean(gains):+.3f})" if gains else "")
+
+
+def course_table(course, found):
+    """How a row's training went, in tenths of it: means over the seeds."""
+    courses = [record["training"] for record in found[course["row"]]]
+    rows = [[f"{course['row']}, tenths", *map(str, range(1, PARTS + 1))]]
+    for metric in course["metrics"]:
+        values = [training[metric] for training in courses if metric in training]
+        if values:
+            rows.append([metric, *(f"{value:.3f}" for value in np.mean(values, 0))])
+    return markdown(rows)
 
 
 def main():

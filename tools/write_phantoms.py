@@ -1,0 +1,51 @@
+"""Write phantoms as IU X-Ray lies on disk (R2Gen's layout), to try its recipe without its data.
+
+  python -m tools.write_phantoms data/phantoms_as_iu_xray [--train 2000] [--val 300] [--test 600]
+
+FOLDER gets annotation.json, with reports and splits, and images/ID/0.png.
+"""
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+
+from data import QUESTIONS
+from readers import phantom
+from runtime.output import progress, write_atomically
+from runtime.processes import run_main
+
+
+def write_phantoms(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
+    """Write studies of each split with a report."""
+    annotation = {}
+    for split, size in sizes.items():
+        # Of the two sets, the first has the reports.
+        studies = islice(phantom.read(seed, split, size, QUESTIONS), size)
+        rows = []
+        for study in progress(studies, split, total=size):
+            (report,) = study.asked
+            name = f"phantom{study.id}"  # an underscore would end the patient
+            image = Path(name, "0.png")
+            path = folder / "images" / image
+            path.parent.mkdir(parents=True, exist_ok=True)
+            study.images[0].image.save(path)
+            rows.append({"id": name, "report": report.answer, "image_path": [str(image)]})
+        annotation[split] = rows
+    write_atomically(folder / "annotation.json", json.dumps(annotation))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    sizes = {"train": 2000, "val": 300, "test": 600}
+    for split, size in sizes.items():
+        parser.add_argument(f"--{split}", type=int, default=size)
+    args = parser.parse_args()
+    write_phantoms(args.folder, {split: getattr(args, split) for split in sizes})
+
+
+if __name__ == "__main__":
+    run_main(main)
