@@ -1210,16 +1210,17 @@ def read_rows(text):
 
 
 def describe(config):
-    """The tables as rows, and the text."""
-    text = inspect_data.Description(config).text()
-    return read_rows(text), text
+    """The tables as rows, the text, and the policy whose tokens are counted."""
+    description = inspect_data.Description(config)
+    text = description.text()
+    return read_rows(text), text, description.policy
 
 
 def test_the_description_counts(tmp_path):
     root = layouts.everything(tmp_path)
     (root / "iu_xray" / "images_normalized" / "5_Frontal.dcm.png").unlink()
     (root / "iu_xray" / "images_normalized" / "6_Frontal.dcm.png").write_bytes(b"no image")
-    rows, text = describe(load(f"data.path={root}", MIXTURE))
+    rows, text, _ = describe(load(f"data.path={root}", MIXTURE))
     # Examples, studies, patients; words, widths, heights, tokens.
     assert rows["mimic_cxr", "train", "report"][:3] == ["3", "3", "2"]
     assert rows["ms_cxr", "val", "phrase"][:3] == ["1", "1", "1"]
@@ -1237,23 +1238,23 @@ def test_the_description_counts_what_is_clipped_and_skipped(tmp_path):
     # Of two studies: one box reaches outside, one has its corners swapped.
     replace_in(path, "0.5, 0.4, 0.9", "0.5, 1.4, 0.9")
     replace_in(path, "0.1, 0.5, 0.4, 0.9", "0.4, 0.5, 0.1, 0.9")
-    _, text = describe(of("padchest_gr", root, "data.on_error=skip"))
+    _, text, _ = describe(of("padchest_gr", root, "data.on_error=skip"))
     assert "train, padchest_gr: skipped 1 examples or boxes, clipped 1 boxes, such as" in text
     assert "it is clipped" in text
     assert "it is left out" in text
 
 
-def test_the_lengths_are_of_what_is_trained(tmp_path, policy):
+def test_the_lengths_are_of_what_is_trained(tmp_path):
     """Traces and tags included."""
     config = of("iu_xray", layouts.r2gen(tmp_path), "data.thinking=true")
-    rows, _ = describe(config)
+    rows, _, policy = describe(config)
     lengths = [len(policy.encode_target(e)) for e in load_split(config, "train")]
     assert rows["iu_xray", "train", "report"][-1] == inspect_data.spread(lengths).replace(" ", "")
 
 
-def test_tokens_are_those_of_the_model(tmp_path, policy):
+def test_tokens_are_those_of_the_model(tmp_path):
     config = of("llava", layouts.llava(tmp_path), "model.max_pixels=9216")
-    rows, _ = describe(config)
+    rows, _, policy = describe(config)
     examples = only(load_split(config, "val"), "report")
     prompts = [len(policy.encode(e)) for e in examples]
     answers = [len(policy.encode_target(e)) for e in examples]

@@ -53,10 +53,11 @@ class Description:
         self.config = replace(config, data=replace(config.data, on_error="skip"))
         self.stops = config.data.on_error == "stop"
         self.rng = np.random.default_rng(config.seed)
-        self.policy = load_policy(config, weights=False)
         self.counts = [HEAD.split(",")]
         self.labels = [["positive or uncertain", *LABELS]]
         self.notices = []
+        # The tokenizer of the tiny model is made from the data, if they can be read.
+        self.policy = self.tried(load_policy, self.config, None, False)
         self.images = set()
         self.shown = []
         for split in ("train", "val", "test"):
@@ -102,7 +103,8 @@ class Description:
         studies = {e.images for e in examples}
         patients = {e.patient for e in examples}
         counts = [str(len(items)) for items in (examples, studies, patients)]
-        numbers = {e: self.tried(self.measure, e) for e in examples[:MEASURED]}
+        few = examples[:MEASURED] if self.policy else []
+        numbers = {e: self.tried(self.measure, e) for e in few}
         usable = [e for e in numbers if numbers[e]]
         columns = list(zip(*(numbers[e] for e in usable))) or [()] * 5
         self.counts.append([*names, *counts, *map(spread, columns)])
