@@ -30,14 +30,16 @@ TEXTS = "ecgen-radiology/*.xml"
 def read(source: Source, split: str, skip: Skip) -> Studies:
     path = locate(source, "annotation.json", REPORTS, TEXTS)
     if path.name == "annotation.json":
-        yield from read_r2gen(source, path, split, skip, r2gen_patient, usual_view)
-        return
-    read_all = read_kaggle if path.name == REPORTS else read_openi
-    studies = {study.id: study for study in read_all(source, path, skip)}
-    # A study is a patient here.
-    splits = hash_split(studies)
-    chosen = [study for uid, study in studies.items() if splits[uid] == split]
-    yield from choose_views(chosen, source, f"{path}, {split}")
+        studies = list(read_r2gen(source, path, split, skip, r2gen_patient))
+        for study in studies:
+            study.images = usual_views(study.images)
+    else:
+        read_all = read_kaggle if path.name == REPORTS else read_openi
+        everyone = list(read_all(source, path, skip))
+        # A study is a patient here.
+        splits = hash_split(study.id for study in everyone)
+        studies = [study for study in everyone if splits[study.id] == split]
+    yield from choose_views(studies, source, f"{path}, {split}")
 
 
 def r2gen_patient(row):
@@ -45,8 +47,9 @@ def r2gen_patient(row):
     return "iu/" + study.removeprefix("CXR")
 
 
-def usual_view(k, _):
-    return "lateral" if k else "frontal"
+def usual_views(images):
+    """(view, path) of each, where the first is frontal."""
+    return [("lateral" if k else "frontal", image) for k, image in enumerate(images)]
 
 
 def read_kaggle(source, path, skip):
@@ -79,9 +82,9 @@ def read_openi(source, path, skip):
             sections[name] = " ".join(part.itertext())
         findings = sections.get("FINDINGS", "").strip()
         report = findings or sections.get("IMPRESSION", "")
-        names = sorted(f"{image.get('id')}.png" for image in tree.iter("parentImage"))
         images = []
-        for k, name in enumerate(names):
-            image = first_file(source.image_root(), ("NLMCXR_png", ""), name)
-            images.append((usual_view(k, image), image))
-        yield Study(file.stem, f"iu/{file.stem}", images, str(file), report)
+        for image in tree.iter("parentImage"):
+            name = f"{image.get('id')}.png"
+            images.append(first_file(source.image_root(), ("NLMCXR_png", ""), name))
+        views = usual_views(sorted(images))
+        yield Study(file.stem, f"iu/{file.stem}", views, str(file), report)

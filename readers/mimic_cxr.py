@@ -10,7 +10,7 @@ data.views=frontal needs the metadata CSV, too.
 
 import difflib
 import re
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from readers.r2gen import read_r2gen
@@ -51,10 +51,7 @@ MIN_WORDS = 5
 def read(source: Source, split: str, skip: Skip) -> Studies:
     table = locate(source, "annotation.json", "mimic-cxr-2*-split.csv")
     if table.name == "annotation.json":
-        views = {}
-        if source.views == "frontal":
-            views = read_views(source, skip)
-        yield from read_r2gen(source, table, split, skip, r2gen_patient, partial(r2gen_view, views))
+        yield from read_annotation(source, table, split, skip)
         return
     views = read_views(source, skip)
     texts = read_sections(source, skip)
@@ -80,6 +77,18 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         yield study
 
 
+def read_annotation(source, path, split, skip):
+    """R2Gen's file, which does not know the views."""
+    studies = list(read_r2gen(source, path, split, skip, r2gen_patient))
+    if source.views == "frontal":
+        views = read_views(source, skip)
+        for study in studies:
+            # The files are named by their dicom.
+            study.images = [(views.get(image.stem), image) for image in study.images]
+        studies = choose_views(studies, source, f"{path}, {split}")
+    yield from studies
+
+
 def r2gen_patient(row):
     return f"mimic/{row.get('subject_id', row['id'])}"
 
@@ -102,11 +111,6 @@ def read_views(source, skip):
         code = row.get("ViewCodeSequence_CodeMeaning")
         views[row["dicom_id"]] = row["ViewPosition"].strip() or code
     return views
-
-
-def r2gen_view(views, _, path):
-    """R2Gen's files are named by their dicom."""
-    return views.get(path.stem)
 
 
 def read_sections(source, skip):

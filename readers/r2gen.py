@@ -3,19 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from readers.study import Skip, Studies, Study, choose_views, first_file, read_json
+from readers.study import Skip, Studies, Study, first_file, read_json
 from runtime.config import InputError, Source
 
 
-def read_r2gen(
-    source: Source, path: Path, split: str, skip: Skip, patient: Callable, view: Callable
-) -> Studies:
-    """patient(row) -> the patient's id; view(k, path) -> the view of the k-th image of a row."""
+def read_r2gen(source: Source, path: Path, split: str, skip: Skip, patient: Callable) -> Studies:
+    """patient(row) -> the patient's id."""
     tree = read_json(path)
     rows = tree.get(split) if isinstance(tree, dict) else None
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a list under {split!r}, the layout of R2Gen")
-    studies = []
     for n, row in enumerate(rows):
         where = f"{path}, {split}[{n}]"
         try:
@@ -28,6 +25,4 @@ def read_r2gen(
         report = row.get("report")
         if not isinstance(report, str):
             report = ""
-        images = [(view(k, image), image) for k, image in enumerate(images)]
-        studies.append(Study(name, patient(row), images, where, report))
-    yield from choose_views(studies, source, f"{path}, {split}")
+        yield Study(name, patient(row), images, where, report)

@@ -350,4 +350,4 @@ def patient_of(path: str | Path, root: str) -> str:
     if mimic:
         return f"mimic/{mimic[1]}"
     nih = re.search(r"(?:^|/)(\d{8})_\d{3}\.png$", str(path))
-    return f"nih/{nih[1]}" if nih else f"{root}/{path}"
+    return f"nih/{nih[1]}" if nih else f"{Path(root)}/{path}"
