@@ -462,11 +462,14 @@ def texts_by_id(path: str | Path, key: str) -> dict[str, str]:
             text = row[key]
             if not isinstance(text, str):
                 raise ValueError(f"{key}: expected text, got {text!r}")
-            texts[str(row["id"])] = text
+            name = str(row["id"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {n}: expected an object with id and {key} ({error!r})"
             ) from None
+        if name in texts:
+            raise InputError(f"{path}, line {n}: a second line has the id {name!r}; keep one")
+        texts[name] = text
     return texts
 
 

@@ -4,6 +4,7 @@
   python eval.py config.yaml --predictions FILE.jsonl [FILE.jsonl ...] [key=value ...]
 
 The second reads the outputs of any other program: a line {"id": .., "text": ..} for each example.
+Lines of other ids are counted and ignored.
 Decoding is greedy. Writes OUT/eval/: NAME.jsonl (predictions), metrics.json and report.html
 (tables, training curves, cases). NAME is the end of RUN's path.
 
@@ -46,6 +47,7 @@ import os
 import warnings
 from collections import Counter
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,7 @@ from rewards import (
     POSITIVE,
     UNCERTAIN,
     count_ngrams,
+    finite_scores,
     gleu,
     iou,
     labeler,
@@ -71,8 +74,8 @@ from rewards import (
     tokenize,
 )
 from runtime.checkpoint import last_step, resolve
-from runtime.config import Config, InputError, load_config
-from runtime.output import format_table, print0, progress, rank, world_size, write_atomically
+from runtime.config import Config, InputError
+from runtime.output import format_table, print0, progress, rank, warn0, world_size, write_atomically
 from runtime.processes import gather_lists, init_processes, parse_args, run_main
 
 Array = np.ndarray
@@ -81,7 +84,7 @@ Predictions = list[dict]  # see prediction_record
 RESAMPLES = 1000  # of the bootstrap
 BATCH = 64  # examples that are decoded together
 TOP5 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
-LABEL_SUBSETS = {"14": range(14), "13": range(1, 14), "5": [LABELS.index(label) for label in TOP5]}
+LABEL_SUBSETS = {"14": range(14), "13": range(1, 14), "5": list(map(LABELS.index, TOP5))}
 # The metrics of the table, and those whose differences it shows. metrics.json has all.
 IN_TABLE = """
     ce_f1_macro14 ce_f1_macro13 ce_f1_macro5 ce_f1_micro14 ce_f1_micro13 ce_f1_micro5
@@ -103,11 +106,10 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
     """
     own = examples[rank() :: world_size()]
     policy.encode_ahead(own)
-    batches = batched(own, BATCH)
+    longest = cfg.grpo.max_new_tokens
     local = []
-    for batch in progress(batches, f"predict {name}"):
-        rollouts = policy.sample(batch, 1, cfg.grpo.max_new_tokens, temperature=0)
-        for r in rollouts:
+    for batch in progress(batched(own, BATCH), f"predict {name}"):
+        for r in policy.sample(batch, 1, longest, temperature=0):
             record = prediction_record(r.example, r.texts[0], r.finished[0], r.lengths[0])
             local.append(record)
     return {p["id"]: p for p in gather_lists(local)}
@@ -116,12 +118,9 @@ def predict(policy: Policy, examples: list[Example], cfg: Config, name: str) -> 
 def prediction_record(example: Example, text: str, finished=True, n_tokens=0) -> dict:
     """A prediction as it is written to NAME.jsonl."""
     valid, thinking, answer = parse_output(text, example.task, example.style)
-    return {
-        "id": example.id,
-        "task": example.task,
-        "kind": example.kind,
-        "label": example.label,
-        "patient": example.patient,
+    keys = ("id", "task", "kind", "label", "patient")
+    record = {key: getattr(example, key) for key in keys}
+    record |= {
         "text": text,
         "answer": answer,
         "thinking": thinking,
@@ -129,8 +128,9 @@ def prediction_record(example: Example, text: str, finished=True, n_tokens=0) ->
         "finished": finished,
         "n_tokens": n_tokens,
         "reference": example.answer,
-        "boxes": [list(box) for box in example.boxes],
     }
+    record["boxes"] = list(map(list, example.boxes))
+    return record
 
 
 def read_predictions(path: str, examples: list[Example]) -> dict[str, dict]:
@@ -142,7 +142,14 @@ def read_predictions(path: str, examples: list[Example]) -> dict[str, dict]:
             f"{path}: no prediction for {len(missing)} of {len(examples)} examples, such as id "
             f"{missing[0]!r}"
         )
-    return {e.id: prediction_record(e, texts[e.id]) for e in examples}
+    records = {e.id: prediction_record(e, texts[e.id]) for e in examples}
+    surplus = [name for name in texts if name not in records]
+    if surplus:
+        warn0(
+            f"{path}: {len(surplus)} of {len(texts)} predictions are ignored, as no chosen example "
+            f"has their id, such as {surplus[0]!r}"
+        )
+    return records
 
 
 # ------------------------------------------------------------------------------- reports
@@ -155,15 +162,21 @@ def average(values, weights):
     return weights @ values / weights.sum(1)
 
 
-def report_metrics(predictions: Predictions, weights: Array, read_labels, training=()):
-    """Metrics of the reports, and F1 per label. training: the texts of the training reports."""
+def report_metrics(predictions: Predictions, weights: Array, read_labels, training=(), library=()):
+    """Metrics of the reports, and F1 per label.
+
+    training: the texts of the training reports; library: (name, score) of other packages.
+    """
     answers = [p["answer"] for p in predictions]
     references = [p["reference"] for p in predictions]
     found = np.isin(read_labels(answers), (POSITIVE, UNCERTAIN))  # (N, 14)
     true = np.isin(read_labels(references), (POSITIVE, UNCERTAIN))
     training = {plain_words(text) for text in training}
 
-    counts = np.stack([found & true, found & ~true, ~found & true], 1)  # (N, 3, 14)
+    hits = found & true
+    false_alarms = found & ~true
+    misses = true & ~found
+    counts = np.stack([hits, false_alarms, misses], 1)  # (N, 3, 14)
     scores, f1 = label_scores(counts, weights)
     metrics = {f"ce_{name}": values for name, values in scores.items()}
     # The same for some of the reports: a report with weight 0 does not count.
@@ -175,17 +188,22 @@ def report_metrics(predictions: Predictions, weights: Array, read_labels, traini
         for name in ("f1_macro13", "f1_micro13"):
             metrics[f"{subset}_{name}"] = scores[name]
 
-    for n, values in enumerate(bleu_scores(answers, references, weights), 1):
-        metrics[f"bleu{n}"] = values
+    bleu = bleu_scores(answers, references, weights)
+    for n in range(4):
+        metrics[f"bleu{n + 1}"] = bleu[n]
     metrics["cider"] = average(cider_scores(answers, references), weights)
-    metrics["rouge_l"] = average(list(map(rouge_l, answers, references)), weights)
-    metrics["gleu"] = average(list(map(gleu, answers, references)), weights)
+    for metric in (rouge_l, gleu):
+        values = list(map(metric, answers, references))
+        metrics[metric.__name__] = average(values, weights)
 
     metrics |= diversity_metrics(answers, found, training, weights)
-    of_references = diversity_metrics(references, true, training, weights)
-    for name, values in of_references.items():
+    reference = diversity_metrics(references, true, training, weights)
+    for name, values in reference.items():
         metrics[f"{name}_reference"] = values
     metrics |= output_metrics(predictions, weights)
+    for name, score in library:
+        values = finite_scores(name, score(answers, references), [p["id"] for p in predictions])
+        metrics[name] = average(values, weights)
     return metrics, dict(zip(LABELS, f1.T))
 
 
@@ -219,24 +237,22 @@ def precision_recall_f1(counts):
     return {"f1": f1, "precision": precision, "recall": recall}
 
 
-def bleu_scores(candidates: list[str], references: list[str], weights: Array) -> list[Array]:
-    """Corpus BLEU-1 .. 4 (Papineni et al. 2002), (S,) each."""
-    counts = []
-    for candidate, reference in zip(candidates, references):
-        counts.append(count_ngrams(tokenize(candidate), tokenize(reference)))
+def bleu_scores(candidates: list[str], references: list[str], weights: Array) -> Array:
+    """Corpus BLEU-1 .. 4 (Papineni et al. 2002), (4, S)."""
+    texts = zip(map(tokenize, candidates), map(tokenize, references))
+    counts = list(itertools.starmap(count_ngrams, texts))
     # Counts are summed over the corpus before any ratio is taken.
     totals = np.tensordot(weights, counts, 1)  # (S, 4, 3)
     matching, in_candidate, in_reference = totals.T  # (4, S) each
 
     in_candidate = np.maximum(in_candidate, 1)
     log_precision = np.log(matching / in_candidate)
+    log_sums = log_precision.cumsum(0)
+    log_means = log_sums / np.arange(1, 5)[:, None]
     # The length of a text is its number of 1-grams.
-    brevity = np.minimum(0, 1 - in_reference[0] / in_candidate[0])
-    bleu = []
-    for n in range(1, 5):
-        log_mean = log_precision[:n].mean(0)
-        bleu.append(np.exp(brevity + log_mean))
-    return bleu
+    ratio = in_reference[0] / in_candidate[0]
+    brevity = np.minimum(0, 1 - ratio)
+    return np.exp(brevity + log_means)
 
 
 def cider_scores(candidates: list[str], references: list[str]) -> Array:
@@ -246,15 +262,16 @@ def cider_scores(candidates: list[str], references: list[str]) -> Array:
     """
     if len(references) == 1:
         return np.array([math.nan])
-    candidates = [tokenize(text) for text in candidates]
-    references = [tokenize(text) for text in references]
+    candidates = list(map(tokenize, candidates))
+    references = list(map(tokenize, references))
     scores = np.zeros(len(references))
     for n in range(1, 5):
         written = [ngrams(tokens, n) for tokens in candidates]
         expected = [ngrams(tokens, n) for tokens in references]
         scores += tf_idf_cosines(written, expected)
     gaps = np.array([len(a) - len(b) for a, b in zip(candidates, references)])
-    return 10 / 4 * scores * np.exp(-(gaps**2) / (2 * 6**2))
+    penalty = np.exp(-(gaps**2) / (2 * 6**2))
+    return 10 / 4 * scores * penalty
 
 
 def tf_idf_cosines(candidates, references):
@@ -314,9 +331,10 @@ def grounding_metrics(predictions: Predictions, weights: Array):
     """Metrics of the grounding questions, and those of each class that is asked for."""
     per_class = {}
     precisions = []
-    classes = [class_of(p) for p in predictions]
-    for name, (asked, own) in group_by(classes, predictions, weights).items():
-        per_class[f"soft_f1 {name}"] = average(list(map(soft_f1_of, asked)), own)
+    classes = group_by(class_of, predictions, weights)
+    for name, (asked, own) in classes.items():
+        scores = list(map(soft_f1_of, asked))
+        per_class[f"soft_f1 {name}"] = average(scores, own)
         precision = average_precision(asked, own)
         precisions.append(precision)
         if any(p["boxes"] for p in asked):
@@ -324,12 +342,10 @@ def grounding_metrics(predictions: Predictions, weights: Array):
 
     scores = list(map(soft_f1_of, predictions))
     nonempty = np.array([len(p["boxes"]) > 0 for p in predictions])
-    metrics = {
-        "soft_f1": average(scores, weights),
-        "soft_f1_nonempty": average(scores, weights * nonempty),
-        "matched_iou": mean_matched_iou(predictions, weights),
-        "map50": np.nanmean(precisions, 0),
-    }
+    metrics = {"soft_f1": average(scores, weights)}
+    metrics["soft_f1_nonempty"] = average(scores, weights * nonempty)
+    metrics["matched_iou"] = mean_matched_iou(predictions, weights)
+    metrics["map50"] = np.nanmean(precisions, 0)
     metrics["empty_accuracy"] = average(scores, weights * ~nonempty)
     metrics |= output_metrics(predictions, weights)
     return metrics, per_class
@@ -352,8 +368,8 @@ def mean_matched_iou(predictions, weights):
     """Over the pairs that soft-F1 matches."""
     owners, overlaps = [], []
     for i, p in enumerate(predictions):
-        boxes = parse_boxes(p["answer"])
-        for _, _, overlap in match_boxes(boxes[:MAX_MATCHED], p["boxes"]):
+        boxes = parse_boxes(p["answer"])[:MAX_MATCHED]
+        for _, _, overlap in match_boxes(boxes, p["boxes"]):
             owners.append(i)
             overlaps.append(overlap)
     return average(overlaps, weights[:, owners])
@@ -384,7 +400,8 @@ def average_precision(predictions: Predictions, weights: Array) -> Array:
     found = copies * hits
     precision = np.nan_to_num(found.cumsum(1) / copies.cumsum(1))
     # The best precision at this recall or a higher one.
-    envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    backwards = precision[:, ::-1]
+    envelope = np.maximum.accumulate(backwards, 1)[:, ::-1]
     n_reference = weights @ [len(p["boxes"]) for p in predictions]
     return (envelope * found).sum(1) / n_reference
 
@@ -413,8 +430,10 @@ def bootstrap_weights(predictions: Predictions, resamples: int, seed: int) -> Ar
     names, patient = np.unique(patients, return_inverse=True)
     size = len(names)
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(size, np.full(size, 1 / size), resamples)  # (resamples, patients)
-    return np.vstack([np.ones(size), draws])[:, patient]
+    chances = np.full(size, 1 / size)
+    draws = rng.multinomial(size, chances, resamples)  # (resamples, patients)
+    counts = np.vstack([np.ones(size), draws])
+    return counts[:, patient]
 
 
 def with_interval(values):
@@ -435,33 +454,28 @@ def summarise(
     if not first:
         return {}
     weights = bootstrap_weights(first, RESAMPLES, cfg.seed)
-    read_labels = labeler(cfg.rewards)
-    scores = library_scores(cfg)
     # What has nothing to average is NaN, and needs no warning.
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         measured = {}
         for name, rows in predictions.items():
-            measured[name] = measure(rows, weights, read_labels, training, scores)
+            measured[name] = measure(rows, weights, cfg, training)
         return compare(measured)
 
 
-def measure(predictions, weights, read_labels, training, scores):
+def measure(predictions, weights, cfg, training):
     """{block: {metric: (S,)}} of one model. A task without predictions has no block."""
     blocks = {}
-    tasks = group_by([p["task"] for p in predictions], predictions, weights)
+    tasks = group_by(itemgetter("task"), predictions, weights)
     if "report" in tasks:
-        reports, own = tasks["report"]
-        found = report_metrics(reports, own, read_labels, training)
-        blocks["reports"], blocks["labels"] = found
-        texts = [p["answer"] for p in reports]
-        references = [p["reference"] for p in reports]
-        for name, score in scores.items():
-            blocks["reports"][name] = average(score(texts, references), own)
+        read_labels = labeler(cfg.rewards)
+        library = library_scores(cfg).items()
+        metrics, per_label = report_metrics(*tasks["report"], read_labels, training, library)
+        blocks |= {"reports": metrics, "labels": per_label}
     if "grounding" in tasks:
-        asked, own = tasks["grounding"]
-        blocks["grounding"], blocks["grounding labels"] = grounding_metrics(asked, own)
+        metrics, per_class = grounding_metrics(*tasks["grounding"])
+        blocks |= {"grounding": metrics, "grounding labels": per_class}
         # The papers report the kinds of grounding apart.
-        kinds = group_by([p["kind"] for p in asked], asked, own)
+        kinds = group_by(itemgetter("kind"), *tasks["grounding"])
         if len(kinds) > 1:
             for kind, group in kinds.items():
                 blocks[f"grounding of {kind}"], _ = grounding_metrics(*group)
@@ -474,13 +488,14 @@ def library_scores(cfg: Config) -> dict:
     return {name: library_score(name) for name in names}
 
 
-def group_by(values, predictions, weights):
-    """{value: (the predictions that have it, their weights)}, by value."""
-    values = np.array(values)
+def group_by(key, predictions, weights):
+    """{key of a prediction: (the predictions that have it, their weights)}, by key."""
+    values = np.array([key(p) for p in predictions])
     groups = {}
     for value in np.unique(values).tolist():
         rows = np.flatnonzero(values == value)
-        groups[value] = [predictions[i] for i in rows], weights[:, rows]
+        chosen = [predictions[i] for i in rows]
+        groups[value] = chosen, weights[:, rows]
     return groups
 
 
@@ -496,8 +511,11 @@ def compare(measured):
                 # Another model may have no thinking to measure.
                 values = blocks[block].get(metric, baseline * math.nan)
                 value, *interval = with_interval(values)
-                difference = with_interval(values - baseline)
-                entries[name] = {"value": value, "interval": interval, "difference": difference}
+                entries[name] = {
+                    "value": value,
+                    "interval": interval,
+                    "difference": with_interval(values - baseline),
+                }
             results[block][metric] = entries
     return results
 
@@ -511,17 +529,13 @@ def table(results: dict) -> str:
     for block, metrics in results.items():
         for metric, by_model in main_metrics(metrics).items():
             head = ["", *by_model]
-            row = [f"{block}: {metric}"]
-            for entry in by_model.values():
-                row.append(cell(entry["value"], *entry["interval"]))
-            values.append(row)
+            cells = [cell(entry["value"], *entry["interval"]) for entry in by_model.values()]
+            values.append([f"{block}: {metric}", *cells])
 
             first, *others = by_model.values()
             if others and metric in DIFFERENCES and not math.isnan(first["interval"][0]):
-                row = [f"minus {head[1]}: {metric}", ""]
-                for entry in others:
-                    row.append(cell(*entry["difference"], sign="+"))
-                changes.append(row)
+                cells = [cell(*entry["difference"], sign="+") for entry in others]
+                changes.append([f"minus {head[1]}: {metric}", "", *cells])
     if not values:
         return "nothing to evaluate"
     return format_table([head, *values, *changes])
@@ -566,10 +580,11 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     predictions = {}
     for name, path in paths.items():
         # Nothing keeps the model: it is freed before the next one is loaded.
-        by_id = predict(frozen_policy(cfg, path), examples, cfg, name)
+        by_id = predict(model.load_policy(cfg, resolve(path)).freeze_all(), examples, cfg, name)
         predictions[name] = by_id
         if rank() == 0:
-            lines = [json.dumps(by_id[e.id]) + "\n" for e in examples if e.id in by_id]
+            ordered = [by_id[e.id] for e in examples if e.id in by_id]
+            lines = [json.dumps(p) + "\n" for p in ordered]
             write_atomically(folder / f"{name}.jsonl", "".join(lines))
     predictions |= others
     if rank() != 0:
@@ -585,16 +600,12 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
         predictions[name] = [by_id[e.id] for e in examples]
 
     results = summarise(predictions, cfg, training)
-    without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    write_atomically(folder / "metrics.json", json.dumps(without_nan, indent=1))
     text = table(results)
     print0(text)
+    without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    write_atomically(folder / "metrics.json", json.dumps(without_nan, indent=1))
     write_page(folder / "report.html", cfg, results, predictions, examples)
     return text, results
-
-
-def frozen_policy(cfg, path):
-    return model.load_policy(cfg, resolve(path)).freeze_all()
 
 
 def chosen_examples(cfg: Config) -> list[Example]:
@@ -603,17 +614,18 @@ def chosen_examples(cfg: Config) -> list[Example]:
     chosen = []
     for task in ("report", "grounding"):
         own = [e for e in examples if e.task == task]
-        order = np.random.default_rng(cfg.seed).permutation(len(own))
-        drawn = order[: cfg.eval.limit or None]
+        rng = np.random.default_rng(cfg.seed)
+        drawn = rng.permutation(len(own))[: cfg.eval.limit or None]
         chosen += [own[i] for i in sorted(drawn)]
     return chosen
 
 
 def try_evaluation(policy: Policy, config: Config):
     """A few tokens of the first examples, so that what is wrong shows before the training."""
-    short = replace(config, grpo=replace(config.grpo, max_new_tokens=4))
+    examples = chosen_examples(config)[:2]
+    grpo = replace(config.grpo, max_new_tokens=4)
     with policy.unsharded():
-        predict(policy, chosen_examples(config)[:2], short, "a try")
+        predict(policy, examples, replace(config, grpo=grpo), "a try")
 
 
 def compare_with_start(config: Config, start: str, run: Path):
@@ -632,10 +644,11 @@ def training_reports(cfg, examples):
     if not any(e.task == "report" for e in examples):
         return []
     try:
-        return [e.answer for e in data.load_split(cfg, "train") if e.task == "report"]
+        training = data.load_split(cfg, "train")
     except InputError as error:
         print0(f"no comparison with training reports: {error}")
         return []
+    return [e.answer for e in training if e.task == "report"]
 
 
 def write_page(path, *content):
@@ -651,7 +664,8 @@ def write_page(path, *content):
 
 def column_names(paths: list[str]) -> list[str]:
     """The shortest end of each path that tells it apart from the others."""
-    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    absolute = map(os.path.abspath, paths)
+    parts = [Path(path).parts[1:] for path in absolute]
     for depth in itertools.count(1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(set(parts)):
@@ -659,20 +673,15 @@ def column_names(paths: list[str]) -> list[str]:
 
 
 def main() -> None:
-    paths = {"nargs": "+", "default": []}
-    _, args = parse_args(
+    paths = {"nargs": "*", "default": []}
+    config, args = parse_args(
         __doc__,
         checkpoint={**paths, "metavar": "RUN", "help": "run folders or model folders"},
         predictions={**paths, "metavar": "FILE", "help": "JSON lines of id and text"},
     )
-    # The options take all words that follow, so overrides may be among them.
-    words = [*args.checkpoint, *args.predictions]
-    overrides = [word for word in words if "=" in word and not os.path.exists(word)]
-    config = load_config(args.config, args.overrides + overrides)
-    folders = [word for word in args.checkpoint if word not in overrides]
-    files = [word for word in args.predictions if word not in overrides]
-
-    names = column_names([*folders, *(path.removesuffix(".jsonl") for path in files)])
+    folders, files = args.checkpoint, args.predictions
+    stems = [path.removesuffix(".jsonl") for path in files]
+    names = column_names(folders + stems)
     if not names:
         raise InputError("expected a folder after --checkpoint, or a file after --predictions")
     checkpoints = dict(zip(names, folders))

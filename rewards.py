@@ -16,7 +16,7 @@ import runpy
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -331,13 +331,6 @@ def library_score(name: str) -> Callable:
     return radeval_score(name)
 
 
-def text_scores(score, batch):
-    """score(N answers, N references) of a batch."""
-    answers = [c.answer for c in batch]
-    references = [c.example.answer for c in batch]
-    return score(answers, references)
-
-
 def check_rewards(rewards_cfg: RewardsConfig) -> None:
     """Raises InputError for an unknown reward, with the nearest name, or what cannot be loaded."""
     for task, names in APPLIES.items():
@@ -361,14 +354,20 @@ def score_batch(name: str, batch: list[Completion], cfg: RewardsConfig) -> np.nd
     if ".py:" in name:
         return call_external(name, batch)
     if name.startswith("radeval:"):
-        values = text_scores(library_score(name), batch)
+        answers = [c.answer for c in batch]
+        values = library_score(name)(answers, [c.example.answer for c in batch])
     else:
         values = REWARDS[name](batch, cfg)
-    values = np.asarray(values, float)
-    wrong = values[~np.isfinite(values)]
-    if len(wrong):
-        raise InputError(f"reward {name!r} gave a value that is not finite: {wrong[0]}")
-    return values
+    return finite_scores(name, values, [c.example.id for c in batch])
+
+
+def finite_scores(name: str, values: Sequence, ids: list[str]) -> np.ndarray:
+    """(N,) values of a score. Raises InputError for one that is missing or not finite."""
+    scores = np.array(values, float)  # None becomes NaN
+    for i in np.flatnonzero(~np.isfinite(scores)):
+        what = "nothing" if values[i] is None else f"{values[i]}, which is not finite,"
+        raise InputError(f"score {name!r} gave {what} for the example with id {ids[i]!r}")
+    return scores
 
 
 def score_completions(
@@ -542,11 +541,11 @@ def clause_mentions(clause):
 @lru_cache(1)
 def find_cues(clause):
     """The first cue of each kind that acts on what follows, the last that acts on what precedes."""
-    before, after = {}, {}
+    before = {}
     for cue in CUES_BEFORE.finditer(clause):
         before.setdefault(cue.lastgroup, cue)
-    for cue in CUES_AFTER.finditer(clause):
-        after[cue.lastgroup] = cue
+    # The last of a kind stays.
+    after = {cue.lastgroup: cue for cue in CUES_AFTER.finditer(clause)}
     return before, after
 
 

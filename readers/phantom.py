@@ -105,7 +105,8 @@ def read(seed: int, split: str, size: int, questions: dict) -> Iterator[Study]:
 
 def is_chosen(study):
     """Everything rare, and a third of what else has findings."""
-    return study.boxes.keys() - COMMON or (study.boxes and study.index % 3 == 0)
+    rare = study.boxes.keys() - COMMON
+    return rare or (study.boxes and study.index % 3 == 0)
 
 
 def as_study(study, asked):
@@ -138,19 +139,18 @@ def ask_findings(study, questions):
 def ask_boxes(study, label, rng, questions):
     """Where is it? The trace says on which side, if it has one."""
     where = "not there"
-    boxes = []
     for finding in study.findings:
         if finding.label == label:
             where = f"there{ON_SIDE[finding.side]}"
-            boxes = list(map(tuple, np.round(finding.boxes, 2).tolist()))
 
+    boxes = np.round(study.boxes.get(label, ()), 2).tolist()
     name = QUESTION_NAMES[label]
     question = pick(rng, questions["abnormality"][:4])
     return Asked(
         f"{study.index}-{label}",
         "grounding",
         question.format(name),
-        boxes=boxes,
+        boxes=list(map(tuple, boxes)),
         label=label,
         kind="abnormality",
         thinking=f"Looking for {name}. It is {where}.",
@@ -194,7 +194,9 @@ def to_image(points, anatomy):
     cos = anatomy.scale * anatomy.cos
     sin = anatomy.scale * anatomy.sin
     matrix = (cos, sin), (-sin, cos)
-    return points.view(float).reshape(-1, 2) @ matrix + (anatomy.x, anatomy.y)
+    turned = points.view(float).reshape(-1, 2) @ matrix
+    origin = anatomy.x, anatomy.y
+    return turned + origin
 
 
 def polyline(text):
@@ -205,6 +207,12 @@ def polyline(text):
 def loop(there, back):
     """Polygon along one curve and back along another."""
     return np.append(there, back[::-1])
+
+
+def strip(distance, top, bottom, side_sign):
+    """Polygon between two heights at each distance from the midline."""
+    u = side_sign * distance
+    return loop(u + 1j * top, u + 1j * bottom)
 
 
 def ellipse(center, width, tall, tilt=0.0):
@@ -220,7 +228,7 @@ def stroke(path, width, side_sign=1):
     step = end - start
     # 1j turns it by a right angle.
     across = 1j * step * (width / 2 / np.hypot(step.real, step.imag))
-    corners = [start - across, end - across, end + across, start + across]
+    corners = start - across, end - across, end + across, start + across
     return list(np.stack(corners, 1))
 
 
@@ -310,13 +318,12 @@ PICTURES = {
     1.00: {"Support Devices": 0.06},
 }
 ZONES = {"upper lobe": -0.21, "mid lung": -0.03, "lower lobe": 0.13}  # heights of their centres
-# What has no side is drawn once.
-SIGNS = {"right": (-1,), "left": (1,), "both": (-1, 1), "": (-1,)}
 
 
 @dataclass
 class Finding:
     label: str
+    kind: "Kind"
     side: str  # of the patient: "left", "right", "both" or ""
     zone: str  # a key of ZONES, or ""
     severity: int  # 0, 1, 2
@@ -327,6 +334,11 @@ class Finding:
     certain: bool = True
     mentioned: bool = True
     boxes: list[Box] = ()
+
+    @property
+    def each_side(self):
+        """Both sides, or the one that it has: "" is drawn once."""
+        return ("right", "left") if self.side == "both" else (self.side,)
 
 
 def sample_findings(rng, anatomy):
@@ -345,12 +357,11 @@ def sample_findings(rng, anatomy):
         if kind.sides != "zone":
             places = [(side, "") for side in kind.sides.split("|")]
         if label in labels and places:
-            found = sample_finding(label, places, rng, anatomy)
-            findings.append(found)
-            sides = ("right", "left") if found.side == "both" else (found.side,)
-            hidden = set(itertools.product(sides, found.hides))
+            finding = sample_finding(label, places, rng, anatomy)
+            findings.append(finding)
+            hidden = set(itertools.product(finding.each_side, finding.hides))
             free = [place for place in free if place not in hidden]
-    return tuple(findings)
+    return findings
 
 
 def sample_finding(label, places, rng, anatomy):
@@ -360,8 +371,9 @@ def sample_finding(label, places, rng, anatomy):
     side, zone = pick(rng, places)
     height = ZONES.get(zone, 0) + rng.uniform(-0.02, 0.02)
     distance = rng.uniform(0.17, 0.23) + 0.06 * (zone == "lower lobe")
-    finding = Finding(label, side, zone, severity, (zone,), [])
-    for side_sign in SIGNS[side]:
+    finding = Finding(label, kind, side, zone, severity, (zone,), [])
+    for one in finding.each_side:
+        side_sign = 1 if one == "left" else -1
         finding.center = side_sign * distance + 1j * height
         finding.shapes += kind.draw(finding, side_sign, anatomy, rng)
     finding.boxes = [box_of(shape, kind.blur, anatomy) for shape in finding.shapes]
@@ -388,7 +400,8 @@ def cardiomegaly(finding, side_sign, anatomy, rng):
 
 
 def wide_mediastinum(finding, side_sign, anatomy, rng):
-    half = rng.uniform(0.12, 0.15) * np.array((0.8, 1, 1, 0.95, 0.85, 0.7))
+    outline = np.array((0.8, 1, 1, 0.95, 0.85, 0.7))
+    half = rng.uniform(0.12, 0.15) * outline
     edge = half + 1j * np.linspace(-0.36, 0.06, 6)
     yield [loop(edge, mirrored(edge))]
 
@@ -396,10 +409,12 @@ def wide_mediastinum(finding, side_sign, anatomy, rng):
 def effusion(finding, side_sign, anatomy, rng):
     """It raises the visible lung base."""
     finding.hides = ("lower lobe", "mid lung")[: finding.severity]
-    inner, behind = 0.06 if side_sign < 0 else 0.12, 0
+    inner = 0.06 if side_sign < 0 else 0.12
+    behind = 0
     if side_sign > 0 and anatomy.enlarged:
         # To show beside and above a heart that hides the base.
-        inner, behind = 0.21, 0.05
+        inner = 0.21
+        behind = 0.05
     distance = np.linspace(inner, anatomy.lung, 30)
     floor = floor_at(distance, side_sign, anatomy)
     rise = (0.16, 0.24, 0.35)[finding.severity]
@@ -408,10 +423,10 @@ def effusion(finding, side_sign, anatomy, rng):
     anatomy.bases[side_sign] = top - 0.03
 
     # The meniscus climbs the wall.
-    surface = top + 0.11 * (1 - np.exp((distance - anatomy.lung) / 0.08))
+    climb = 1 - np.exp((distance - anatomy.lung) / 0.08)
+    surface = top + 0.11 * climb
     shown = surface < floor - 0.015
-    u = side_sign * distance[shown]
-    yield [loop(u + 1j * surface[shown], u + 1j * (floor[shown] + 0.01))]
+    yield [strip(distance[shown], surface[shown], floor[shown] + 0.01, side_sign)]
 
 
 def pneumothorax(finding, side_sign, anatomy, rng):
@@ -428,7 +443,8 @@ def atelectasis(finding, side_sign, anatomy, rng):
     height = anatomy.bases[side_sign] - rng.uniform(0, 0.03)
     inner_height = height + rng.uniform(-0.03, 0.05)
     inner = 0.13 if side_sign < 0 else 0.20
-    start, end = inner + 1j * inner_height, anatomy.lung + 1j * height
+    start = inner + 1j * inner_height
+    end = anatomy.lung + 1j * height
     bands = stroke((start, end - 0.03), 0.034, side_sign)
     if finding.severity:
         path = start + (0.03 - 0.06j), end - (0.07 + 0.05j)
@@ -447,19 +463,20 @@ def consolidation(finding, side_sign, anatomy, rng):
     edge = height + rng.uniform(-0.2, 0.2) * (distance - 0.2)
     top = edge - rng.uniform(0.07, 0.10)
     bottom = edge + rng.uniform(0.07, 0.09)
-    u = side_sign * distance
-    yield [loop(u + 1j * top, u + 1j * bottom)]
+    yield [strip(distance, top, bottom, side_sign)]
 
 
 def pneumonia(finding, side_sign, anatomy, rng):
     # Ten spots: offsets from the centre of the zone, and radii.
-    least, most = (-0.08, -0.08, 0.028, 0.028), (0.08, 0.08, 0.042, 0.042)
+    least = (-0.08, -0.08, 0.028, 0.028)
+    most = (0.08, 0.08, 0.042, 0.042)
     spots = rng.uniform(least, most, (10, 4))
     yield [ellipse(finding.center + complex(x, y), *radii) for x, y, *radii in spots]
 
 
 def opacity(finding, side_sign, anatomy, rng):
-    yield [ellipse(finding.center, *rng.uniform(0.09, 0.11, 2))]
+    radii = rng.uniform(0.09, 0.11, 2)
+    yield [ellipse(finding.center, *radii)]
 
 
 def lesion(finding, side_sign, anatomy, rng):
@@ -493,7 +510,8 @@ RIB_ENDS = polyline("-0.06-0.015j -0.006+0j 0.006+0.035j 0.055+0.055j")
 def fracture(finding, side_sign, anatomy, rng):
     """The ends of a broken rib are out of line. A severe fracture breaks two."""
     place = anatomy.lung - 0.09 + 1j * rng.uniform(-0.22, 0.05)
-    for shift in (0, 0.11j) if finding.severity == 2 else (0,):
+    shifts = (0, 0.11j) if finding.severity == 2 else (0,)
+    for shift in shifts:
         ends = RIB_ENDS + (place + shift)
         inner = stroke(ends[:2], 0.034, side_sign)
         yield inner + stroke(ends[2:], 0.034, side_sign)
@@ -511,8 +529,11 @@ TUBES = {
 
 def device(finding, _, anatomy, rng):
     """A chest tube lies on the side of a pneumothorax, a pacemaker on either."""
-    side_sign = anatomy.collapsed or 1
-    finding.what = "a chest tube" if anatomy.collapsed else pick(rng, tuple(TUBES)[:4])
+    side_sign = anatomy.collapsed
+    finding.what = "a chest tube"
+    if not anatomy.collapsed:
+        side_sign = 1
+        finding.what = pick(rng, tuple(TUBES)[:4])
     battery = []
     if finding.what == "a pacemaker":
         side_sign = pick(rng, (-1, 1))
@@ -656,13 +677,15 @@ def thorax_grid(anatomy):
     y = y / height - anatomy.y
     cos = anatomy.cos / anatomy.scale
     sin = anatomy.sin / anatomy.scale
-    return np.abs(x * cos + y * sin), y * cos - x * sin
+    distance = np.abs(x * cos + y * sin)
+    return distance, y * cos - x * sin
 
 
 def soft_tissue(rng, size):
     """Slow changes of density: coarse noise, interpolated."""
     width, height = size
-    noise = rng.standard_normal((height // 5, width // 5), dtype=np.float32)
+    coarse = height // 5, width // 5
+    noise = rng.standard_normal(coarse, dtype=np.float32)
     smooth = Image.fromarray(noise).resize(size, Image.BILINEAR)
     return np.float32(smooth) * 0.03
 
@@ -674,7 +697,7 @@ def blend(density, value, cover):
 
 def add_findings(density, findings, regions, anatomy, within=1):
     for finding in findings:
-        kind = KINDS[finding.label]
+        kind = finding.kind
         if kind.region in regions:
             opacity = (kind.opacity + kind.worse * finding.severity) * within
             for polygons in finding.shapes:
@@ -690,8 +713,8 @@ def coverage(polygons, anatomy, blur=0):
     for polygon in polygons:
         corners = to_image(polygon, anatomy) * canvas.size
         pen.polygon(corners.ravel().tolist(), fill=255)
-    soft = canvas.reduce(2).filter(ImageFilter.GaussianBlur(blur * width))
-    return np.float32(soft) / 255
+    border = ImageFilter.GaussianBlur(blur * width)
+    return np.float32(canvas.reduce(2).filter(border)) / 255
 
 
 def belly_and_lungs(anatomy):
@@ -702,10 +725,10 @@ def belly_and_lungs(anatomy):
     below = []
     for side_sign in (-1, 1):
         floor = floor_at(distance, side_sign, anatomy)
-        half = loop(distance + 1j * floor, distance + 0.7j)
-        below.append(mirrored(half, side_sign))
+        below.append(strip(distance, floor, 0.7, side_sign))
     belly = coverage(below, anatomy)
-    return belly, coverage([mirrored(lung), lung], anatomy) * (1 - belly)
+    lungs = coverage([mirrored(lung), lung], anatomy)
+    return belly, lungs * (1 - belly)
 
 
 def vessels(rng):
@@ -713,17 +736,20 @@ def vessels(rng):
     turn = rng.uniform(-1.5, 1.5, 18)
     reach = rng.uniform(0.12, 0.26, 18)
     path = np.full(36, 0.07 - 0.02j)
-    path[1::2] = 0.07 + reach * np.cos(turn) + 1.2j * reach * np.sin(turn)
+    distance = 0.07 + reach * np.cos(turn)
+    path[1::2] = distance + 1.2j * reach * np.sin(turn)
     path[:18] = mirrored(path[:18])
     return stroke(path, 0.009)
 
 
 def develop(density, rng):
     """Exposure, contrast, blur and grain of a film."""
-    least, most = (0.90, -0.02, 0.88, 2), (1.08, 0.02, 1.12, 4)
+    least = (0.90, -0.02, 0.88, 2)
+    most = (1.08, 0.02, 1.12, 4)
     gain, offset, gamma, grain = np.float32(rng.uniform(least, most))
     exposed = np.clip(density * gain + offset, 0, 1) ** gamma
-    film = Image.fromarray(np.uint8(255 * exposed)).filter(ImageFilter.SMOOTH)
+    film = Image.fromarray(np.uint8(255 * exposed))
+    film = film.filter(ImageFilter.SMOOTH)
     noise = rng.standard_normal(density.shape, dtype=np.float32)
     pixels = np.clip(film + grain * noise, 0, 255)
     return Image.fromarray(np.uint8(pixels))
@@ -776,7 +802,8 @@ ORDERS = ("heart mediastinum lungs pleura bones devices",) * 8 + (
     "lungs pleura heart mediastinum bones devices",
     "devices heart mediastinum lungs pleura bones",
 )
-SIZES, DEGREES = ("small", "moderate", "large"), ("mild", "moderate", "severe")
+SIZES = ("small", "moderate", "large")
+DEGREES = ("mild", "moderate", "severe")
 # How a trace reads the regions, and what it says where nothing is mentioned.
 READING = {
     "Heart": "normal size",
@@ -787,7 +814,6 @@ READING = {
     "Bones": "intact",
     "Devices": "none",
 }
-LUNGS = {"right": ["Right lung"], "left": ["Left lung"], "both": ["Right lung", "Left lung"]}
 
 
 def write_texts(rng, findings):
@@ -803,7 +829,7 @@ def write_texts(rng, findings):
     said = defaultdict(list)
     for finding in mentioned:
         states[finding.label] = 1 if finding.certain else 3
-        said[KINDS[finding.label].region].append(affirm(finding, rng))
+        said[finding.kind.region].append(affirm(finding, rng))
     states["No Finding"] = int(said.keys() <= {"devices"})
 
     settled = {f.label for f in findings}
@@ -832,12 +858,10 @@ def write_texts(rng, findings):
 
 def phrases_of(finding):
     """The wordings of a finding, filled in."""
-    words = dict(vars(finding), a="a ", s="")
-    if len(finding.boxes) > 1:
-        words.update(a="", s="s")
-    words["size"] = SIZES[finding.severity]
-    words["degree"] = DEGREES[finding.severity]
-    text = KINDS[finding.label].wordings.format(**words)
+    a, s = ("a ", "") if len(finding.boxes) == 1 else ("", "s")
+    size = SIZES[finding.severity]
+    degree = DEGREES[finding.severity]
+    text = finding.kind.wordings.format(**vars(finding), a=a, s=s, size=size, degree=degree)
     return text.replace("both", "bilateral").split("|")
 
 
@@ -848,12 +872,14 @@ def without_article(phrase):
 def affirm(finding, rng):
     """A sentence that says or hedges a finding."""
     phrases = phrases_of(finding)
-    phrase = pick(rng, phrases) if finding.certain else phrases[0]
+    if not finding.certain:
+        phrase = phrases[0]
+        return pick(rng, HEDGED).format(phrase=phrase, bare=without_article(phrase))
+    phrase = pick(rng, phrases)
     if phrase.endswith("."):
         return phrase
-    form = pick(rng, CERTAIN if finding.certain else HEDGED)
     be = "are" if re.search("nodules|effusions|fractures", phrase) else "is"
-    return form.format(phrase=phrase, bare=without_article(phrase), be=be)
+    return pick(rng, CERTAIN).format(phrase=phrase, be=be)
 
 
 def impression(mentioned):
@@ -869,8 +895,9 @@ def systematic_reading(mentioned):
     """A trace: region by region, what the report mentions."""
     seen = defaultdict(list)
     for finding in mentioned:
-        region = KINDS[finding.label].region
-        titles = LUNGS[finding.side] if region == "lungs" else [region.title()]
+        titles = [finding.kind.region.title()]
+        if titles == ["Lungs"]:
+            titles = [f"{side.title()} lung" for side in finding.each_side]
         bare = without_article(phrases_of(finding)[0])
         for title in titles:
             seen[title].append(bare if finding.certain else f"possible {bare}")

@@ -90,8 +90,9 @@ def write_checkpoint(
                     f"{final} cannot be written ({reason}); the checkpoint before it is whole. "
                     f"If the disk is full, make room; then start the same command again"
                 ) from None
-        for name in ("best", "last") if is_best else ("last",):
-            update_link(run / name, final)
+        if is_best:
+            update_link(run / "best", final)
+        update_link(run / "last", final)
         prune(run, keep_last)
     gather_objects(None)
 

@@ -36,7 +36,10 @@ class Log:
             self.wandb = start_wandb(run, config)
 
     def steps(self) -> Iterator[int]:
-        """The steps from first_step to last_step, with a progress bar and a clock."""
+        """Yield first_step, .., last_step - 1: how many steps are done before each.
+
+        The progress bar and the clock of a step run meanwhile.
+        """
         steps = range(self.first_step, self.last_step)
         self.bar = progress(steps, self.name, initial=self.first_step, total=self.last_step)
         with self.bar:

@@ -220,8 +220,15 @@ def parse_args(usage: str, **options: dict) -> tuple[Config, argparse.Namespace]
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     for name, settings in options.items():
         parser.add_argument(f"--{name}", **settings)
-    args = parser.parse_args()
-    return load_config(args.config, args.overrides), args
+    # An option of several words would take the overrides that follow it, so they are read first.
+    words = sys.argv[1:]
+    overrides = [word for word in words if is_override(word)]
+    args = parser.parse_args([word for word in words if word not in overrides])
+    return load_config(args.config, args.overrides + overrides), args
+
+
+def is_override(word):
+    return "=" in word and not word.startswith("-") and not os.path.exists(word)
 
 
 def start_training(usage: str) -> tuple[Config, StopRequest]:

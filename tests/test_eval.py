@@ -234,6 +234,14 @@ def test_a_single_study_has_no_cider(cfg, few_resamples):
     assert line.split("|")[1].strip() == "-"
 
 
+def test_a_library_score_that_gives_nothing_is_named(cfg, monkeypatch, few_resamples):
+    scores = {"radeval:f": lambda texts, references: [0.5, None]}
+    monkeypatch.setattr(evaluation, "library_scores", lambda cfg: scores)
+    rows = [report(i, "Edema.", "Edema.") for i in range(2)]
+    with pytest.raises(InputError, match=r"'radeval:f' gave nothing for .* id 'r1'"):
+        evaluation.summarise({"a": rows}, cfg)
+
+
 def test_reports_that_training_has_are_told_apart():
     rows = [
         report(0, "Clear lungs.", "Moderate cardiomegaly."),
@@ -607,6 +615,7 @@ def test_predictions_of_another_program(tmp_path):
         ('{"id": 0}', "line 1"),
         ('{"id": 0, "text": null}', "line 1.*expected text, got None"),
         ('{"id": 0, "text": ""}', "no prediction for 2 of 3 examples, such as id '1'"),
+        ('{"id": 0, "text": ""}\n{"id": "0", "text": ""}', "line 2: a second line has the id '0'"),
     ],
 )
 def test_bad_predictions_of_another_program(line, message, tmp_path):
@@ -614,6 +623,17 @@ def test_bad_predictions_of_another_program(line, message, tmp_path):
     path.write_text(line)
     with pytest.raises(InputError, match=f"theirs.jsonl.*{message}"):
         evaluation.read_predictions(path, examples(3))
+
+
+def test_surplus_predictions_are_counted(tmp_path, capsys):
+    path = tmp_path / "theirs.jsonl"
+    write_predictions(path, 5, "Edema.")
+    assert list(evaluation.read_predictions(path, examples(3))) == ["0", "1", "2"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: 2 of 5 predictions are ignored")
+    assert line.endswith("'3'")
+    evaluation.read_predictions(path, examples(5))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_that_is_not_there_is_an_input_error(tmp_path):

@@ -631,8 +631,15 @@ def test_settings_reach_the_rewards():
 
 def test_non_finite_reward_is_named(monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "gleu", lambda batch, cfg: [math.nan] * len(batch))
-    with pytest.raises(InputError, match="'gleu'"):
+    with pytest.raises(InputError, match=r"'gleu' gave nan, which is not finite, .* id '1'"):
         rewards.score_completions(["a"], [example(answer="a")], config({"gleu": 1.0}, {}), "plain")
+
+
+def test_a_library_score_that_gives_nothing_is_named(monkeypatch):
+    monkeypatch.setattr(rewards, "library_score", lambda name: lambda texts, references: [1, None])
+    examples = [example(answer="a"), example(answer="b", name="second")]
+    with pytest.raises(InputError, match=r"'radeval:f' gave nothing for .* id 'second'"):
+        rewards.score_completions(["a", "b"], examples, config({"radeval:f": 1}, {}), "plain")
 
 
 OWN = """

@@ -11,9 +11,10 @@ Rewards that count tokens count words.
 import math
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
 from itertools import compress
+from statistics import mode
 
 import numpy as np
 
@@ -68,7 +69,7 @@ OMITS = ("empty", "always normal", "every finding negated", "positives dropped")
 
 def policy_reports(references: list[str], seed: int) -> dict[str, list[str]]:
     """policy: what it writes about the studies with these references."""
-    [(most_frequent, _)] = Counter(references).most_common(1)
+    most_frequent = mode(references)
     # Every study gets another one's report: all move on by one along a random circle.
     circle = np.random.default_rng(seed).permutation(len(references))
     others = np.array(references, object)
@@ -85,23 +86,26 @@ def policy_reports(references: list[str], seed: int) -> dict[str, list[str]]:
 def policies(text, other, most_frequent, rng):
     """policy: what it writes about one study, whose reference is `text`."""
     parts = sentences(text)
-    listed = " ".join(f"There is {name}." for name in FINDINGS.values())
-    return {
+    reports = {
         "reference": text,
         "sentences shuffled": " ".join(rng.permutation(parts)),
         "paraphrase": " ".join(map(reword, parts)),
+    }
+    listed = " ".join(f"There is {name}." for name in FINDINGS.values())
+    reports |= {
         "empty": "",
         "always normal": NORMAL_REPORT,
         "most frequent report": most_frequent,
         "another study's report": other,
         "every finding listed": listed,
         "every finding negated": listed.replace("There is", "There is no"),
-        "positives dropped": without(parts, POSITIVE, UNCERTAIN),
-        "negations dropped": without(parts, NEGATIVE),
-        "first sentence 50 times": " ".join(parts[:1] * 50),
-        "findings contradicted": contradict(text),
-        "everything hedged": " ".join(f"Possibly {part.lower()}" for part in parts),
     }
+    reports["positives dropped"] = without(parts, POSITIVE, UNCERTAIN)
+    reports["negations dropped"] = without(parts, NEGATIVE)
+    reports["first sentence 50 times"] = " ".join(parts[:1] * 50)
+    reports["findings contradicted"] = contradict(text)
+    reports["everything hedged"] = " ".join(f"Possibly {part.lower()}" for part in parts)
+    return reports
 
 
 def sentences(text):
@@ -148,47 +152,47 @@ def audit(config: Config) -> str:
     labels = rewards.labeler(config.rewards)(references)
     abnormal = rewards.present(labels).any(1)
 
-    scores = {}
+    paid = {}
     for policy, reports in policy_reports(references, config.seed).items():
-        scores[policy] = score(reports, examples, config)
-    shares = shares_of(scores, slice(None))
-    wrong = [policy for policy in scores if policy not in RIGHT]
+        paid[policy] = pay(reports, examples, config)
+    shares = shares_of(paid)
+    wrong = [policy for policy in paid if policy not in RIGHT]
     return f"""split {split}: {len(examples)} reports, {abnormal.sum()} abnormal
 rewards.report={config.rewards.report}
 
-{reward_table(scores, shares, abnormal)}
+{reward_table(paid, shares, abnormal)}
 
 cheapest exploit: {name_exploit(wrong, shares)}
 without the image: {name_exploit(BLIND, shares)}
-findings omitted, on abnormal studies: {name_exploit(OMITS, shares_of(scores, abnormal))}"""
+findings omitted, on abnormal studies: {name_exploit(OMITS, shares_of(paid, abnormal))}"""
 
 
-def score(reports, examples, config):
+def pay(reports, examples, config):
     """The rewards and their components, of reports in the configured output format."""
     texts = []
     for example, report in zip(examples, reports):
         # An empty report stays empty.
-        text = report and data.target_text(replace(example, answer=report))
-        texts.append(text)
+        texts.append(report and data.target_text(replace(example, answer=report)))
     style = data.style_of(config)
     return rewards.score_completions(texts, examples, config.rewards, style)
 
 
-def shares_of(scores, studies):
+def shares_of(paid, studies=slice(None)):
     """{policy: what it earns on these studies, over what the reference earns}, or NaN."""
-    earned = {policy: total[studies].mean() for policy, (total, _) in scores.items()}
+    earned = {policy: total[studies].mean() for policy, (total, _) in paid.items()}
     whole = max(earned["reference"], 0) or math.nan
     return {policy: value / whole for policy, value in earned.items()}
 
 
-def reward_table(scores, shares, abnormal):
+def reward_table(paid, shares, abnormal):
     """What the reward and its components pay, on average."""
-    rows = []
-    for policy, (total, components) in scores.items():
+    _, components = paid["reference"]
+    rows = [["policy", "reward", "share", "abnormal", "normal", *components]]
+    for policy, (total, components) in paid.items():
         values = [total[abnormal], total[~abnormal], *components.values()]
         means = [total.mean(), shares[policy], *map(np.nanmean, values)]
         rows.append([policy, *map(cell, means)])
-    return format_table([["policy", "reward", "share", "abnormal", "normal", *components], *rows])
+    return format_table(rows)
 
 
 def cell(value):
