@@ -59,6 +59,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         where = f"{path}, [{n}]"
         try:
             names, turns = parse_conversation(row)
+            patient = patient_of(names[0], source.path)
             images = [first_file(source.image_root(), ("", "images"), name) for name in names]
             boxes = large_boxes(turns)
             size = image_size(images[0]) if boxes else None
@@ -69,7 +70,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
             )
             continue
         large += [(box, size) for box in boxes]
-        study = Study(str(row.get("id", n)), patient_of(names[0], source.path), images, where)
+        study = Study(str(row.get("id", n)), patient, images, where)
         conversations.append((study, turns, size))
 
     pixels = are_pixels(large)
@@ -93,8 +94,6 @@ def parse_conversation(row):
     texts[0] = texts[0].replace(IMAGE, "").strip()
     image = row["image"]
     names = [image] if isinstance(image, str) else list(map(str, image))
-    if not names:
-        raise ValueError("no image")
     if "".join(texts).count(IMAGE) > len(names):
         raise ValueError(f"more {IMAGE} than images")
     return names, list(zip(texts[::2], texts[1::2]))
