@@ -34,12 +34,15 @@ from PIL import Image
 from readers import phantom as phantoms
 from readers.phantom import phantom  # noqa: F401
 from readers.study import (
+    IMAGE,
     LABELS,  # noqa: F401
     UNREADABLE_IMAGE,
     Asked,
     Box,
     Skip,
     Study,
+    box_text,
+    clean_boxes,
     parse_boxes,  # noqa: F401
     pick,
     read_lines,
@@ -221,7 +224,7 @@ def boxes_text(boxes: Sequence[Box]) -> str:
     """The papers' box format, "[0.12, 0.30, 0.45, 0.61], [...] and [...]". parse_boxes reads it."""
     if not boxes:
         return NOTHING_THERE
-    *first, last = ["[{:.2f}, {:.2f}, {:.2f}, {:.2f}]".format(*box) for box in boxes]
+    *first, last = map(box_text, boxes)
     return f"{', '.join(first)} and {last}" if first else last
 
 
@@ -327,8 +330,8 @@ def study_examples(
     images = tuple(str(image) if is_path(image) else image for image in study.images)
     about_regions = region_questions(study, regions, detection, choose)
     for item in chain(asked, about_regions):
-        if problem := answer_problem(item):
-            skip(f"{study.where}: {problem}")
+        if item.task == "report" and not item.answer.strip():
+            skip(f"{study.where}: the report is empty")
             continue
         # A question has the fields of an example that are not its study's.
         item.question = item.question or usual_question(item, choose)
@@ -394,13 +397,6 @@ def image_problem(images, root):
     return "" if images else "the study has no image"
 
 
-def answer_problem(asked):
-    """Why a question cannot be used, or "". A dataset's own answers are kept, boxes and all."""
-    if asked.task == "report" and not asked.answer.strip():
-        return "the report is empty"
-    return ""
-
-
 def clean_study(study, skip):
     """Clip boxes to the image and leave out what is no box. Each is counted, the others stay."""
     boxes = {}
@@ -421,22 +417,6 @@ def clean_study(study, skip):
         if item.boxes or not given:
             asked.append(item)
     study.asked = asked
-
-
-def clean_boxes(boxes, where, skip):
-    """Those of the boxes that are in the image, clipped to it."""
-    kept = []
-    for box in boxes:
-        clipped = tuple(min(max(value, 0), 1) for value in box)
-        right = len(box) == 4 and clipped[0] < clipped[2] and clipped[1] < clipped[3]
-        if clipped != tuple(box) or not right:
-            skip(
-                f"{where}: box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions "
-                f"from 0 to 1); it is {'clipped' if right else 'left out'}"
-            )
-        if right:
-            kept.append(clipped)
-    return kept
 
 
 # ------------------------------------------------------------------------------- thinking traces
@@ -634,9 +614,7 @@ def load_split(config: Config, split: str) -> list[Example]:
     notices = []
     for source, _, problems in parts:
         if problems:
-            notices.append(
-                f"{source.source}: skipped {len(problems)} examples, the first: {problems[0]}"
-            )
+            notices.append(f"{source.source}: {count_problems(problems)}, the first: {problems[0]}")
     if split == "train":
         parts, leaks = without_leaks(config, parts)
         notices += leaks
@@ -648,8 +626,8 @@ def load_split(config: Config, split: str) -> list[Example]:
             nothing = f"{where}: no usable example of {source.source} in split {split!r}"
             raise InputError("; ".join([nothing, *notices]))
         part = with_traces(config, split, part, notices)
+        try_images(part, config, notices)
         if split == "train":
-            try_images(part, config, notices)
             part = oversample(part, source.weight, config.seed)
         prefix = f"{name}/" if len(parts) > 1 else ""
         examples += [replace(e, id=prefix + e.id, style=style_of(config)) for e in part]
@@ -660,6 +638,12 @@ def load_split(config: Config, split: str) -> list[Example]:
     if not examples:
         raise InputError(f"data.path={config.data.path!r}: no usable example in split {split!r}")
     return examples
+
+
+def count_problems(problems: list[str]) -> str:
+    """How many messages are about what is left out, and how many about clipped boxes."""
+    clipped = sum(problem.endswith("clipped") for problem in problems)
+    return f"skipped {len(problems) - clipped} examples or boxes, clipped {clipped} boxes"
 
 
 def try_images(part, config, notices):
@@ -789,8 +773,15 @@ def by_study(examples: list[Example]) -> list[list[Example]]:
     """Examples grouped by their images: lists of questions about the same study."""
     groups = defaultdict(list)
     for example in examples:
-        groups[example.images, example.copy].append(example)
+        groups[example.images, example.copy, before_images(example)].append(example)
     return list(groups.values())
+
+
+def before_images(example: Example) -> tuple:
+    """The turns before that of the last image: questions about it can share what comes first."""
+    turns = [*example.history, (example.question, "")]
+    shown = [n for n, (question, _) in enumerate(turns) if IMAGE in question]
+    return example.history[: max(shown, default=0)]
 
 
 def corpus(config: Config) -> list[str]:

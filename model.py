@@ -268,9 +268,15 @@ class Policy:
         texts.append(data.prompt_text(example))
         roles = itertools.cycle(["user", "assistant"])
         turns = [chat_turn(role, text) for role, text in zip(roles, texts)]
-        # All images stand before the first question.
-        images = [{"type": "image"}] * len(example.images)
-        turns[0]["content"] = images + turns[0]["content"]
+        # Images stand before the first question, except those that a later question shows.
+        early = len(example.images)
+        for turn in turns[2::2]:
+            (part,) = turn["content"]
+            images = [{"type": "image"}] * part["text"].count(data.IMAGE)
+            part["text"] = part["text"].replace(data.IMAGE, "").strip()
+            turn["content"] = images + turn["content"]
+            early -= len(images)
+        turns[0]["content"] = [{"type": "image"}] * early + turns[0]["content"]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     def encode(self, example: Example) -> Prompt:

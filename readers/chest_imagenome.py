@@ -25,8 +25,8 @@ CORNERS = ("original_x1", "original_y1", "original_x2", "original_y2")
 def read(source: Source, split: str, skip: Skip) -> Studies:
     root, images = Path(source.path), source.image_root()
     name = "valid" if split == "val" else split
-    table = locate(root, f"silver_dataset/splits/{name}.csv")
-    metadata = locate(images, "mimic-cxr-2*-metadata.csv")
+    table = locate(source, f"silver_dataset/splits/{name}.csv")
+    metadata = locate(source, "mimic-cxr-2*-metadata.csv")
     rows = read_csv(metadata, skip, "dicom_id", "Rows", "Columns")
     sizes = {row["dicom_id"]: (row["Columns"], row["Rows"]) for row in rows}
     for row in read_csv(table, skip, "subject_id", "study_id", "dicom_id"):
@@ -38,7 +38,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         boxes = {}
         try:
             for region in read_json(path)["objects"]:
-                box = [region[corner] for corner in CORNERS]
+                box = [region.get(corner) for corner in CORNERS]
                 boxes["anatomy", region["bbox_name"]] = [normalize_box(box, *sizes[dicom])]
         except MALFORMED as error:
             skip(

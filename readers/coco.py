@@ -1,4 +1,4 @@
-"""Boxes in COCO's format: SPLIT.json, instances_SPLIT*.json or *_SPLIT.json.
+"""Boxes in COCO's format: SPLIT.json, instances_SPLIT*.json or *SPLIT*.json.
 
 One file alone is divided by patients. Images without an annotation count as normal.
 """
@@ -13,29 +13,20 @@ from readers.study import (
     Study,
     corners,
     first_file,
-    locate,
     normalize_box,
     of_split,
     patient_of,
     read_json,
+    split_json,
 )
 from runtime.config import InputError, Source
 
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
-    root = Path(source.path)
-    files = [*root.glob("*.json"), *root.glob("annotations/*.json")]
-    alone = len(files) == 1
-    if alone:
-        path = files[0]
-    else:
-        patterns = []
-        for name in (f"{split}.json", f"instances_{split}*.json", f"*_{split}.json"):
-            patterns += [name, f"annotations/{name}"]
-        path = locate(root, *patterns)
+    path, alone = split_json(source, split)
     tree = read_json(path)
     try:
-        studies = read_studies(tree, path, source, split, skip)
+        studies = read_studies(tree, path, source, split)
     except MALFORMED as error:
         raise InputError(
             f"{path}: not in COCO's format, images with id, file_name, width, height and "
@@ -46,7 +37,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         yield study
 
 
-def read_studies(tree, path, source, split, skip):
+def read_studies(tree, path, source, split):
     """A study for each image of a file."""
     part = path.stem.removeprefix("instances_")
     folders = ("", "images", part, f"images/{part}", split, f"images/{split}")
@@ -58,18 +49,13 @@ def read_studies(tree, path, source, split, skip):
         sizes[image] = row["width"], row["height"]
         file = first_file(source.image_root(), folders, name, Path(name).name)
         where = f"{path}, image {image}"
-        patient = patient_of(name, Path(source.path))
+        patient = patient_of(name, source.path)
         studies[image] = Study(str(name), patient, [file], where, complete=True)
 
     for row in tree["annotations"]:
         image, numbers = row["image_id"], row["bbox"]
         key = "abnormality", names[row["category_id"]]
-        try:
-            box = normalize_box(corners(*numbers), *sizes[image])
-        except (TypeError, ValueError, ZeroDivisionError):
-            skip(f"{studies[image].where}: bbox {numbers} is not x, y, width, height")
-            studies[image].complete = False
-            continue
+        box = corners(*normalize_box(numbers, *sizes[image]))
         studies[image].boxes.setdefault(key, []).append(box)
     return list(studies.values())
 

@@ -18,8 +18,6 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         where = f"{path}, line {n}"
         try:
             yield parse_line(line, source, where)
-        except json.JSONDecodeError as error:
-            skip(f"{where}: not valid JSON ({error})")
         except (*MALFORMED, AttributeError, RecursionError) as error:
             reason = error if isinstance(error, ValueError) else repr(error)
             skip(

@@ -1,56 +1,86 @@
 """Conversations in LLaVA's format, as RadVLM's tools write them.
 
-SPLIT.json, or one *.json that is divided by patients. Texts are kept as they are; each turn asks a
-question, with the turns before it as its history. A turn whose answer has boxes is grounding, one
-that asks for a report or findings is a report, the others are for SFT alone.
+SPLIT.json, or one *.json that is divided by patients. Each turn asks a question, with the turns
+before it as its history. A turn whose answer has boxes is grounding, one that asks for a report is
+a report, the others are for SFT alone. An image whose <image> stands in a later turn is seen from
+there on. Texts are kept, but boxes in thousandths or pixels become fractions of the image.
 """
 
 import re
-from pathlib import Path
+from dataclasses import replace
+from itertools import accumulate, chain
 
 from readers.study import (
+    BOX,
+    IMAGE,
     MALFORMED,
     Asked,
     Skip,
     Studies,
     Study,
+    box_text,
+    clean_boxes,
     first_file,
-    locate,
+    image_size,
+    normalize_box,
     of_split,
     parse_boxes,
     patient_of,
     read_list,
+    split_json,
 )
 from runtime.config import Source
+from runtime.output import warn_once
 
-# A question with yes or no for an answer asks for no report. "Document the findings." does.
+# "Document the findings.", "Can you write a report?", but not "Where are the findings?" or "Can you
+# report where they are?"
 ASKS_FOR_REPORT = re.compile(
-    r"(?is)(?!(is|are|does|do|can|could)\b).*\b(report|findings|detailed (analysis|description))\b"
+    r"""(?:^|[.!?,:\n]|\band\b|\bthen\b)\s*(?:(?:please|then|now)\s+)*(?:
+        report\b
+      | (?:analy[sz]e|compose|create|describe|document|draft|generate|give|interpret|offer|outline
+          |prepare|produce|provide|read|summari[sz]e|write)\b
+        [^.!?]*\b(?:report|findings|analysis|description|interpretation)\b
+      | (?:analy[sz]e|describe|interpret|read)\s+(?:what\s+)?th(?:e|is)\s+
+        (?:chest\s+)?(?:image|radiograph|x-?ray|scan)\b
+      | what\ are\ the\ (?:\w+\s)?findings\b
+      | (?:can|could|would|will)\s+you\b[^.!?]*\ba\b[^.!?]*\breport\b
+    )""",
+    re.IGNORECASE | re.VERBOSE,
 )
+# A box with a larger number, which would reach far outside, is no fractions of the image.
+FRACTION = 2
 
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
-    root, images = Path(source.path), source.image_root()
-    files = list(root.glob("*.json"))
-    alone = len(files) == 1
-    path = files[0] if alone else locate(root, f"{split}.json", f"*{split}*.json")
-    studies = []
+    path, alone = split_json(source, split)
+    conversations = []
+    large = []
     for n, row in enumerate(read_list(path, "conversations")):
         where = f"{path}, [{n}]"
         try:
             names, turns = parse_conversation(row)
-            name = str(row.get("id", n))
+            patient = patient_of(names[0], source.path)
+            images = [first_file(source.image_root(), ("", "images"), name) for name in names]
+            boxes = large_boxes(turns)
+            size = image_size(images[0]) if boxes else None
         except MALFORMED as error:
             skip(
                 f"{where}: expected an object with image and conversations of human and gpt "
                 f"({error!r})"
             )
             continue
-        files = [first_file(images, ("", "images"), name) for name in names]
-        patient = patient_of(names[0], root)
-        studies.append(
-            Study(name, patient, files, where, asked=questions(name, turns, where, skip))
-        )
+        large += [(box, size) for box in boxes]
+        study = Study(str(row.get("id", n)), patient, images, where)
+        conversations.append((study, turns, size))
+
+    pixels = are_pixels(large)
+    if large:
+        unit = "pixels" if pixels else "thousandths of the image"
+        text = f"{path}: {len(large)} boxes have numbers above 1, which are read as {unit}"
+        warn_once(text, text)
+    studies = []
+    for study, turns, size in conversations:
+        studies += ask_turns(study, turns, size if pixels else (1000, 1000), skip)
     yield from of_split(studies, split) if alone else studies
 
 
@@ -61,34 +91,64 @@ def parse_conversation(row):
     speakers = [turn["from"] for turn in turns]
     if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError("turns of human and gpt in turn")
+    texts[0] = texts[0].replace(IMAGE, "").strip()
     image = row["image"]
     names = [image] if isinstance(image, str) else list(map(str, image))
-    if not names:
-        raise ValueError("no image")
+    if "".join(texts).count(IMAGE) > len(names):
+        raise ValueError(f"more {IMAGE} than images")
     return names, list(zip(texts[::2], texts[1::2]))
 
 
-def questions(name, turns, where, skip):
-    """A question for each turn of human and gpt."""
-    asked = []
+def large_boxes(turns):
+    """The boxes of a conversation that are no fractions of the image."""
+    boxes = parse_boxes(" ".join(chain.from_iterable(turns)))
+    return [box for box in boxes if max(box) > FRACTION]
+
+
+def are_pixels(large):
+    """Are the boxes of a file, [(box, size of its image)], pixels? Else they are thousandths.
+
+    No number of thousandths is above 1000. Without such numbers, boxes are pixels if no image has
+    more than 1000 of them on a side, and each box lies in its image.
+    """
+    small = all(max(size) <= 1000 for _, size in large)
+    inside = all(max(normalize_box(box, *size)) <= 1.01 for box, size in large)
+    return (small and inside) or any(max(box) > 1000 for box, _ in large)
+
+
+def ask_turns(study, turns, scale, skip):
+    """A question for each turn of human and gpt: a study for each number of images seen so far."""
+    shown = [question.count(IMAGE) for question, _ in turns]
+    # Images without a marker in a later turn are seen from the first on.
+    shown[0] = len(study.images) - sum(shown)
+    parts = {}
     history = ()
-    for k, (question, answer) in enumerate(turns):
-        question = question.replace("<image>", "").strip()
-        item = Asked(f"{name}-{k}", "classification", question, answer, history=history)
-        boxes = parse_boxes(answer)
-        if any(max(box) > 2 for box in boxes):
-            skip(
-                f"{where}: the boxes of turn {k + 1} are pixels or thousandths; convert them to "
-                f"fractions of the image, from 0 to 1"
-            )
-            continue
-        item.boxes = [box for box in boxes if min(box) >= 0 and max(box) <= 1]
-        if item.boxes:
+    for k, ((question, answer), seen) in enumerate(zip(turns, accumulate(shown))):
+        question, _ = to_fractions(question, scale, study.where, skip)
+        answer, boxes = to_fractions(answer, scale, study.where, skip)
+        item = Asked(f"{study.id}-{k}", "classification", question, answer, boxes, history=history)
+        if boxes:
             item.task = "grounding"
             item.kind = "phrase"
             item.label = question
-        elif ASKS_FOR_REPORT.match(question):
+        elif ASKS_FOR_REPORT.search(question):
             item.task = "report"
-        asked.append(item)
+        part = replace(study, images=study.images[:seen], asked=[])
+        parts.setdefault(seen, part).asked.append(item)
         history += ((question, answer),)
-    return asked
+    return parts.values()
+
+
+def to_fractions(text, scale, where, skip):
+    """The text with its boxes as fractions of the image, and these boxes. What is no box stays."""
+    boxes = []
+
+    def convert(match):
+        given = tuple(map(float, match.groups()))
+        fractions = normalize_box(given, *(scale if max(given) > FRACTION else (1, 1)))
+        kept = clean_boxes([fractions], where, skip)
+        boxes.extend(kept)
+        for box in kept or [fractions]:
+            return match[0] if box == given else box_text(box)
+
+    return BOX.sub(convert, text), boxes

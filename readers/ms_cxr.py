@@ -4,45 +4,37 @@ The images are below data.images, or in mimic_cxr beside the folder. v1.1 has a 
 that of MIMIC-CXR where it is there, else patients are divided by hash_split.
 """
 
-import re
-from pathlib import Path
-
 from readers.study import (
     Skip,
     Studies,
     Study,
     corners,
+    find,
     locate,
     normalize_box,
     of_split,
+    patient_of,
     read_csv,
     split_name,
 )
 from runtime.config import Source
 
 BOX = ("x", "y", "w", "h")
-SIZE = ("image_width", "image_height")
+COLUMNS = ("dicom_id", "category_name", "label_text", "path", "image_width", "image_height")
 
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
     images = source.image_root()
-    path = locate(Path(source.path), "MS_CXR_Local_Alignment_v1*.csv")
+    path = locate(source, "MS_CXR_Local_Alignment_v1*.csv")
     studies = {}
     splits = {}
-    for row in read_csv(path, skip, "dicom_id", "category_name", "label_text", "path", *BOX, *SIZE):
+    for row in read_csv(path, skip, *COLUMNS, *BOX):
         dicom = row["dicom_id"]
         where = f"{path}, image {dicom}"
-        try:
-            box = corners(*(row[name] for name in BOX))
-            box = normalize_box(box, *(row[name] for name in SIZE))
-            patient = re.search(r"/p(\d{8})/", f"/{row['path']}")[1]
-        except (ValueError, ZeroDivisionError, TypeError):
-            skip(
-                f"{where}: expected numbers in x, y, w, h, image_width, image_height, and a path "
-                f"with the patient, like files/p10/p10000032/..."
-            )
-            continue
-        study = Study(dicom, f"mimic/{patient}", [images / row["path"]], where)
+        box = [row[name] for name in BOX]
+        box = corners(*normalize_box(box, row["image_width"], row["image_height"]))
+        patient = patient_of(row["path"], source.path)
+        study = Study(dicom, patient, [images / row["path"]], where)
         study = studies.setdefault(dicom, study)
         splits.setdefault(dicom, row.get("split"))
         phrase = " ".join(row["label_text"].split())
@@ -50,11 +42,11 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
 
     studies = list(studies.values())
     if not all(splits.values()):
-        tables = sorted(images.glob("mimic-cxr-2*-split.csv*"))
-        if not tables:
+        table = find(source, "mimic-cxr-2*-split.csv")
+        if not table:
             yield from of_split(studies, split)
             return
-        rows = read_csv(tables[-1], skip, "dicom_id", "split")
+        rows = read_csv(table, skip, "dicom_id", "split")
         splits = {row["dicom_id"]: row["split"] for row in rows}
     for study in studies:
         if split_name(splits.get(study.id, "train")) == split:

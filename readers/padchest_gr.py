@@ -4,13 +4,12 @@ grounded_reports_*.json. The split is that of master_table.csv; without the file
 divided by hash_split, as only the table knows the patients.
 """
 
-from pathlib import Path
-
 from readers.study import (
     MALFORMED,
     Skip,
     Studies,
     Study,
+    find,
     first_file,
     locate,
     normalize_box,
@@ -25,9 +24,8 @@ FOLDERS = ("PadChest_GR", "images_grounding", "Padchest_GR_files", "images", "")
 
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
-    root = Path(source.path)
-    path = locate(root, "grounded_reports*.json")
-    table = read_table(root / "master_table.csv", skip)
+    path = locate(source, "grounded_reports*.json")
+    table = read_table(find(source, "master_table.csv"), skip)
     studies = []
     for n, row in enumerate(read_list(path, "studies")):
         where = f"{path}, [{n}]"
@@ -69,7 +67,7 @@ def parse_row(row, where):
 def read_table(path, skip):
     """image -> (patient, split). The table has a row per label."""
     table = {}
-    if path.is_file():
+    if path:
         for row in read_csv(path, skip, "ImageID", "split"):
             table[row["ImageID"]] = row.get("PatientID"), split_name(row["split"])
     return table

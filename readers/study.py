@@ -11,14 +11,15 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from runtime.config import InputError
+from runtime.config import InputError, Source
+from runtime.output import warn_once
 
 LABELS = (
     "No Finding",
@@ -37,7 +38,14 @@ LABELS = (
     "Support Devices",
 )
 NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
+# Where a question of a conversation shows an image.
+IMAGE = "<image>"
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
+
+# Frontal views, PA before AP, as columns and codes name them; then other views, then unknown ones.
+RANKS = {"FRONTAL": 0, "PA": 0, "POSTERO-ANTERIOR": 0, "AP": 1, "ANTERO-POSTERIOR": 1}
+NOT_FRONTAL = 2
+UNKNOWN = 3
 
 # What PIL raises for an image that it cannot read, or not without danger.
 UNREADABLE_IMAGE = (
@@ -108,20 +116,34 @@ def pick(rng, items):
     return items[int(rng.random() * len(items))]
 
 
+def box_text(box: Sequence) -> str:
+    """The papers' box format, "[0.12, 0.30, 0.45, 0.61]"."""
+    return "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]".format(*box)
+
+
 # ------------------------------------------------------------------------------- files
 
 
-def locate(root: Path, *names: str) -> Path:
-    """The first of these paths below root that exists, as it is or with .gz.
+def find(source: Source, *names: str) -> Path | None:
+    """The first of these paths that is there, below data.path or else data.images, with .gz or not.
 
     Of several that match a pattern, the one that sorts last.
     """
     for name in names:
-        for pattern in (name, f"{name}.gz"):
-            found = sorted(root.glob(pattern))
+        for root in (Path(source.path), source.image_root()):
+            found = sorted([*root.glob(name), *root.glob(f"{name}.gz")])
             if found:
                 return found[-1]
-    raise InputError(f"{root}: expected {' or '.join(names)} there")
+    return None
+
+
+def locate(source: Source, *names: str) -> Path:
+    """The same, of which one has to be there. Raises InputError."""
+    found = find(source, *names)
+    if not found:
+        places = dict.fromkeys((source.path, str(source.image_root())))
+        raise InputError(f"{' or '.join(places)}: expected {' or '.join(names)} there")
+    return found
 
 
 def first_file(root: Path, folders: Sequence, *names: str | Path) -> Path:
@@ -198,6 +220,45 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise InputError(f"{path}: {reason}") from None
 
 
+# ------------------------------------------------------------------------------- views, labels
+
+
+def choose_views(studies: Iterable[Study], source: Source, where: str) -> Studies:
+    """Studies, whose images are (view, path) pairs, with paths in the order of RANKS.
+
+    With data.views=frontal, the first frontal one. Studies without one are left out, and their
+    number is printed once.
+    """
+    without = unknown = 0
+    for study in studies:
+        ranked = sorted((view_rank(view), path) for view, path in study.images)
+        if source.views == "frontal":
+            unknown += sum(rank == UNKNOWN for rank, _ in ranked)
+            ranked = [pair for pair in ranked if pair[0] < NOT_FRONTAL][:1]
+        if ranked or source.views != "frontal":
+            study.images = [path for _, path in ranked]
+            yield study
+        else:
+            without += 1
+    if without or unknown:
+        warn_once(
+            where,
+            f"{where}: data.views=frontal leaves out studies without a known frontal image: "
+            f"{without}; images of unknown view: {unknown}",
+        )
+
+
+def view_rank(view):
+    name = str(view or "").strip().upper().replace("_", "-")
+    return RANKS.get(name, UNKNOWN if name in ("", "UNKNOWN") else NOT_FRONTAL)
+
+
+def findings_of(labels: Mapping, *values: Any) -> list[str] | None:
+    """The observations that have one of these values; None if not even No Finding has one."""
+    found = [label for label in LABELS if labels[label] in values]
+    return [label for label in found if label != "No Finding"] if found else None
+
+
 # ------------------------------------------------------------------------------- splits, boxes
 
 
@@ -220,6 +281,18 @@ def hash_split(ids: Iterable[str], test: float = 0.2) -> dict[str, str]:
     return dict(zip(ranked, names))
 
 
+def split_json(source: Source, split: str) -> tuple[Path, bool]:
+    """The JSON file of a split, and whether it is the only one, which has to be divided."""
+    root = Path(source.path)
+    files = [*root.glob("*.json"), *root.glob("annotations/*.json")]
+    if len(files) == 1:
+        return files[0], True
+    names = []
+    for name in (f"{split}.json", f"instances_{split}*.json", f"*{split}*.json"):
+        names += [name, f"annotations/{name}"]
+    return locate(source, *names), False
+
+
 def of_split(studies: Sequence[Study], split: str) -> list[Study]:
     """The studies of a split, by patients, for what is published without one."""
     splits = hash_split(study.patient for study in studies)
@@ -227,23 +300,48 @@ def of_split(studies: Sequence[Study], split: str) -> list[Study]:
 
 
 def normalize_box(box: Sequence, width, height) -> Box:
-    """A box in pixels -> fractions of the image. Rounding may have put it a pixel outside."""
+    """Four numbers in pixels -> fractions of the image; nan for what is no number."""
     fractions = []
-    for value, size in zip(box, (width, height) * 2):
-        fraction = float(value) / float(size)
-        if -0.01 < fraction < 1.01:
-            fraction = min(max(fraction, 0.0), 1.0)
-        fractions.append(fraction)
+    for k, size in enumerate((width, height) * 2):
+        try:
+            fractions.append(float(box[k]) / float(size))
+        except MALFORMED:
+            fractions.append(math.nan)
     return tuple(fractions)
 
 
-def corners(x, y, width, height) -> Box:
+def corners(x: float, y: float, width: float, height: float) -> Box:
     """(x, y, width, height) -> (x1, y1, x2, y2)"""
-    x, y, width, height = map(float, (x, y, width, height))
     return x, y, x + width, y + height
 
 
-def patient_of(path: str | Path, root: Path) -> str:
+def has_area(box: Sequence) -> bool:
+    """Is it x1 < x2, y1 < y2?"""
+    return len(box) == 4 and box[0] < box[2] and box[1] < box[3]
+
+
+def clean_boxes(boxes: Iterable[Sequence], where: str, skip: Skip) -> list[Box]:
+    """Those of the boxes that are in the image, clipped to it.
+
+    Each change is counted, unless rounding put a box just outside.
+    """
+    kept = []
+    for box in boxes:
+        clipped = tuple(min(max(value, 0), 1) for value in box)
+        if not has_area(clipped):
+            fate = "left out"
+        else:
+            kept.append(clipped)
+            fate = "clipped" if min(box) < -0.01 or max(box) > 1.01 else ""
+        if fate:
+            skip(
+                f"{where}: box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions "
+                f"from 0 to 1); it is {fate}"
+            )
+    return kept
+
+
+def patient_of(path: str | Path, root: str) -> str:
     """The patient of an image, by the names of MIMIC-CXR's folders or NIH's files.
 
     Else the image counts as a patient.
@@ -252,4 +350,4 @@ def patient_of(path: str | Path, root: Path) -> str:
     if mimic:
         return f"mimic/{mimic[1]}"
     nih = re.search(r"(?:^|/)(\d{8})_\d{3}\.png$", str(path))
-    return f"nih/{nih[1]}" if nih else f"{root}/{path}"
+    return f"nih/{nih[1]}" if nih else f"{Path(root)}/{path}"

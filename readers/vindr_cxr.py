@@ -6,41 +6,42 @@ test_meta.csv if the images were resized. PhysioNet's validation images, and Kag
 chosen by hash_split.
 """
 
-from itertools import chain
-from pathlib import Path
-
 import numpy as np
 
 from readers.study import (
     Skip,
     Studies,
     Study,
+    find,
     first_file,
+    has_area,
     hash_split,
     image_size,
     locate,
     normalize_box,
     read_csv,
 )
-from runtime.config import Source
+from runtime.config import InputError, Source
 
 CORNERS = ("x_min", "y_min", "x_max", "y_max")
 
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
-    root = Path(source.path)
-    path = locate(root, "annotations/annotations_train.csv", "annotations_train.csv", "train.csv")
+    names = "annotations/annotations_train.csv", "annotations_train.csv", "train.csv"
+    path = locate(source, *names)
     official = path.name.startswith("annotations")
     part = "train"
     if official and split == "test":
         part = "test"
-        path = locate(root, "annotations/annotations_test.csv", "annotations_test.csv")
+        path = locate(source, "annotations/annotations_test.csv", "annotations_test.csv")
     images = read_boxes(path, skip)
     splits = hash_split(images, test=0.0 if official else 0.2)
-    meta = root / f"{part}_meta.csv"
-    sizes = read_sizes(meta, skip)
+    meta = f"{part}_meta.csv"
+    sizes = read_sizes(find(source, meta), skip)
 
     places = (part, f"{part}_png", "images", "")
+    studies = []
+    inside = []
     for image, findings in images.items():
         if part == "train" and splits[image] != split:
             continue
@@ -49,48 +50,44 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
         if not file.is_file():
             skip(f"{where}: {file} does not exist (DICOM files have to be converted to PNG first)")
             continue
+        try:
+            size = sizes.get(image) or image_size(file)
+        except InputError as error:
+            skip(str(error))
+            continue
         study = Study(image, f"vindr/{image}", [file], where, complete=True)
         study.findings = sorted(findings)
-        width, height = sizes.get(image) or image_size(file)
-        outside = []
-        for name, readings in findings.items():
-            boxes = fuse_boxes(readings.values())
-            study.boxes["abnormality", name] = [normalize_box(box, width, height) for box in boxes]
-            outside += [max(box) > 1.01 for box in study.boxes["abnormality", name]]
-        if 2 * sum(outside) > len(outside):
-            skip(
-                f"{where}: boxes lie outside {file}, {width:.0f} x {height:.0f} pixels: were the "
-                f"images resized? Then {meta} must give the original sizes, in the columns "
-                f"image_id, dim0 (height), dim1 (width)"
-            )
-            continue
-        yield study
+        for name, boxes in findings.items():
+            boxes = [normalize_box(box, *size) for box in boxes]
+            inside += [not max(box) > 1.01 for box in boxes]
+            study.boxes["abnormality", name] = fuse_boxes(boxes)
+        studies.append(study)
+    if sum(inside) < len(inside) / 2:
+        raise InputError(
+            f"{path}: most boxes lie outside of their images: were the images resized? Then "
+            f"{meta} in {source.path} must give the original sizes, in the columns image_id, dim0 "
+            f"(height), dim1 (width)"
+        )
+    yield from studies
 
 
 def read_boxes(path, skip):
-    """image -> finding -> radiologist -> boxes"""
+    """image -> finding -> boxes of all radiologists"""
     images = {}
     for row in read_csv(path, skip, "image_id", "class_name", *CORNERS):
         findings = images.setdefault(row["image_id"], {})
         name = row["class_name"]
         if name.lower() == "no finding":
             continue
-        try:
-            box = tuple(float(row[corner]) for corner in CORNERS)
-        except ValueError:
-            skip(f"{path}, image {row['image_id']}: {name} without a box")
-            continue
-        radiologist = row.get("rad_id") or row.get("rad_ID")
-        findings.setdefault(name, {}).setdefault(radiologist, []).append(box)
+        findings.setdefault(name, []).append([row[corner] for corner in CORNERS])
     return images
 
 
 def read_sizes(path, skip):
     """image -> width and height of the original, where the file is there."""
     sizes = {}
-    if not path.is_file():
-        return sizes
-    for row in read_csv(path, skip, "image_id", "dim0", "dim1"):
+    rows = read_csv(path, skip, "image_id", "dim0", "dim1") if path else ()
+    for row in rows:
         try:
             sizes[row["image_id"]] = float(row["dim1"]), float(row["dim0"])
         except ValueError:
@@ -98,22 +95,23 @@ def read_sizes(path, skip):
     return sizes
 
 
-def fuse_boxes(readings, threshold=0.55):
-    """Boxes of one finding by several radiologists as one list: weighted box fusion.
+def fuse_boxes(boxes, threshold=0.55):
+    """Boxes of one finding by several radiologists: weighted box fusion.
 
     Solovyev et al. 2021, with equal weights. Each box joins the fused box that it overlaps most, if
-    their IoU is above the threshold; a fused box is the mean of its members.
+    their IoU is above the threshold; a fused box is the mean of its members. What is no box stays.
     """
+    strange = [box for box in boxes if not has_area(box)]
     clusters = []
     fused = np.zeros((0, 4))
-    for box in map(np.array, chain.from_iterable(readings)):
+    for box in map(np.array, filter(has_area, boxes)):
         overlaps = ious(fused, box)
         if len(overlaps) and overlaps.max() > threshold:
             clusters[overlaps.argmax()].append(box)
         else:
             clusters.append([box])
         fused = np.stack([np.mean(cluster, axis=0) for cluster in clusters])
-    return [tuple(box) for box in fused.tolist()]
+    return [tuple(box) for box in fused.tolist()] + strange
 
 
 def ious(boxes, box):

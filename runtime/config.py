@@ -37,6 +37,8 @@ Dataset = Literal[
     "phantom",
     "iu_xray",
     "mimic_cxr",
+    "chexpert_plus",
+    "rexgradient",
     "vindr_cxr",
     "ms_cxr",
     "padchest_gr",

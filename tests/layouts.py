@@ -221,6 +221,57 @@ def mimic_r2gen(root):
     return root
 
 
+def chexpert_plus(root, folder="PNG", end=".png"):
+    """Four patients: two studies of three images in all, a lateral one, the official valid split.
+
+    The table names JPEG files, whatever there is; the labels are those of CheXbert.
+    """
+    # (image, view, findings, impression, split)
+    images = [
+        ("train/patient1/study1/view1_frontal.jpg", "Frontal", "Clear.\n1.", "Normal.", "train"),
+        ("train/patient1/study1/view2_lateral.jpg", "Lateral", "Clear.\n1.", "Normal.", "train"),
+        ("train/patient1/study2/view1_frontal.jpg", "Frontal", "", "\nEffusion.", "train"),
+        ("train/patient2/study1/view1_lateral.jpg", "Lateral", "Edema.", "", "train"),
+        ("valid/patient3/study1/view1_frontal.jpg", "Frontal", "", "Normal.", "valid"),
+    ]
+    header = "path_to_image,path_to_dcm,frontal_lateral,ap_pa,deid_patient_id,report"
+    header += ",section_findings,section_impression,section_summary,age,split"
+    rows, lines = [], []
+    for name, view, findings, impression, split in images:
+        _, patient, study, _ = name.split("/")
+        rows.append([name, "x.dcm", view, "AP", patient, "-", findings, impression, "", 61, split])
+        labels = dict.fromkeys(MIMIC_LABELS)
+        if impression == "Normal.":
+            labels["No Finding"] = 1.0
+        if study == "study2":
+            labels |= {"Pleural Effusion": 1.0, "Edema": -1.0, "Pneumonia": 0.0}
+        lines.append(json.dumps({"path_to_image": name, **labels}))
+        picture((root / folder / name).with_suffix(end))
+    table(root / "df_chexpert_plus_240401.csv", header, rows)
+    write(root / "chexbert_labels" / "report_fixed.json", "\n".join(lines) + "\n")
+    return root
+
+
+def rexgradient(root):
+    """Two studies in each split: PA with a lateral image; one whose view is unknown."""
+    for split in ("train", "valid", "test"):
+        tree = {}
+        for n, views in enumerate((["LATERAL", "POSTERO_ANTERIOR"], [None])):
+            name = f"p{split}{n}_a1_s1.2"
+            files = [f"deid_png/{split}{n}/a1/studies/1.2/{k}.png" for k in range(len(views))]
+            tree[name] = {
+                "PatientID": f"{split}{n}",
+                "Findings": None if n else "Clear lungs.",
+                "Impression": "No acute disease.",
+                "ImagePath": [f"../{file}" for file in files],
+                "ImageViewPosition": views,
+            }
+            for file in files:
+                picture(root / file)
+        write_json(root / "metadata" / f"{split}_metadata_view_position.json", tree)
+    return root
+
+
 def ms_cxr(root, version="1.0.0"):
     """Two phrases on d5, one with two boxes; one on d7 and on d8. Version 1.0.0 has no split.
 
@@ -429,6 +480,14 @@ def llava(root):
     return root
 
 
+def jsonl(root):
+    picture(root / "a.png")
+    for split in ("train", "val", "test"):
+        row = {"id": split, "images": ["a.png"], "report": "Clear."}
+        write(root / f"{split}.jsonl", json.dumps(row) + "\n")
+    return root
+
+
 # ------------------------------------------------------------------------------- all
 
 
@@ -436,6 +495,8 @@ def everything(root):
     """All datasets side by side, as data.path of a mixture expects them."""
     kaggle(root / "iu_xray")
     mimic_cxr(root / "mimic_cxr")
+    chexpert_plus(root / "chexpert_plus")
+    rexgradient(root / "rexgradient")
     vindr_physionet(root / "vindr_cxr")
     ms_cxr(root / "ms_cxr")
     padchest_gr(root / "padchest_gr")

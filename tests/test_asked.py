@@ -4,9 +4,11 @@ import json
 
 import layouts
 import pytest
+import torch
 from helpers import load
 
 import data
+import train_sft
 from runtime.config import InputError
 
 
@@ -35,23 +37,6 @@ def test_boxes_that_nobody_asks_for_stop_no_run(tmp_path):
     assert example.id == "1"
     with pytest.raises(InputError, match="inside the image"):
         load_rows("jsonl", tmp_path, [REPORT, BAD_BOX])
-
-
-@pytest.mark.parametrize(
-    "answer, boxes",
-    [
-        # Two decimals may leave no width.
-        ("At [0.50, 0.60, 0.50, 0.75].", ((0.5, 0.6, 0.5, 0.75),)),
-        ("At [0.50, 0.60, 1.50, 0.75].", ()),
-        ("At [-0.1, 0.60, 0.50, 0.75].", ()),
-    ],
-)
-def test_answers_of_conversations_are_kept(tmp_path, answer, boxes):
-    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": answer}]
-    (example,) = load_rows("llava", tmp_path, [{"image": "a.png", "conversations": turns}])
-    assert example.answer == answer
-    assert example.boxes == boxes
-    assert example.task == ("grounding" if boxes else "classification")
 
 
 def test_a_coco_file_that_is_no_json_is_said_once(tmp_path):
@@ -124,18 +109,29 @@ def test_a_wrong_number_in_coco_leaves_out_its_box_alone(tmp_path, capsys):
     tree["annotations"][0]["bbox"] = [1, 2, "x", 4]
     path.write_text(json.dumps(tree))
     settings = ["data.source=coco", f"data.path={root}"]
-    with pytest.raises(InputError, match="bbox"):
+    with pytest.raises(InputError, match=r"train2017\.json, image 0: box .*nan"):
         data.load_split(load(*settings), "train")
-    assert data.load_split(load(*settings, "data.on_error=skip"), "train")
-    assert "bbox" in capsys.readouterr().err
+    examples = data.load_split(load(*settings, "data.on_error=skip"), "train")
+    answers = {e.id: e.answer for e in examples if e.task == "classification"}
+    # It was seen, but not all that is there has a box.
+    assert answers["c0.png-list"] == "active tuberculosis."
+    assert {e.id for e in examples if e.kind == "detection"} == {"c1.png-detect", "c2.png-detect"}
+    assert "skipped 1" in capsys.readouterr().err
+
+
+def test_boxes_that_rounding_put_outside_are_not_counted(tmp_path, capsys):
+    assert boxes_of(tmp_path, [[0.5, -0.004, 1.004, 0.4]]) == [((0.5, 0, 1, 0.4),)]
+    assert "clipped" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- conversations
 
 
-def conversation(tmp_path, question, answer):
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return load_rows("llava", tmp_path, [{"image": "a.png", "conversations": turns}])
+def conversations(tmp_path, *turns, images=("a.png",), settings=()):
+    """The examples of one conversation, whose questions and answers alternate."""
+    speakers = ["human", "gpt"] * (len(turns) // 2)
+    row = {"image": list(images), "conversations": layouts.conversation(*zip(speakers, turns))}
+    return load_rows("llava", tmp_path, [row], *settings)
 
 
 @pytest.mark.parametrize(
@@ -145,20 +141,151 @@ def conversation(tmp_path, question, answer):
         "<image>\nPlease look at this image.\nThen write a report.",
         "<image>\nPlease offer a detailed analysis based on this image.",
         "<image>\nOutline a radiology report for this X-ray.",
+        "<image>\nDescribe this chest X-ray.",
+        "<image>\nAnalyze the image and report\nwhat you find.",
+        "Can you write a short report?\n<image>",
+        "What are the key findings here?",
+        *data.QUESTIONS["report"],
     ],
 )
 def test_questions_that_ask_for_a_report(tmp_path, question):
-    assert conversation(tmp_path, question, "Clear.")[0].task == "report"
+    assert conversations(tmp_path, question, "Clear.")[0].task == "report"
 
 
 @pytest.mark.parametrize(
-    "question", ["Do the findings matter?", "Is there a report?", "What is it?"]
+    "question",
+    [
+        "Do the findings matter?",
+        "Is there a report?",
+        "What is it?",
+        "Where are the findings located?",
+        "Can you report the locations of foreign objects?",
+        "Based on the findings, is the heart enlarged?",
+        "Have the findings changed?",
+        "Can you describe the lungs?",
+    ],
 )
 def test_questions_that_ask_for_no_report(tmp_path, question):
-    assert conversation(tmp_path, question, "Yes.")[0].task == "classification"
+    assert conversations(tmp_path, question, "Yes.")[0].task == "classification"
 
 
-@pytest.mark.parametrize("answer", ["At [310, 450, 780, 830].", "[12.5, 30.0, 45.0, 61.0]"])
-def test_boxes_in_other_units_are_not_taken_for_text(tmp_path, answer):
-    with pytest.raises(InputError, match="pixels or thousandths"):
-        conversation(tmp_path, "Where?", answer)
+# ------------------------------------------------------------------------------- units of boxes
+
+
+@pytest.mark.parametrize(
+    "answer, text, box",
+    [
+        # The image has 40 x 32 pixels.
+        ("At [10, 8, 30, 24].", "At [0.25, 0.25, 0.75, 0.75].", (0.25, 0.25, 0.75, 0.75)),
+        ("At [310, 450, 780, 830].", "At [0.31, 0.45, 0.78, 0.83].", (0.31, 0.45, 0.78, 0.83)),
+        ("At [0.1, 0.2, 0.3, 0.456].", "At [0.1, 0.2, 0.3, 0.456].", (0.1, 0.2, 0.3, 0.456)),
+    ],
+    ids=["pixels", "thousandths", "fractions"],
+)
+def test_boxes_of_conversations_become_fractions(tmp_path, capsys, answer, text, box):
+    where, after = conversations(tmp_path, "Where?", answer, "Is it big?", "No.")
+    assert where.answer == text
+    assert where.boxes == (box,)
+    assert where.task == "grounding"
+    assert after.history == (("Where?", text),)
+    assert ("which are read as" in capsys.readouterr().err) == (text != answer)
+
+
+@pytest.mark.parametrize(
+    "answers, boxes",
+    [
+        # A number above 1000 can be no thousandth: all are pixels.
+        (
+            ["[100, 150, 200, 300]", "[1100, 0, 1600, 1500]"],
+            [(0.05, 0.1, 0.1, 0.2), (0.55, 0, 0.8, 1)],
+        ),
+        # Thousandths may be inside a large image, too.
+        (["[100, 150, 200, 300]", "[0, 0, 999, 1000]"], [(0.1, 0.15, 0.2, 0.3), (0, 0, 0.999, 1)]),
+    ],
+)
+def test_a_file_has_one_unit(tmp_path, answers, boxes):
+    layouts.picture(tmp_path / "large.png", size=(2000, 1500))
+    rows = []
+    for n, answer in enumerate(answers):
+        turns = layouts.conversation(("human", "Where?"), ("gpt", answer))
+        rows.append({"id": n, "image": "large.png", "conversations": turns})
+    assert [e.boxes for e in load_rows("llava", tmp_path, rows)] == [(box,) for box in boxes]
+
+
+@pytest.mark.parametrize(
+    "box, text, boxes, said",
+    [
+        ("[0.5, 0.6, 1.5, 0.75]", "[0.50, 0.60, 1.00, 0.75]", [(0.5, 0.6, 1, 0.75)], "clipped 1"),
+        ("[-0.1, 0.6, 0.5, 0.75]", "[0.00, 0.60, 0.50, 0.75]", [(0, 0.6, 0.5, 0.75)], "clipped 1"),
+        # Two decimals may leave no width.
+        ("[0.5, 0.6, 0.5, 0.75]", "[0.5, 0.6, 0.5, 0.75]", [], "skipped 1"),
+    ],
+    ids=["right of the image", "left of it", "without width"],
+)
+def test_a_wrong_box_of_a_conversation_leaves_the_others(tmp_path, capsys, box, text, boxes, said):
+    turns = "Where?", f"At {box} and [0.1, 0.2, 0.3, 0.4]."
+    with pytest.raises(InputError, match="inside the image"):
+        conversations(tmp_path, *turns)
+    (example,) = conversations(tmp_path, *turns, settings=["data.on_error=skip"])
+    assert example.answer == f"At {text} and [0.1, 0.2, 0.3, 0.4]."
+    assert example.boxes == (*boxes, (0.1, 0.2, 0.3, 0.4))
+    assert said in capsys.readouterr().err
+
+
+def test_boxes_in_pixels_of_an_unreadable_image_are_said(tmp_path):
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"train\.json, \[0\].*b\.png: not a readable image"):
+        conversations(tmp_path, "Where?", "At [10, 8, 30, 24].", images=["b.png"])
+
+
+# ------------------------------------------------------------------------------- images of turns
+
+TURNS = ("<image>\nWrite a report.", "Clear.", "<image>\nAnd here?", "Edema.", "Sure?", "Yes.")
+
+
+@pytest.fixture
+def later(tmp_path):
+    """A conversation that shows a second image in its second turn."""
+    layouts.picture(tmp_path / "b.png")
+    return conversations(tmp_path, *TURNS, images=["a.png", "b.png"])
+
+
+def test_images_of_later_turns_are_not_seen_before(later):
+    seen = [[image[-5:] for image in example.images] for example in later]
+    assert seen == [["a.png"], ["a.png", "b.png"], ["a.png", "b.png"]]
+
+
+def test_images_of_later_turns_stand_in_their_turn(later, policy):
+    for example, question in zip(later, ("Write a report.", "And here?", "Sure?")):
+        text = policy.chat(example)
+        assert "<image>" not in text
+        assert text.count("<|image_pad|>") == len(example.images)
+        assert text.rindex(question) > text.rindex("<|image_pad|>")
+    assert text.index("Clear.") < text.rindex("<|image_pad|>") < text.index("And here?")
+
+
+def test_more_markers_than_images_are_named(tmp_path):
+    with pytest.raises(InputError, match="more <image> than images"):
+        conversations(tmp_path, *TURNS, "<image>", "x")
+
+
+def test_conversations_about_the_same_images_keep_their_turns(tmp_path, policy):
+    """What they share in supervised training ends with the last image."""
+    layouts.picture(tmp_path / "b.png")
+    rows = []
+    for n, first in enumerate(("Clear.", "An effusion.")):
+        texts = [TURNS[0], first, *TURNS[2:]]
+        turns = layouts.conversation(*zip(["human", "gpt"] * 3, texts))
+        rows.append({"id": n, "image": ["a.png", "b.png"], "conversations": turns})
+    groups = data.by_study(load_rows("llava", tmp_path, rows))
+    # The first turns see one image, whatever follows.
+    assert [[e.id for e in group] for group in groups] == [
+        ["0-0", "1-0"],
+        ["0-1", "0-2"],
+        ["1-1", "1-2"],
+    ]
+    for group, study in zip(groups, train_sft.encode_studies(policy, groups)):
+        for example, row in zip(group, study.rows):
+            ids = torch.cat([study.prompt.input_ids[0], row])
+            whole = torch.cat([policy.encode(example).input_ids[0], policy.encode_target(example)])
+            assert ids.equal(whole)

@@ -311,8 +311,9 @@ def test_kaggle_layout(tmp_path):
     splits = [load_split(config, split) for split in ("train", "val", "test")]
     assert [len(part) for part in splits] == [7, 1, 2]
     everyone = {e.id: e for part in splits for e in part}
-    # Disjoint.
+    # Disjoint, and the same for ever.
     assert len(everyone) == 10
+    assert [e.id for part in splits[1:] for e in part] == ["3", "1", "2"]
     assert everyone["2"].answer == "Clear, study 2."
     assert everyone["3"].answer == 'No "acute" disease.'
     views = [image.rsplit("_")[-1] for image in everyone["2"].images]

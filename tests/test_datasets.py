@@ -26,6 +26,11 @@ def of(source, root, *overrides):
     return load(f"data.source={source}", f"data.path={root}", *overrides)
 
 
+def read_splits(config):
+    """The examples of all splits of one source, without looking at their images."""
+    return {split: data.read_split(config, split)[0][1] for split in SPLITS}
+
+
 def splits(config):
     return {split: load_split(config, split) for split in SPLITS}
 
@@ -163,6 +168,24 @@ def test_mimic_cxr_from_r2gen(tmp_path):
         ),
         ("PORTABLE CHEST: 10:45\nIMPRESSION: L.", "L."),
         ("EXAMINATION: CHEST (PA AND LAT)\nTECHNIQUE: Chest PA\nFINDINGS: M.", "M."),
+        # A name of the examination with a time, in mixed case, with what was anonymised.
+        (
+            "PORTABLE CHEST, 10:45 AM: The lungs are clear and well aerated.\nIMPRESSION: P.",
+            "The lungs are clear and well aerated.",
+        ),
+        (
+            "Chest, two views ___: The lungs are clear and well aerated.\nIMPRESSION: Q.",
+            "The lungs are clear and well aerated.",
+        ),
+        # It is a part of the findings, or of the impression, where it stands in them.
+        ("FINDINGS:\nTUBES: None.\nCHEST: Clear.\nIMPRESSION: R.", "TUBES: None.\nCHEST: Clear."),
+        (
+            "IMPRESSION: PA chest compared to ___:\nChest: no change of the lungs at all.",
+            "PA chest compared to ___:\nChest: no change of the lungs at all.",
+        ),
+        # Mixed case on one line.
+        ("Findings: The lungs are clear. Impression: Normal.", "The lungs are clear."),
+        ("FINDINGS: The lungs are clear. Conclusion: Normal.", "The lungs are clear."),
         # What follows the findings is not theirs.
         ("FINDINGS: N.\nRECOMMENDATION: CT.", "N."),
         ("FINDINGS: O.\nNOTIFICATION: The team was told.", "O."),
@@ -211,7 +234,9 @@ def test_images_of_unknown_view_are_left_out_and_counted(tmp_path, capsys):
     with_codes(root, {"d1": "postero-anterior", "d2": "lateral"})
     assert [e.id for e in frontal(root)] == ["50414267"]
     # d3 to d6.
-    assert "4 images of train, whose view is unknown, are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "leaves out studies without a known frontal image: 2;" in said
+    assert "images of unknown view: 4" in said
 
 
 def test_r2gens_laterals_are_no_frontal_views(tmp_path, capsys):
@@ -220,12 +245,12 @@ def test_r2gens_laterals_are_no_frontal_views(tmp_path, capsys):
     name = "mimic-cxr-2.0.0-metadata.csv"
     (root / name).write_bytes((tmp_path / "jpg" / name).read_bytes())
     assert [e.id for e in frontal(root)] == ["d1", "d5", "d6"]
-    assert "3 rows of train without an image" in capsys.readouterr().err
+    assert "leaves out studies without a known frontal image: 3;" in capsys.readouterr().err
 
 
 def test_r2gens_views_are_not_guessed(tmp_path):
     root = layouts.mimic_r2gen(tmp_path)
-    with pytest.raises(InputError, match=r"does not say which images are frontal.*data\.views=all"):
+    with pytest.raises(InputError, match=r"metadata\.csv there.*annotation\.json.*data\.views=all"):
         frontal(root)
 
 
@@ -247,19 +272,57 @@ def test_iu_xray_from_kaggle_as_it_unpacks(tmp_path):
         ("iu_xray", layouts.r2gen, ["images"]),
         ("mimic_cxr", layouts.mimic_r2gen, ["images"]),
         ("mimic_cxr", partial(layouts.mimic_cxr, reports="csv"), ["files"]),
+        ("chexpert_plus", layouts.chexpert_plus, ["PNG"]),
+        ("rexgradient", layouts.rexgradient, ["deid_png"]),
         ("nih", layouts.nih, ["images_001", "images_002"]),
         ("vindr_cxr", layouts.vindr_physionet, ["train", "test"]),
+        ("padchest_gr", layouts.padchest_gr, ["PadChest_GR"]),
+        ("coco", layouts.coco, ["images"]),
+        ("llava", layouts.llava, ["train", "val", "test"]),
     ],
 )
 def test_images_may_lie_in_a_folder_of_their_own(tmp_path, source, build, folders):
     root = build(tmp_path / "reports")
     pixels = tmp_path / "pixels"
     pixels.mkdir()
-    expected = [len(part) for part in splits(of(source, root)).values()]
+    expected = counts(read_splits(of(source, root)))
     for folder in folders:
         (root / folder).rename(pixels / folder)
-    found = splits(of(source, root, f"data.images={pixels}"))
-    assert [len(part) for part in found.values()] == expected
+    found = read_splits(of(source, root, f"data.images={pixels}"))
+    assert counts(found) == expected
+    # The folder itself is good, too.
+    if len(folders) == 1 and folders != ["files"]:
+        found = read_splits(of(source, root, f"data.images={pixels / folders[0]}"))
+        assert counts(found) == expected
+
+
+def test_reports_and_images_of_mimic_cxr_may_lie_apart(tmp_path):
+    """As PhysioNet has them: the .txt files, and the images with all tables."""
+    images = layouts.mimic_cxr(tmp_path / "mimic-cxr-jpg")
+    reports = tmp_path / "mimic-cxr"
+    for path in images.glob("files/**/*.txt"):
+        new = reports / path.relative_to(images)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(new)
+    parts = splits(of("mimic_cxr", reports, f"data.images={images}"))
+    assert counts(parts)["train"] == {"report": 3, "classification": 3}
+
+
+def test_both_folders_are_named_where_a_table_is_in_neither(tmp_path):
+    root = layouts.chest_imagenome(tmp_path / "chest_imagenome")
+    images = tmp_path / "pixels"
+    images.mkdir()
+    wanted = rf"{root} or {images}: expected mimic-cxr-2\*-metadata\.csv there"
+    with pytest.raises(InputError, match=wanted):
+        load_split(of("chest_imagenome", root, f"data.images={images}"), "train")
+
+
+def test_json_lines_have_their_images_elsewhere(tmp_path):
+    row = {"id": 1, "images": ["a.png"], "report": "Clear."}
+    write_lines(tmp_path, "texts", row)
+    (tmp_path / "texts" / "a.png").rename(tmp_path / "a.png")
+    (example,) = load_split(of("jsonl", tmp_path / "texts", f"data.images={tmp_path}"), "train")
+    assert example.images == (f"{tmp_path}/a.png",)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +332,10 @@ def test_images_may_lie_in_a_folder_of_their_own(tmp_path, source, build, folder
         ("iu_xray", layouts.kaggle, "indiana_reports.csv"),
         ("padchest_gr", layouts.padchest_gr, "grounded_reports_20240819.json"),
         ("llava", layouts.llava, "train.json"),
+        ("coco", layouts.coco, "annotations/instances_train2017.json"),
+        ("chexpert_plus", layouts.chexpert_plus, "chexbert_labels/report_fixed.json"),
+        ("rexgradient", layouts.rexgradient, "metadata/train_metadata_view_position.json"),
+        ("jsonl", layouts.jsonl, "train.jsonl"),
     ],
 )
 def test_files_may_begin_with_a_byte_order_mark(tmp_path, source, build, file):
@@ -277,6 +344,34 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, source, build, file):
     path = root / file
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(load_split(of(source, root), "train")) == before
+
+
+def test_kaggles_studies_without_a_frontal_image_are_counted(tmp_path, capsys):
+    """In the published file, one study in 25. The splits stay as they are."""
+    root = layouts.kaggle(tmp_path)
+    train = {e.id for e in load_split(of("iu_xray", root), "train")}
+    path = root / "indiana_projections.csv"
+    name = min(train)
+    replace_in(path, f"{name}_Frontal.dcm.png,Frontal", f"{name}_Frontal.dcm.png,Lateral")
+    frontal = load_split(of("iu_xray", root, "data.views=frontal"), "train")
+    assert {e.id for e in frontal} == train - {name}
+    assert "leaves out studies without a known frontal image: 1;" in capsys.readouterr().err
+
+
+def test_a_study_without_any_image_is_said(tmp_path):
+    path = layouts.kaggle(tmp_path) / "indiana_projections.csv"
+    text = "".join(line for line in path.open() if not line.startswith("5,"))
+    path.write_text(text)
+    with pytest.raises(InputError, match="uid 5: the study has no image"):
+        splits(of("iu_xray", tmp_path))
+
+
+def test_r2gens_views_may_be_known_beside_the_images(tmp_path):
+    root = layouts.mimic_r2gen(tmp_path / "r2gen")
+    images = layouts.mimic_cxr(tmp_path / "jpg", "csv", end="")
+    (root / "images").rename(images / "images")
+    config = of("mimic_cxr", root, "data.views=frontal", f"data.images={images}")
+    assert [e.id for e in load_split(config, "train")] == ["d1", "d5", "d6"]
 
 
 @pytest.mark.parametrize("text", ["null", "{}", "3"])
@@ -303,36 +398,119 @@ def test_a_study_without_certain_labels_is_not_called_normal(tmp_path):
     }
 
 
+# ------------------------------------------------------------------------------- CheXpert Plus
+
+
+# The PNG of CheXpert Plus, as they unpack, and the JPEG of CheXpert.
+PLACES = pytest.mark.parametrize(
+    "folder, end", [("PNG", ".png"), ("PNG/PNG", ".png"), ("", ".png"), ("", ".jpg")]
+)
+
+
+@PLACES
+def test_chexpert_plus(tmp_path, folder, end):
+    root = layouts.chexpert_plus(tmp_path, folder, end)
+    train = load_split(of("chexpert_plus", root), "train")
+    reports = {e.id: e for e in only(train, "report")}
+    # Findings, else the impression.
+    texts = {name: e.answer for name, e in reports.items()}
+    assert texts == {
+        "train/patient1/study1": "Clear. 1.",
+        "train/patient1/study2": "Effusion.",
+        "train/patient2/study1": "Edema.",
+    }
+    first = reports["train/patient1/study1"]
+    assert first.patient == "chexpert/patient1"
+    names = [image.removeprefix(f"{tmp_path / folder}/") for image in first.images]
+    views = ("view1_frontal", "view2_lateral")
+    assert names == [f"train/patient1/study1/{view}{end}" for view in views]
+
+
+def test_chexpert_plus_keeps_what_is_uncertain(tmp_path):
+    root = layouts.chexpert_plus(tmp_path)
+    train = load_split(of("chexpert_plus", root, "data.tasks=[classification]"), "train")
+    # Where there is no label at all, nothing is said.
+    assert {e.id: e.answer for e in train} == {
+        "train/patient1/study1-list": "none.",
+        "train/patient1/study2-list": "edema, pleural effusion.",
+    }
+
+
+def test_chexpert_plus_has_the_official_valid_split(tmp_path):
+    config = of("chexpert_plus", layouts.chexpert_plus(tmp_path), "data.tasks=[report]")
+    assert [e.id for e in load_split(config, "val")] == ["valid/patient3/study1"]
+    with pytest.raises(InputError, match="no usable example in split 'test'"):
+        load_split(config, "test")
+
+
+def test_chexpert_plus_without_labels(tmp_path):
+    root = layouts.chexpert_plus(tmp_path)
+    (root / "chexbert_labels" / "report_fixed.json").unlink()
+    assert {e.task for e in load_split(of("chexpert_plus", root), "train")} == {"report"}
+
+
+def test_chexpert_plus_frontal_views(tmp_path, capsys):
+    root = layouts.chexpert_plus(tmp_path)
+    config = of("chexpert_plus", root, "data.tasks=[report]", "data.views=frontal")
+    names = [e.images[0].rpartition("/")[2] for e in load_split(config, "train")]
+    assert names == ["view1_frontal.png"] * 2
+    assert "leaves out studies without a known frontal image: 1;" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- ReXGradient-160K
+
+
+def test_rexgradient(tmp_path):
+    parts = splits(of("rexgradient", layouts.rexgradient(tmp_path)))
+    assert sizes(parts) == [2, 2, 2]
+    first, second = parts["val"]
+    assert [first.answer, second.answer] == ["Clear lungs.", "No acute disease."]
+    assert first.patient == "rexgradient/valid0"
+    # The frontal one first.
+    assert [image[-5:] for image in first.images] == ["1.png", "0.png"]
+
+
+def test_rexgradients_frontal_views(tmp_path, capsys):
+    config = of("rexgradient", layouts.rexgradient(tmp_path), "data.views=frontal")
+    (example,) = load_split(config, "test")
+    (image,) = example.images
+    assert image == f"{tmp_path}/deid_png/test0/a1/studies/1.2/1.png"
+    said = capsys.readouterr().err
+    assert "without a known frontal image: 1;" in said
+    assert "images of unknown view: 1" in said
+
+
 # ------------------------------------------------------------------------------- VinDr-CXR
 
 A, B, C = (0, 0, 10, 10), (0, 0, 10, 8), (0, 2, 10, 12)
 FAR = (50, 50, 60, 60)
 THIRD = (0, 5, 10, 15)
+NONE, SWAPPED = (3, 3, 3, 3), (10, 8, 0, 0)
 
 
 @pytest.mark.parametrize(
-    "readings, fused",
+    "boxes, fused",
     [
         ([], []),
-        ([[A], [B]], [(0, 0, 10, 9)]),
-        ([[A, FAR], [B, FAR]], [(0, 0, 10, 9), FAR]),
+        ([A, B], [(0, 0, 10, 9)]),
+        ([A, FAR, B, FAR], [(0, 0, 10, 9), FAR]),
         # C overlaps the mean of A and B by 7 / 12.
-        ([[A], [B], [C]], [(0, 2 / 3, 10, 10)]),
+        ([A, B, C], [(0, 2 / 3, 10, 10)]),
         # They overlap by a third: two lesions.
-        ([[A], [THIRD]], [A, THIRD]),
-        # Those of one radiologist are fused, too.
-        ([[(0, 0, 10, 11), (0, 0, 10, 7)], [B]], [(0, 0, 10, 26 / 3)]),
+        ([A, THIRD], [A, THIRD]),
+        # Swapped corners and a box of no size: they stay, and the others are fused.
+        ([NONE, A, NONE, SWAPPED, B], [(0, 0, 10, 9), NONE, NONE, SWAPPED]),
     ],
 )
-def test_boxes_of_several_radiologists_are_fused(readings, fused):
-    assert near(fuse_boxes(readings), fused)
+def test_boxes_of_several_radiologists_are_fused(boxes, fused):
+    assert near(fuse_boxes(boxes), fused)
 
 
 @pytest.mark.parametrize("radiologists", [1, 3])
 def test_boxes_that_lie_apart_stay(radiologists):
     rng = np.random.default_rng(0)
     apart = [(10 * i, 0, 10 * i + 4 + rng.random(), 5) for i in range(9)]
-    assert near(fuse_boxes([apart] * radiologists), apart)
+    assert near(fuse_boxes(apart * radiologists), apart)
 
 
 def test_vindr_cxr_from_physionet(tmp_path):
@@ -353,6 +531,40 @@ def test_vindr_cxr_from_physionet(tmp_path):
     assert study["v3-detect"].answer == "; ".join(places) + "."
     (effusion,) = only(parts["test"], "abnormality")
     assert effusion.question == "Where is the pleural effusion? Give its boxes."
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ("180,40,80,90", "skipped 1"),
+        (",,,", "skipped 1"),
+        ("80,40,80,40", "skipped 1"),
+        ("80,40,980,90", "clipped 1"),
+        ("300,40,980,90", "skipped 1"),
+    ],
+    ids=["swapped", "absent", "without size", "too wide", "outside"],
+)
+def test_a_bad_box_of_vindr_cxr_takes_no_other_along(tmp_path, capsys, bad, said):
+    root = layouts.vindr_physionet(tmp_path)
+    replace_in(root / "annotations" / "annotations_train.csv", "80,40,180,90", bad)
+    config = of("vindr_cxr", root, "data.on_error=skip")
+    images = {e.images for part in splits(config).values() for e in part}
+    everyone = by_id(splits(config))
+    assert len(images) == 12
+    assert near(everyone["v1-Nodule/Mass"].boxes, [(0.11, 0.1, 0.31, 0.5)])
+    # What was seen was seen, wherever it is.
+    assert everyone["v1-list"].answer == "cardiomegaly, nodule/mass."
+    # Not all that is there has a box.
+    assert ("v1-detect" in everyone) == (said == "clipped 1")
+    assert said in capsys.readouterr().err
+
+
+def test_an_unreadable_image_of_vindr_cxr_is_left_out(tmp_path, capsys):
+    root = layouts.vindr_physionet(tmp_path)
+    (root / "test" / "t0.png").write_bytes(b"no image")
+    config = of("vindr_cxr", root, "data.on_error=skip")
+    assert {e.id for e in load_split(config, "test")} == {"t1-list", "t1-detect"}
+    assert "t0.png: not a readable image" in capsys.readouterr().err
 
 
 def test_a_normal_study_of_vindr_cxr(tmp_path):
@@ -465,6 +677,18 @@ def test_one_region_of_each_image_is_asked_for(tmp_path):
         assert e.patient == "mimic/10000898"
         seen.add(e.label)
     assert seen == set(regions)
+
+
+@pytest.mark.parametrize("bad", ["15", "null", "-90", '"?"'])
+def test_a_bad_region_takes_no_other_along(tmp_path, capsys, bad):
+    layouts.mimic_cxr(tmp_path / "mimic_cxr")
+    root = layouts.chest_imagenome(tmp_path / "chest_imagenome")
+    # The right edge of the heart.
+    path = root / "silver_dataset" / "scene_graph" / "d7_SceneGraph.json"
+    replace_in(path, '"original_x2": 45', f'"original_x2": {bad}')
+    (example,) = load_split(of("chest_imagenome", root, "data.on_error=skip"), "val")
+    assert example.label == "right lung"
+    assert "skipped 1" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- NIH ChestX-ray14
@@ -680,10 +904,10 @@ def damaged(dataset, root, old, new):
     "dataset, old, new, message",
     [
         (VINDR, "80,40,180,90", "180,40,80,90", "inside the image"),
-        (VINDR, "80,40,180,90", ",,,", "without a box"),
+        (VINDR, "80,40,180,90", ",,,", "image v1: box .nan"),
         (PADCHEST, '"findings"', '"finding"', "ImageID and findings"),
         (PADCHEST, "0.5", "1.5", "inside the image"),
-        (NIH, "512.5", "NA", "line 3: expected four numbers"),
+        (NIH, "512.5", "NA", "image 00000009_001.png: box .nan"),
         (LLAVA, '"gpt"', '"human"', "human and gpt"),
         (LLAVA, "train/0.png", "../0.png", "lies outside"),
         (R2GEN, "CXR0/0.png", "../../0.png", "lies outside"),
@@ -696,8 +920,8 @@ def test_bad_contents_are_named_or_skipped(tmp_path, capsys, dataset, old, new, 
         load_split(of(source, tmp_path), "train")
     assert name in str(error.value)
     assert "\n" not in str(error.value)
-    assert load_split(of(source, tmp_path, "data.on_error=skip"), "train")
-    assert "skipped" in capsys.readouterr().err
+    assert all(splits(of(source, tmp_path, "data.on_error=skip")).values())
+    assert "skipped 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -953,7 +1177,8 @@ def with_trace_file(root):
 
 def test_traces_come_from_the_file(tmp_path, capsys):
     config, path = with_trace_file(tmp_path)
-    layouts.write(path, '{"id": "CXR1", "thinking": "First the heart."}\n')
+    # With a byte order mark.
+    layouts.write(path, '\ufeff{"id": "CXR1", "thinking": "First the heart."}\n')
     assert [e.thinking for e in load_split(config, "train")] == ["", "First the heart."]
     assert "1 of 2 examples have a trace in" in capsys.readouterr().err
     # The file is for training.
@@ -984,60 +1209,57 @@ def read_rows(text):
     return rows
 
 
-def count_tokens(monkeypatch, prompt, answer):
-    """Let the description find so many tokens. Returns the examples that it will have asked for."""
-    seen = []
-
-    def encode(_, example):
-        seen.append(example)
-        return prompt, answer
-
-    monkeypatch.setattr(inspect_data.Description, "encode", encode)
-    return seen
+def describe(config):
+    """The tables as rows, the text, and the policy whose tokens are counted."""
+    description = inspect_data.Description(config)
+    text = description.text()
+    return read_rows(text), text, description.policy
 
 
-def test_the_description_counts(tmp_path, monkeypatch):
+def test_the_description_counts(tmp_path):
     root = layouts.everything(tmp_path)
     (root / "iu_xray" / "images_normalized" / "5_Frontal.dcm.png").unlink()
     (root / "iu_xray" / "images_normalized" / "6_Frontal.dcm.png").write_bytes(b"no image")
-    count_tokens(monkeypatch, 7, 5)
-    text, sheet = inspect_data.describe(load(f"data.path={root}", MIXTURE))
-    rows = read_rows(text)
-    # Examples, studies, patients, words, widths, heights.
+    rows, text, _ = describe(load(f"data.path={root}", MIXTURE))
+    # Examples, studies, patients; words, widths, heights, tokens.
     assert rows["mimic_cxr", "train", "report"][:3] == ["3", "3", "2"]
     assert rows["ms_cxr", "val", "phrase"][:3] == ["1", "1", "1"]
-    assert rows["vindr_cxr", "test", "detection"][4:] == ["200/200/200", "100/100/100"]
+    assert rows["vindr_cxr", "test", "detection"][4:6] == ["200/200/200", "100/100/100"]
     assert rows["iu_xray", "train", "report"][:2] == ["6", "6"]
-    # Tokens of 7 examples.
-    assert rows["val", "7", "7/7/7"] == ["5/5/5"]
+    assert "iu_xray: would stop a run" in text
     assert "5_Frontal.dcm.png does not exist" in text
-    assert "would stop a run" in text
     assert "cannot be read: " in text
     assert "6_Frontal.dcm.png" in text
-    assert sheet.width == 4 * 360
 
 
-def test_the_lengths_are_of_what_is_trained(tmp_path, monkeypatch):
+def test_the_description_counts_what_is_clipped_and_skipped(tmp_path):
+    root = layouts.padchest_gr(tmp_path)
+    path = root / "grounded_reports_20240819.json"
+    # Of two studies: one box reaches outside, one has its corners swapped.
+    replace_in(path, "0.5, 0.4, 0.9", "0.5, 1.4, 0.9")
+    replace_in(path, "0.1, 0.5, 0.4, 0.9", "0.4, 0.5, 0.1, 0.9")
+    _, text, _ = describe(of("padchest_gr", root, "data.on_error=skip"))
+    assert "train, padchest_gr: skipped 1 examples or boxes, clipped 1 boxes, such as" in text
+    assert "it is clipped" in text
+    assert "it is left out" in text
+
+
+def test_the_lengths_are_of_what_is_trained(tmp_path):
     """Traces and tags included."""
-    seen = count_tokens(monkeypatch, 1, 1)
-    config = load(f"data.path={layouts.everything(tmp_path)}", MIXTURE, "data.thinking=true")
-    inspect_data.describe(config)
-    texts = [data.target_text(e) for e in seen]
-    for text in texts:
-        assert text.startswith("<think>")
-    assert any("Heart: " in text for text in texts)
-    assert any("Looking for " in text for text in texts)
+    config = of("iu_xray", layouts.r2gen(tmp_path), "data.thinking=true")
+    rows, _, policy = describe(config)
+    lengths = [len(policy.encode_target(e)) for e in load_split(config, "train")]
+    assert rows["iu_xray", "train", "report"][-1] == inspect_data.spread(lengths).replace(" ", "")
 
 
-def test_tokens_are_those_of_the_model(tmp_path, policy):
+def test_tokens_are_those_of_the_model(tmp_path):
     config = of("llava", layouts.llava(tmp_path), "model.max_pixels=9216")
-    text, _ = inspect_data.describe(config)
-    examples = load_split(config, "val")
+    rows, _, policy = describe(config)
+    examples = only(load_split(config, "val"), "report")
     prompts = [len(policy.encode(e)) for e in examples]
     answers = [len(policy.encode_target(e)) for e in examples]
-    row = ["val", str(len(examples)), inspect_data.spread(prompts), inspect_data.spread(answers)]
-    cells = [cell.replace(" ", "") for cell in row]
-    assert read_rows(text)[tuple(cells[:3])] == cells[3:]
+    spreads = [inspect_data.spread(lengths).replace(" ", "") for lengths in (prompts, answers)]
+    assert rows["llava", "val", "report"][-2:] == spreads
 
 
 @pytest.mark.parametrize("size", [(400, 200), (30, 60), (1000, 1000)])
@@ -1094,30 +1316,36 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def test_every_image_is_decoded_on_request(tmp_path):
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_image_is_decoded_on_request(tmp_path, split):
     root = layouts.r2gen(tmp_path)
-    assert inspect_data.unreadable_images(of("iu_xray", root)) == (8, [])
-    cut(root / "images" / "CXR2" / "1.png")
-    count, (problem,) = inspect_data.unreadable_images(of("iu_xray", root))
-    assert count == 8
-    assert "CXR2/1.png: not a readable image" in problem
+    n = {"train": 0, "val": 2, "test": 3}[split]
+    cut(root / "images" / f"CXR{n}" / "1.png")
+    description = inspect_data.Description(of("iu_xray", root))
+    description.decode_images()
+    text = description.text()
+    assert f"CXR{n}/1.png: not a readable image" in text
+    assert "1 of 8 images cannot be read" in text
 
 
 def test_the_command_lists_images_that_cannot_be_read(tmp_path, capsys, monkeypatch):
     root = layouts.r2gen(tmp_path / "data")
-    cut(root / "images" / "CXR2" / "1.png")
+    cut(root / "images" / "CXR0" / "1.png")
     settings = ["data.source=iu_xray", f"data.path={root}", "data.tasks=[report]"]
     argv = ["inspect_data", str(ROOT / "config.yaml"), *settings, f"out={tmp_path}", "--images"]
     monkeypatch.setattr(sys, "argv", argv)
     inspect_data.main()
-    assert "1 of 8 images cannot be read" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "1 of 8 images cannot be read" in said.out
+    assert "decode: 100%" in said.err
 
 
-def test_training_tries_some_images_at_its_start(tmp_path):
+@pytest.mark.parametrize("split, n", [("train", 0), ("val", 2)])
+def test_training_tries_some_images_at_its_start(tmp_path, split, n):
     root = layouts.r2gen(tmp_path)
-    cut(root / "images" / "CXR0" / "0.png")
-    with pytest.raises(InputError, match=r"CXR0/0\.png: not a readable image"):
-        load_split(of("iu_xray", root), "train")
+    cut(root / "images" / f"CXR{n}" / "0.png")
+    with pytest.raises(InputError, match=rf"CXR{n}/0\.png: not a readable image"):
+        load_split(of("iu_xray", root), split)
 
 
 def test_where_errors_are_skipped_a_broken_image_is_said_at_the_start(tmp_path, capsys):
