@@ -167,7 +167,7 @@ PROJECTORS = (
 TOWERS = ("visual", "vision_tower", "vision_model")
 
 
-def chat_turn(role: str, text: str) -> dict[str, Any]:
+def chat_turn(role, text):
     """A turn of a conversation, as chat templates take it."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
@@ -276,7 +276,8 @@ class Policy:
             part["text"] = part["text"].replace(data.IMAGE, "").strip()
             turn["content"] = images + turn["content"]
             early -= len(images)
-        turns[0]["content"] = [{"type": "image"}] * early + turns[0]["content"]
+        images = [{"type": "image"}] * early
+        turns[0]["content"] = images + turns[0]["content"]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     def encode(self, example: Example) -> Prompt:
@@ -1221,7 +1222,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {% endif %}"""
 
 
-def build_tokenizer(texts: list[str], vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts, vocabulary=1024):
     """A byte-level BPE tokenizer with Qwen's special tokens, trained on `texts`."""
     import tokenizers  # noqa: PLC0415 (comes with transformers)
 
@@ -1280,7 +1281,7 @@ TINY_VISION = dict(
 )
 
 
-def build_tiny(seed: int, pixels: dict[str, int], texts: list[str]) -> tuple[nn.Module, Any]:
+def build_tiny(seed, pixels, texts):
     """The tiny Qwen3-VL with random weights, and its processor with a tokenizer for `texts`."""
     tokenizer = build_tokenizer(texts)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}

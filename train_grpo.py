@@ -455,7 +455,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
 # ------------------------------------------------------------------------------- metrics
 
 
-def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | float]:
+def rollout_metrics(rollouts, step):
     """What the samples of all processes look like. Names follow TRL's GRPOTrainer. Collective."""
     totals = gather_lists([r.rewards for r in rollouts])
     lengths = gather_lists([r.lengths for r in rollouts])
@@ -488,7 +488,7 @@ def rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Tensor | fl
     return metrics
 
 
-def update_metrics(updates: list[UpdateStats]) -> dict[str, float]:
+def update_metrics(updates):
     """Means over the tokens of all updates and processes. Collective."""
     sums = chain.from_iterable(u.sums for u in updates)
     sums = gather_lists(list(sums))
@@ -597,7 +597,7 @@ def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:
     return reference.freeze_all()
 
 
-def starting_point(config: Config, stop: StopRequest) -> str | None:
+def starting_point(config, stop):
     """The checkpoint to start from; auto: that of SFT, trained if missing. None if stopped."""
     init = config.grpo.init
     if init == "base":

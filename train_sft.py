@@ -25,7 +25,7 @@ import model
 from data import Example, batched
 from model import Optimizer, Policy, Prompt, save_checkpoint
 from runtime.checkpoint import last_step, open_run, resolve
-from runtime.config import Config, InputError, SFTConfig
+from runtime.config import Config, InputError
 from runtime.log import Log
 from runtime.output import print0, rank, world_size
 from runtime.processes import StopRequest, gather_objects, run_main, start_training
@@ -76,7 +76,7 @@ def encode_studies(policy: Policy, studies: list[list[Example]]) -> list[Encoded
     return encoded
 
 
-def count_answer_tokens(studies: list[EncodedStudy]) -> int:
+def count_answer_tokens(studies):
     return sum(sum(study.answer_lengths) for study in studies)
 
 
@@ -160,7 +160,7 @@ def starting_point(config: Config) -> str:
     return path
 
 
-def stage_config(config: Config) -> tuple[Config, SFTConfig]:
+def stage_config(config):
     """The configuration as this stage uses it, and its section `sft`."""
     sft = config.sft
     if sft.stage == "more":
@@ -172,7 +172,7 @@ def stage_config(config: Config) -> tuple[Config, SFTConfig]:
     return config, sft
 
 
-def stage_examples(config: Config, examples: list[Example]) -> list[Example]:
+def stage_examples(config, examples):
     """cold_start trains on traces, mixed with plain answers; other stages on plain answers."""
     if config.sft.stage != "cold_start":
         return examples
@@ -191,14 +191,14 @@ def stage_examples(config: Config, examples: list[Example]) -> list[Example]:
     return mixed
 
 
-def load_studies(config: Config, split: str) -> list[list[Example]]:
+def load_studies(config, split):
     """The studies of a split, each as the examples that ask about it."""
     examples = data.load_split(config, split)
     examples = stage_examples(config, examples)
     return data.by_study(examples)
 
 
-def local_studies(studies: list, config: Config, step: int) -> list[list[Example]]:
+def local_studies(studies, config, step):
     """This process's share of a step: a function of seed and step, so that a run can resume."""
     sft = config.sft
     places = data.indices(len(studies), sft.batch_size, step, config.seed, sft.stage)
@@ -258,7 +258,7 @@ def train(config: Config, stop: StopRequest) -> Path | None:
     return run / "best"
 
 
-def prepare_ranks(policy: Policy, studies: list[list[Example]]):
+def prepare_ranks(policy, studies):
     """With sharded weights, a process without work runs along on a prompt: the first usable."""
     if policy.sharded:
         usable = (e.prompt for study in studies for e in encode_studies(policy, [study]))

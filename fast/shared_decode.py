@@ -118,7 +118,6 @@ class SharedDecoder:
             and room <= self.room
             and rows == prompts * self.group_size
             and temperature == self.temperature
-            and policy.dtype == self.dtype
             and policy.stop_ids is self.stop_ids
         )
 

@@ -79,16 +79,14 @@ def sample_record(rollout: Any) -> dict[str, Any]:
     """What samples.jsonl holds of a Rollout."""
     samples = []
     for g, text in enumerate(rollout.texts):
+        parts = {name: values[g] for name, values in rollout.reward_components.items()}
         sample = {
             "text": text,
             "reward": rollout.rewards[g],
             "advantage": rollout.advantages[g].item(),
-            "parts": {},
-        }
-        for name, values in rollout.reward_components.items():
             # NaN: the component does not apply.
-            if values[g] == values[g]:
-                sample["parts"][name] = values[g]
+            "parts": {name: value for name, value in parts.items() if value == value},
+        }
         samples.append(sample)
     return {
         "id": rollout.example.id,

@@ -121,7 +121,7 @@ def train(out, parallel, options, steps):
     seen = {"norms": norms, "samples": sample_apart(policy, examples)}
     if policy.sharded:
         seen["bytes"] = local_bytes(policy, optimizer)
-        seen["planned bytes"] = memory_plan(policy, config, grpo)
+        seen["planned bytes"] = memory_plan(policy, config, grpo, world_size())
     if rank() == 0:
         torch.save(seen, out / "seen.pt")
     gather_objects(None)

@@ -14,7 +14,6 @@ from torch import nn
 
 import data
 from model import TILE_SIZE, load_policy, part_of
-from runtime.output import world_size
 from runtime.processes import parse_args, run_main
 
 FLOAT = 4  # bytes
@@ -64,13 +63,11 @@ def kept(policy, part):
     return count * FLOAT * first.in_features + of_block
 
 
-def memory_plan(policy, config, section, gpus=None):
-    """{part: bytes} that a process needs for config.sft or config.grpo.
+def memory_plan(policy, config, section, gpus=1):
+    """{part: bytes} that each of `gpus` processes needs for config.sft or config.grpo.
 
-    The policy is ready to be trained (frozen parts, adapters) and needs no weights. gpus: how many
-    processes there are; None: those that run now.
+    The policy is ready to be trained (frozen parts, adapters) and needs no weights.
     """
-    gpus = gpus or world_size()
     shares = gpus if config.model.parallel == "shard" else 1
     operand = policy.dtype.itemsize
     text = policy.model.config.get_text_config()
@@ -146,8 +143,7 @@ def weight_sizes(policy, config, section, shares):
 
 def plan(config, gpus=1):
     """A line for each stage: the sum in GB, and its parts, the largest first."""
-    plural = "s" if gpus > 1 else ""
-    lines = [f"model.parallel={config.model.parallel} on {gpus} GPU{plural}"]
+    lines = [f"model.parallel={config.model.parallel}, GPUs: {gpus}"]
     for name, section in (("SFT", config.sft), ("GRPO", config.grpo)):
         policy = load_policy(config, weights=False)
         if section.lora_rank:
