@@ -546,15 +546,15 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
         policy.remember_images([longest])
 
     size = len(longest) + grpo.group_size * grpo.max_new_tokens
-    # A run that is resumed goes on with the number that it began with.
-    micro_tokens = grpo.micro_tokens or state.get("micro_tokens")
-    if not micro_tokens:
-        work = partial(try_update, policy, [longest], grpo)
-        micro_tokens = tokens_that_fit(work, size)
     first_batch = data.grpo_batch(examples, state["step"], config)
     local, *_ = local_mini_batches(first_batch, grpo)
-    count = max(1, min(len(local), micro_tokens // size))
+    # A run that is resumed goes on with the number that it began with.
+    micro_tokens = grpo.micro_tokens or state.get("micro_tokens", 0)
     try:
+        if not micro_tokens:
+            work = partial(try_update, policy, [longest], grpo)
+            micro_tokens = tokens_that_fit(work, size)
+        count = max(1, min(len(local), micro_tokens // size))
         try_update(policy, [longest] * count, grpo)
     except torch.OutOfMemoryError as error:
         raise InputError(

@@ -39,7 +39,7 @@ import data
 import train_grpo
 from model import Rollout
 from runtime import memory
-from runtime.config import GRPOConfig
+from runtime.config import GRPOConfig, InputError
 from train_grpo import (
     GAP,
     UpdateStats,
@@ -1060,6 +1060,23 @@ def test_on_a_gpu_the_free_memory_chooses_micro_tokens(monkeypatch):
     turns = iter("12")
     assert memory.tokens_that_fit(lambda: next(turns), 100) == 100 * 5
     assert not list(turns)
+
+
+@pytest.mark.parametrize("micro_tokens", [0, 50])
+def test_a_micro_batch_that_does_not_fit_is_one_line(policy, examples, monkeypatch, micro_tokens):
+    """Also where a single prompt is too much."""
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(train_grpo, "try_update", out_of_memory)
+    monkeypatch.setattr(train_grpo, "tokens_that_fit", lambda work, tokens: work())
+    monkeypatch.setattr(policy, "dummy_prompt", None)
+    config = load(*SMALL, f"grpo.micro_tokens={micro_tokens}")
+    with pytest.raises(InputError) as error:
+        train_grpo.preflight(policy, examples, config, {"step": 0})
+    assert f"lower grpo.micro_tokens={micro_tokens} or" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_keeps_its_micro_tokens(tmp_path):
