@@ -145,6 +145,7 @@ BOX_FORM = (
 def knows_boxes(config: Config) -> bool:
     """Has the policy seen our SFT, whose boxes have numbers from 0 to 1? GRPO with init=base has
     not, unless model.path is a checkpoint of ours."""
+    # Only our checkpoints have this file.
     ours = os.path.exists(os.path.join(config.model.path, "training_state.pt"))
     return config.grpo.init != "base" or ours
 

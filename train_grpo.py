@@ -273,6 +273,7 @@ def assign_gdpo_advantages(rollouts, config):
 def normalize(scores, norm):
     """Rewards of this process's groups, G numbers each -> their advantages (G,). Collective:
     adv_norm=batch takes the std over the groups of all processes."""
+    # The rewards of all processes, and the slice of them that is ours.
     everyone, local = gather_rows(scores)
     if not everyone:
         return []
@@ -361,14 +362,15 @@ def update(
     if n_tokens == 0:
         return UpdateStats([], 0.0)
 
-    # Gradients add up over micro-batches. Where weights are sharded, a process with fewer of them
-    # runs dummy steps inside, which are not given out here.
+    # Gradients add up over micro-batches. Where weights are sharded, all processes must run as many
+    # forward and backward passes, so at the end the iterator runs some without effect.
     sums = []
     for micro_batch in policy.with_dummy_steps(micro_batches(used, grpo.micro_tokens)):
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
-        # For 4: in its first update, the policy is a rollout's pi_old. Later epochs use these
-        # log-probs, and mini-batches that come after an update had theirs recorded before it.
+        # For 4: log-probs under pi_old, the policy that sampled. A rollout has them already if an
+        # update came before this one, of another mini-batch (then `train` recorded them) or epoch
+        # (then this line kept them). Else nothing has changed since sampling, and they are logp.
         # The sampler's own would do, if they were not rounded in another way.
         keep_logprobs(micro_batch, "old", logp.detach())
         old_logp = logprobs_of(micro_batch, "old")
@@ -381,7 +383,7 @@ def update(
         loss.backward()
 
         # The gap between sampling and scoring. Both are log-probs under pi_old, so it checks the
-        # sampler.
+        # sampler. Padding is 0 in both.
         gap = (old_logp - logprobs_of(micro_batch, "sampled")).abs()
         # To log: sums over tokens, which update_metrics divides by all tokens of the step.
         values["tokens"] = mask
@@ -496,14 +498,15 @@ def update_metrics(updates):
     for of_micro_batch in sums:
         # Counter.update adds.
         total.update(of_micro_batch)
+    # These two are not means over tokens. A loss is the sum over its update's micro-batches.
+    loss = total.pop("loss", 0.0) / len(updates)
+    largest_gap = max((s[f"{GAP}/max"] for s in sums), default=None)
     n_tokens = total.pop("tokens", 1)
     metrics = {name: value / n_tokens for name, value in total.items()}
-
-    # These are not means over tokens.
-    metrics["loss"] = total["loss"] / len(updates)
+    metrics["loss"] = loss
     metrics["grad_norm"] = np.mean([u.grad_norm for u in updates])
-    if sums:
-        metrics[f"{GAP}/max"] = max(s[f"{GAP}/max"] for s in sums)
+    if largest_gap is not None:
+        metrics[f"{GAP}/max"] = largest_gap
     return metrics
 
 
@@ -528,10 +531,11 @@ def sample_records(rollouts, examples):
 
 
 def preflight(policy: Policy, examples: list[Example], config: Config, state: dict) -> GRPOConfig:
-    """Fail now rather than after hours: try the largest update, then the evaluation.
+    """Fail now rather than after hours: try a large update, then the evaluation.
 
-    Also chooses the prompt that processes without work run along on, and lets the images of all
-    steps be decoded ahead. Returns config.grpo with micro_tokens chosen. Collective.
+    Its prompts are the longest of the first ones, its completions have full length. Also chooses
+    the prompt that processes without work run along on, and lets the images of all steps be decoded
+    ahead. Returns config.grpo with micro_tokens chosen. Collective.
     """
     grpo = config.grpo
     data.say_repeats(examples, config)
@@ -547,14 +551,14 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
 
     size = len(longest) + grpo.group_size * grpo.max_new_tokens
     first_batch = data.grpo_batch(examples, state["step"], config)
-    local, *_ = local_mini_batches(first_batch, grpo)
+    first_mini_batch, *_ = local_mini_batches(first_batch, grpo)
     # A run that is resumed goes on with the number that it began with.
     micro_tokens = grpo.micro_tokens or state.get("micro_tokens", 0)
     try:
         if not micro_tokens:
             work = partial(try_update, policy, [longest], grpo)
             micro_tokens = tokens_that_fit(work, size)
-        count = max(1, min(len(local), micro_tokens // size))
+        count = max(1, min(len(first_mini_batch), micro_tokens // size))
         try_update(policy, [longest] * count, grpo)
     except torch.OutOfMemoryError as error:
         raise InputError(
@@ -567,8 +571,8 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     evaluation.try_evaluation(policy, config)
     steps = range(state["step"], grpo.steps)
     batches = (data.grpo_batch(examples, step, config) for step in steps)
-    local = chain.from_iterable(local_mini_batches(batch, grpo) for batch in batches)
-    policy.encode_ahead(chain.from_iterable(local))
+    mini_batches = chain.from_iterable(local_mini_batches(batch, grpo) for batch in batches)
+    policy.encode_ahead(chain.from_iterable(mini_batches))
     return replace(grpo, micro_tokens=micro_tokens)
 
 

@@ -176,7 +176,11 @@ def sum_gradients(parameters: list[Tensor]):
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C asks to stop after the current step. A second one ends the process."""
+    """SIGTERM or Ctrl-C asks to stop after the current step.
+
+    A second one ends the process at once, but for processes of torchrun: it passes the first one on
+    several times, and kills what has not ended 30 seconds later. A step that takes longer is lost.
+    """
 
     def __init__(self):
         self.received = False
@@ -184,7 +188,6 @@ class StopRequest:
 
     def receive(self, number, _):
         self.received = True
-        # torchrun repeats a Ctrl-C that the processes have seen already, and kills them later.
         if not dist.is_torchelastic_launched():
             signal.signal(number, signal.SIG_DFL)
 
