@@ -218,6 +218,7 @@ class Policy:
         self.vision_frozen = False
         self.adapted: dict[str, LoRALinear] = {}  # by the name of the layer
         self.dummy_prompt: Prompt | None = None  # for with_dummy_steps
+        self.n_skipped = 0  # examples that could not be used when they came up, by this process
         self.decoder: Any = None  # of fast/, which keeps its buffers
         self.ahead: Any = None  # of fast/, see encode_ahead
 
@@ -403,7 +404,7 @@ class Policy:
     ) -> list[tuple[Example, Any]]:
         """Each usable example with its prompt, or with what `encode` gives.
 
-        data.on_error=skip leaves the others out and says so; otherwise the first raises InputError.
+        data.on_error=skip leaves the others out and counts them; else the first raises InputError.
         """
         encode = encode or self.encode
         pairs = []
@@ -413,7 +414,8 @@ class Policy:
             except InputError as error:
                 if self.config.data.on_error == "stop":
                     raise
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                self.n_skipped += 1
+                tqdm.write(f"skipped, {self.n_skipped} so far: {error}", file=sys.stderr)
         return pairs
 
     def pad_prompts(self, prompts):

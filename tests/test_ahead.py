@@ -138,17 +138,18 @@ def test_a_broken_image_stops_with_the_same_line(two, examples, broken):
     assert str(ahead.value) == str(here.value)
 
 
-def test_a_broken_image_is_skipped_and_said(two, examples, broken, capsys):
+def test_a_broken_image_is_skipped_and_counted(two, examples, broken, capsys):
     two.config.data.on_error = "skip"
     asked = [examples[0], broken, examples[2]]
-    said = []
-    for upcoming in ([], asked):
+    reasons = []
+    for count, upcoming in ((1, []), (2, asked)):
         two.encode_ahead(upcoming)
         pairs = two.encode_all(asked)
         assert [example.id for example, _ in pairs] == [examples[0].id, examples[2].id]
-        said.append(capsys.readouterr().err)
-    assert said[0] == said[1]
-    assert said[0].startswith("skipped: ")
+        said, reason = capsys.readouterr().err.split(": ", 1)
+        assert said == f"skipped, {count} so far"
+        reasons.append(reason)
+    assert reasons[0] == reasons[1]
 
 
 # ------------------------------------------------------------------------------- whole runs
