@@ -1224,7 +1224,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {% endif %}"""
 
 
-def build_tokenizer(texts, vocabulary=1024):
+def build_tokenizer(texts):
     """A byte-level BPE tokenizer with Qwen's special tokens, trained on `texts`."""
     import tokenizers  # noqa: PLC0415 (comes with transformers)
 
@@ -1239,7 +1239,7 @@ def build_tokenizer(texts, vocabulary=1024):
     )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL_TOKENS),
+        vocab_size=1024 - len(SPECIAL_TOKENS),
         show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )

@@ -586,7 +586,7 @@ def try_update(policy, prompts, grpo):
     loss.backward()
 
 
-def load_reference(policy: Policy, config: Config, start: str) -> Policy | None:
+def load_reference(policy: Policy, config: Config, start: str):
     """The policy that the KL term refers to: the start. None if there is no such term.
 
     With LoRA, it is the policy itself, with its adapters switched off.

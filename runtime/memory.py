@@ -10,7 +10,7 @@ SHARE = 0.5  # of the free memory, for activations: sampling keeps keys and valu
 CPU_TOKENS = 4096  # without a GPU
 
 
-def tokens_that_fit(work: Callable[[], None], tokens: int) -> int:
+def tokens_that_fit(work: Callable, tokens: int) -> int:
     """Tokens whose activations take SHARE of the free memory. Collective: the least of all.
 
     work() is a forward and backward of `tokens` tokens.
