@@ -88,17 +88,18 @@ class Study:
     id: str
     # With a name space for every population of patients.
     patient: str
-    # Paths, or phantoms.
+    # Paths, or phantoms. From a reader to choose_views: (view, path) pairs.
     images: list
-    # For messages: file and place in it.
+    # For messages: file and place in it. Of several files, that of the boxes.
     where: str
     # None: the dataset has none; "": it lacks here.
     report: str | None = None
-    # All that is to be seen; None: not known.
+    # All that is to be seen, [] if nothing is; None: not known.
     findings: list[str] | None = None
-    # (kind, name) -> boxes, at least one. Kinds: abnormality, anatomy, phrase.
+    # (kind, name) -> boxes, at least one. Kinds: abnormality, anatomy, phrase. A study with boxes
+    # has one image: where there are several, each is a study with the boxes of its own.
     boxes: dict[tuple[str, str], list[Box]] = field(default_factory=dict)
-    # All abnormalities have their boxes: detection can be asked.
+    # All abnormalities have their boxes, not only some: detection can be asked.
     complete: bool = False
     asked: list[Asked] = field(default_factory=list)
 
@@ -211,7 +212,7 @@ def read_csv(path: Path, skip: Skip, *columns: str) -> Iterator[dict]:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height from the file's header."""
+    """Width and height from the file's header. Raises InputError."""
     try:
         with Image.open(path) as image:
             return image.size
