@@ -150,8 +150,15 @@ def knows_boxes(config: Config) -> bool:
     return config.grpo.init != "base" or ours
 
 
-def with_box_form(example: Example) -> Example:
-    return replace(example, question=f"{example.question} {BOX_FORM}")
+def with_box_form(examples: list[Example], config: Config) -> list[Example]:
+    """Questions for boxes state their form to a policy that does not know it."""
+    if knows_boxes(config):
+        return examples
+    stated = []
+    for e in examples:
+        question = f"{e.question} {BOX_FORM}" if e.task == "grounding" else e.question
+        stated.append(replace(e, question=question))
+    return stated
 
 
 def prompt_text(example: Example) -> str:
@@ -604,12 +611,13 @@ CORPUS = 4000  # examples of each source that the tiny model's tokenizer is trai
 TRIED = 4  # examples of each source whose images are decoded at the start of a training
 
 
-def load_split(config: Config, split: str) -> list[Example]:
+def load_split(config: Config, split: str, images: bool = True) -> list[Example]:
     """All examples of "train", "val" or "test" for the configured tasks and output format.
 
     Training examples come as often as the weight of their source says, and never from held-out
     patients (unless all are held out, which is said). With data.on_error=skip, examples that cannot
-    be used are left out, counted and reported; otherwise the first one raises InputError.
+    be used are left out, counted and reported; otherwise the first one raises InputError. Some
+    images of each source are tried, unless images=False.
     """
     parts = read_split(config, split)
     notices = []
@@ -627,13 +635,13 @@ def load_split(config: Config, split: str) -> list[Example]:
             nothing = f"{where}: no usable example of {source.source} in split {split!r}"
             raise InputError("; ".join([nothing, *notices]))
         part = with_traces(config, split, part, notices)
-        try_images(part, config, notices)
+        if images:
+            try_images(part, config, notices)
         if split == "train":
             part = oversample(part, source.weight, config.seed)
         prefix = f"{name}/" if len(parts) > 1 else ""
         examples += [replace(e, id=prefix + e.id, style=style_of(config)) for e in part]
-    if not knows_boxes(config):
-        examples = [with_box_form(e) if e.task == "grounding" else e for e in examples]
+    examples = with_box_form(examples, config)
     for text in notices:
         warn0(f"{split}: {text}")
     if not examples:

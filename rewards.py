@@ -306,8 +306,9 @@ def overlong_reward(batch, cfg):
     return [overlong(len(c.token_ids), cfg.overlong_start, cfg.overlong_end) for c in batch]
 
 
-# name: f(completions of one task, config.rewards) -> a number for each. A text without a word must
-# earn nothing. What is not named under "grounding" below is for reports.
+# name: f(completions of one task, config.rewards) -> a number for each. Only functions of your own
+# may say None, "does not apply". A text without a word must earn nothing. What is not named under
+# "grounding" below is for reports.
 REWARDS = {
     "mccs": mccs_reward,
     "label_f1": partial(label_reward, label_f1),

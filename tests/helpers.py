@@ -334,7 +334,11 @@ SIX = ("train_grpo", "train_sft", "eval", "model", "rewards", "data")
 
 
 def python_files(*patterns):
-    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    """The project's own files: not those of its user, which git does not know."""
+    found = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    command = ["git", "-C", ROOT, "ls-files", "--others"]
+    others = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return [path for path in found if str(path.relative_to(ROOT)) not in others]
 
 
 def docstring_lines(tree):

@@ -1,7 +1,7 @@
 """How dense the code may be: what a reader has to hold in mind at once.
 
-Size is counted in tokens, so line breaks hide nothing. These budgets may go down, not up; those of
-the whole code stand in tests/test_house.py.
+Size is counted in tokens, so line breaks hide nothing. Density may go down, not up. How large the
+whole code may be stands in tests/test_house.py.
 """
 
 import ast

@@ -144,7 +144,8 @@ def audit(config: Config) -> str:
     """A table and three lines, as text. No image is opened."""
     rewards.check_rewards(config.rewards)
     split = config.eval.split
-    examples = [e for e in data.load_split(config, split) if e.task == "report"]
+    examples = data.load_split(config, split, images=False)
+    examples = [e for e in examples if e.task == "report"]
     examples = examples[: config.eval.limit or None]
     if len(examples) < 2:
         raise InputError(f"audit: split {split!r} has {len(examples)} reports; it takes two")
