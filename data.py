@@ -14,7 +14,6 @@ The data flow one way: files -> Study (readers/) -> Example. Nothing here needs 
 
 import hashlib
 import importlib
-import json
 import math
 import os
 import re
@@ -44,6 +43,7 @@ from readers.study import (
     box_text,
     clean_boxes,
     parse_boxes,  # noqa: F401
+    parse_json,
     pick,
     read_lines,
 )
@@ -466,7 +466,7 @@ def texts_by_id(path: str | Path, key: str) -> dict[str, str]:
     texts = {}
     for n, line in enumerate(read_lines(Path(path)), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             text = row[key]
             if not isinstance(text, str):
                 raise ValueError(f"{key}: expected text, got {text!r}")
@@ -550,6 +550,8 @@ def read_source(config, source, split, skip):
         size = getattr(config.data, f"{split}_size")
         studies = phantoms.read(config.seed, split, size, QUESTIONS)
     elif os.path.isdir(source.path):
+        if source.views == "frontal" and source.source in WITHOUT_VIEWS:
+            raise InputError(f"data.views=frontal: {source.source} does not say what is frontal")
         reader = importlib.import_module(f"readers.{source.source}")
         studies = reader.read(source, split, skip)
     else:
@@ -607,6 +609,7 @@ def source_names(parts):
 # ------------------------------------------------------------------------------- splits
 
 
+WITHOUT_VIEWS = ("jsonl", "llava")  # readers of several images that know no views
 CORPUS = 4000  # examples of each source that the tiny model's tokenizer is trained on
 TRIED = 4  # examples of each source whose images are decoded at the start of a training
 

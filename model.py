@@ -662,6 +662,15 @@ class Policy:
         logp, entropy = (empty.index_copy(0, places, values) for values in flat)
         return logp.view_as(mask), entropy.view_as(mask), mask
 
+    def tokens_to_score(self, prompts: list[Prompt], lengths: list[list[int]]) -> int:
+        """Tokens in a forward pass of logprobs. lengths: of the completions of each prompt."""
+        if self.shared:
+            return sum(map(len, prompts)) + sum(map(sum, lengths))
+        # Every row has its own prompt, and they are padded to the longest.
+        rows = sum(map(len, lengths))
+        longest = max(map(len, prompts)) + max(map(max, lengths))
+        return rows * longest
+
     def plain_hidden(self, prompts, rows, owner, scored):
         """Hidden states (N, H) that predict the scored tokens, from R rows [prompt | completion].
 

@@ -293,18 +293,21 @@ def trainable_groups(rollouts, grpo):
     return [r for r in rollouts if not is_degenerate(r)]
 
 
-def micro_batches(rollouts, micro_tokens):
-    """The rollouts in order, as many together as have micro_tokens tokens; at least one."""
+def micro_batches(policy, rollouts, micro_tokens):
+    """The rollouts in order, as many together as make micro_tokens tokens; at least one."""
     batches = []
-    room = 0
+    current = []
     for rollout in rollouts:
-        size = len(rollout.prompt) + sum(rollout.lengths)
-        if size > room:
-            batches.append([])
-            room = micro_tokens
-        batches[-1].append(rollout)
-        room -= size
-    return batches
+        larger = [*current, rollout]
+        prompts = [r.prompt for r in larger]
+        lengths = [r.lengths for r in larger]
+        size = policy.tokens_to_score(prompts, lengths)
+        if current and size > micro_tokens:
+            batches.append(current)
+            larger = [rollout]
+        current = larger
+    # The last one is empty where nothing was given.
+    return [*batches, current] if current else batches
 
 
 def logprobs_of(rollouts, name):
@@ -334,7 +337,7 @@ def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GR
     """Keep the log-probabilities under `policy` as logprobs[name] of every rollout."""
     used = trainable_groups(rollouts, grpo)
     with policy.unsharded():
-        for micro_batch in micro_batches(used, grpo.micro_tokens):
+        for micro_batch in micro_batches(policy, used, grpo.micro_tokens):
             logp, _, _ = score_tokens(policy, micro_batch, grpo.temperature)
             keep_logprobs(micro_batch, name, logp)
 
@@ -365,7 +368,8 @@ def update(
     # Gradients add up over micro-batches. Where weights are sharded, all processes must run as many
     # forward and backward passes, so at the end the iterator runs some without effect.
     sums = []
-    for micro_batch in policy.with_dummy_steps(micro_batches(used, grpo.micro_tokens)):
+    parts = micro_batches(policy, used, grpo.micro_tokens)
+    for micro_batch in policy.with_dummy_steps(parts):
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
         # For 4: log-probs under pi_old, the policy that sampled. A rollout has them already if an
@@ -499,14 +503,14 @@ def update_metrics(updates):
         # Counter.update adds.
         total.update(of_micro_batch)
     # These two are not means over tokens. A loss is the sum over its update's micro-batches.
-    loss = total.pop("loss", 0.0) / len(updates)
-    largest_gap = max((s[f"{GAP}/max"] for s in sums), default=None)
+    loss = total.pop("loss", 0.0)
+    gaps = [s[f"{GAP}/max"] for s in sums]
     n_tokens = total.pop("tokens", 1)
     metrics = {name: value / n_tokens for name, value in total.items()}
-    metrics["loss"] = loss
+    metrics["loss"] = loss / len(updates)
     metrics["grad_norm"] = np.mean([u.grad_norm for u in updates])
-    if largest_gap is not None:
-        metrics[f"{GAP}/max"] = largest_gap
+    if gaps:
+        metrics[f"{GAP}/max"] = max(gaps)
     return metrics
 
 
@@ -543,13 +547,15 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     prompts = [prompt for _, prompt in islice(pairs, PROMPTS_TO_TRY)]
     if not prompts:
         raise InputError("none of the training examples can be used (see the messages above)")
-    # With sharded weights, a process without work runs along on this prompt.
-    policy.dummy_prompt = prompts[0]
     longest = max(prompts, key=len)
+    # With sharded weights, a process without work runs along on this prompt. Where the others have
+    # its images from a frozen tower already, so must it: who runs the tower gathers its weights.
+    policy.dummy_prompt = longest
     with policy.unsharded():
         policy.remember_images([longest])
 
-    size = len(longest) + grpo.group_size * grpo.max_new_tokens
+    lengths = [grpo.max_new_tokens] * grpo.group_size
+    size = policy.tokens_to_score([longest], [lengths])
     first_batch = data.grpo_batch(examples, state["step"], config)
     first_mini_batch, *_ = local_mini_batches(first_batch, grpo)
     # A run that is resumed goes on with the number that it began with.

@@ -501,7 +501,7 @@ def print_kernels(report: Report, sizes: Sizes) -> None:
     training.optimizer = NoOptimizer()
     training.step()
     grpo = training.config.grpo
-    micro_batch = train_grpo.micro_batches(training.rollouts, grpo.micro_tokens)[0]
+    micro_batch = train_grpo.micro_batches(training.policy, training.rollouts, grpo.micro_tokens)[0]
     work = partial(
         train_grpo.update, training.policy, training.optimizer, micro_batch, grpo.lr, grpo
     )

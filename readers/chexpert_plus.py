@@ -6,7 +6,6 @@ chexbert_labels/report_fixed.json, where it is there; uncertain ones are finding
 takes those of CheXpert. The official valid split is val; there is no test split.
 """
 
-import json
 from pathlib import Path
 
 from readers.study import (
@@ -19,6 +18,7 @@ from readers.study import (
     findings_of,
     first_file,
     locate,
+    parse_json,
     read_csv,
     read_lines,
     split_name,
@@ -40,6 +40,9 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
             continue
         # train/patient1/study1/view1_frontal.jpg, which may be a .png
         path = Path(row["path_to_image"])
+        if not path.name:
+            skip(f"{table}: a row of patient {row['deid_patient_id']} has no path_to_image")
+            continue
         file = first_file(source.image_root(), FOLDERS, path, path.with_suffix(".png"))
         name = str(path.parent)
         report, impression = (row[section].strip() for section in SECTIONS)
@@ -55,8 +58,8 @@ def read_labels(path, skip):
     labels = {}
     for n, line in enumerate(read_lines(path) if path else (), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             labels[row["path_to_image"]] = findings_of(row, 1, -1)
-        except MALFORMED as error:
+        except (*MALFORMED, RecursionError) as error:
             skip(f"{path}, line {n}: expected path_to_image and the 14 labels ({error!r})")
     return labels

@@ -5,10 +5,9 @@
 fractions of the image. Optional: "question", "thinking", "patient".
 """
 
-import json
 from pathlib import Path
 
-from readers.study import MALFORMED, Asked, Skip, Studies, Study, read_lines
+from readers.study import MALFORMED, Asked, Skip, Studies, Study, parse_json, read_lines
 from runtime.config import Source
 
 
@@ -27,7 +26,7 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
 
 
 def parse_line(line, source, where):
-    row = json.loads(line)
+    row = parse_json(line)
     names = row["images"]
     if not isinstance(names, list):
         raise ValueError("images: expected a list of paths")

@@ -6,8 +6,10 @@ a report, the others are for SFT alone. An image whose <image> stands in a later
 there on. Texts are kept, but boxes in thousandths or pixels become fractions of the image.
 """
 
+import math
 import re
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate, chain
 
 from readers.study import (
@@ -29,7 +31,7 @@ from readers.study import (
     read_list,
     split_json,
 )
-from runtime.config import Source
+from runtime.config import InputError, Source
 from runtime.output import warn_once
 
 # "Document the findings.", "Can you write a report?", but not "Where are the findings?" or "Can you
@@ -53,41 +55,41 @@ FRACTION = 2
 
 def read(source: Source, split: str, skip: Skip) -> Studies:
     path, alone = split_json(source, split)
-    conversations = []
-    large = []
+    paths = [path] if alone else split_files(source)
+    large = list(chain.from_iterable(large_in(path, source.image_root()) for path in paths))
+    pixels = are_pixels(large)
+    if large:
+        unit = "pixels" if pixels else "thousandths of the image"
+        text = f"{path.parent}: {len(large)} boxes have numbers above 1, which are read as {unit}"
+        warn_once(text, text)
+    studies = []
     for n, row in enumerate(read_list(path, "conversations")):
         where = f"{path}, [{n}]"
         try:
             names, turns = parse_conversation(row)
             patient = patient_of(names[0], source.path)
             images = [first_file(source.image_root(), ("", "images"), name) for name in names]
-            boxes = large_boxes(turns)
-            size = image_size(images[0]) if boxes else None
+            scale = image_size(images[0]) if pixels and large_boxes(turns) else (1000, 1000)
+        except InputError as error:
+            skip(f"{where}: {error}")
+            continue
         except MALFORMED as error:
             skip(
                 f"{where}: expected an object with image and conversations of human and gpt "
                 f"({error!r})"
             )
             continue
-        large += [(box, size) for box in boxes]
         study = Study(str(row.get("id", n)), patient, images, where)
-        conversations.append((study, turns, size))
-
-    pixels = are_pixels(large)
-    if large:
-        unit = "pixels" if pixels else "thousandths of the image"
-        text = f"{path}: {len(large)} boxes have numbers above 1, which are read as {unit}"
-        warn_once(text, text)
-    studies = []
-    for study, turns, size in conversations:
-        studies += ask_turns(study, turns, size if pixels else (1000, 1000), skip)
+        studies += ask_turns(study, turns, scale, skip)
     yield from of_split(studies, split) if alone else studies
 
 
 def parse_conversation(row):
     """The names of the images, and (question, answer) of each turn."""
     turns = row["conversations"]
-    texts = [str(turn["value"]) for turn in turns]
+    texts = [turn["value"] for turn in turns]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a value that is no text")
     speakers = [turn["from"] for turn in turns]
     if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError("turns of human and gpt in turn")
@@ -99,6 +101,33 @@ def parse_conversation(row):
     return names, list(zip(texts[::2], texts[1::2]))
 
 
+def split_files(source):
+    """The files of all splits: a unit that was found for each by itself could differ."""
+    found = []
+    for split in ("train", "val", "test"):
+        try:
+            found.append(split_json(source, split)[0])
+        except InputError:
+            continue
+    return found
+
+
+@lru_cache
+def large_in(path, root):
+    """[(box, size of its image)] of the boxes of a file that are no fractions of the image."""
+    found = []
+    for row in read_list(path, "conversations"):
+        try:
+            names, turns = parse_conversation(row)
+            boxes = large_boxes(turns)
+            size = image_size(first_file(root, ("", "images"), names[0])) if boxes else None
+        except MALFORMED:
+            # Said where the row is read.
+            continue
+        found += [(box, size) for box in boxes]
+    return found
+
+
 def large_boxes(turns):
     """The boxes of a conversation that are no fractions of the image."""
     boxes = parse_boxes(" ".join(chain.from_iterable(turns)))
@@ -106,7 +135,7 @@ def large_boxes(turns):
 
 
 def are_pixels(large):
-    """Are the boxes of a file, [(box, size of its image)], pixels? Else they are thousandths.
+    """Are these boxes, [(box, size of its image)], pixels? Else they are thousandths.
 
     No number of thousandths is above 1000. Without such numbers, boxes are pixels if no image has
     more than 1000 of them on a side, and each box lies in its image.
@@ -145,6 +174,8 @@ def to_fractions(text, scale, where, skip):
 
     def convert(match):
         given = tuple(map(float, match.groups()))
+        if not all(map(math.isfinite, given)):
+            return match[0]
         fractions = normalize_box(given, *(scale if max(given) > FRACTION else (1, 1)))
         kept = clean_boxes([fractions], where, skip)
         boxes.extend(kept)

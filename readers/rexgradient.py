@@ -27,9 +27,13 @@ def read(source: Source, split: str, skip: Skip) -> Studies:
     for name, row in tree.items():
         where = f"{path}, {name}"
         try:
-            sections = [str(row[section] or "") for section in ("Findings", "Impression")]
+            sections = [row[section] or "" for section in ("Findings", "Impression")]
             report = next(filter(str.strip, sections), "")
-            study = Study(name, f"rexgradient/{row['PatientID']}", [], where, report)
+            patient = row["PatientID"]
+            # Without it, a patient could be in two splits.
+            if not patient:
+                raise ValueError("no PatientID")
+            study = Study(name, f"rexgradient/{patient}", [], where, report)
             for view, file in zip(row["ImageViewPosition"], row["ImagePath"], strict=True):
                 # Relative to metadata/.
                 file = file.removeprefix("../")

@@ -40,6 +40,7 @@ LABELS = (
 NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
 # Where a question of a conversation shows an image.
 IMAGE = "<image>"
+HALF_A_PAIR = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 
 # Frontal views, PA before AP, as columns and codes name them; then other views, then unknown ones.
@@ -153,10 +154,19 @@ def first_file(root: Path, folders: Sequence, *names: str | Path) -> Path:
     return next(filter(Path.is_file, paths), paths[0])
 
 
+def parse_json(text: str) -> Any:
+    """The value of JSON. Raises ValueError: also for a character that no file can hold."""
+    value = json.loads(text)
+    # Half of a surrogate pair, such as "\\ud800".
+    if HALF_A_PAIR.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -231,22 +241,25 @@ def choose_views(studies: Iterable[Study], source: Source, where: str) -> Studie
     number is printed once.
     """
     without = unknown = 0
-    for study in studies:
-        ranked = sorted((view_rank(view), path) for view, path in study.images)
-        if source.views == "frontal":
-            unknown += sum(rank == UNKNOWN for rank, _ in ranked)
-            ranked = [pair for pair in ranked if pair[0] < NOT_FRONTAL][:1]
-        if ranked or source.views != "frontal":
-            study.images = [path for _, path in ranked]
-            yield study
-        else:
-            without += 1
-    if without or unknown:
-        warn_once(
-            where,
-            f"{where}: data.views=frontal leaves out studies without a known frontal image: "
-            f"{without}; images of unknown view: {unknown}",
-        )
+    try:
+        for study in studies:
+            ranked = sorted((view_rank(view), path) for view, path in study.images)
+            if source.views == "frontal":
+                unknown += sum(rank == UNKNOWN for rank, _ in ranked)
+                ranked = [pair for pair in ranked if pair[0] < NOT_FRONTAL][:1]
+            if ranked or source.views != "frontal":
+                study.images = [path for _, path in ranked]
+                yield study
+            else:
+                without += 1
+    finally:
+        # Also where no more studies are asked for, because of a limit.
+        if without or unknown:
+            warn_once(
+                where,
+                f"{where}: data.views=frontal leaves out studies without a known frontal image: "
+                f"{without}; images of unknown view: {unknown}",
+            )
 
 
 def view_rank(view):

@@ -275,7 +275,7 @@ class LogConfig:
 @dataclass
 class Config:
     # Of data, order and samples.
-    seed: int = bounded(0)
+    seed: int = bounded(0, high=2**53)
     # The folder of the runs and their evaluation.
     out: str = "runs/phantom"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -334,6 +334,9 @@ def check_together(config):
     grpo = config.grpo
     require(config.out, "out", "a folder", config.out)
     require(config.data.tasks, "data.tasks", "at least one task", config.data.tasks)
+    for task in ("report", "grounding"):
+        paid = getattr(config.rewards, task)
+        require(paid or task not in config.data.tasks, f"rewards.{task}", "a reward", paid)
     if grpo.mini_batch > grpo.prompts:
         raise InputError(f"grpo.mini_batch={grpo.mini_batch} is larger than {grpo.prompts=}")
     if grpo.normalize_parts and grpo.adv_norm not in ("group", "batch"):
@@ -441,7 +444,7 @@ def parse_number(name, value, kind=float, bounds=UNBOUNDED):
     low, above, high = bounds["low"], bounds["above"], bounds["high"]
     require(number >= low, name, f"at least {low:g}", value)
     require(number > above, name, f"more than {above:g}", value)
-    require(number <= high, name, "at most 1" if high == 1 else "less than 1", value)
+    require(number <= high, name, f"at most {high:g}" if high >= 1 else "less than 1", value)
     return kind(number)
 
 

@@ -169,7 +169,65 @@ def test_questions_that_ask_for_no_report(tmp_path, question):
     assert conversations(tmp_path, question, "Yes.")[0].task == "classification"
 
 
+# ------------------------------------------------------------------------------- bad values
+
+
+@pytest.mark.parametrize(
+    "source, row",
+    [("jsonl", REPORT | {"report": "Clear \ud800."}), ("jsonl", REPORT | {"id": "\udcff"})],
+)
+def test_half_a_character_is_skipped_and_counted(tmp_path, capsys, source, row):
+    (example,) = load_rows(source, tmp_path, [REPORT | {"id": 7}, row], "data.on_error=skip")
+    assert example.id == "7"
+    assert "skipped 1" in capsys.readouterr().err
+
+
+def test_a_list_with_half_a_character_is_no_json(tmp_path):
+    turns = layouts.conversation(("human", "Where?"), ("gpt", "\ud800"))
+    with pytest.raises(InputError, match="not valid JSON"):
+        load_rows("llava", tmp_path, [{"id": 1, "image": "a.png", "conversations": turns}])
+
+
+@pytest.mark.parametrize(
+    "answer, image, message",
+    [
+        (None, "a.png", "a value that is no text"),
+        ("[900, 10, 990, 20]", "b.png", "b.png: No such file"),
+    ],
+)
+def test_a_bad_conversation_is_named(tmp_path, answer, image, message):
+    turns = layouts.conversation(("human", "Where?"), ("gpt", answer))
+    with pytest.raises(InputError, match=message) as error:
+        load_rows("llava", tmp_path, [{"id": 1, "image": image, "conversations": turns}])
+    assert ("expected an object" in str(error.value)) == (answer is None)
+
+
+def test_numbers_beyond_all_bounds_are_no_box(tmp_path):
+    answer = "[" + "9" * 400 + ", 1, 2, 3]"
+    (example,) = conversations(tmp_path, "Where?", answer)
+    assert example.answer == answer
+    assert not example.boxes
+
+
+@pytest.mark.parametrize("source", ["jsonl", "llava"])
+def test_views_of_what_has_none_are_refused(tmp_path, source):
+    with pytest.raises(InputError, match=f"{source} does not say what is frontal"):
+        load_rows(source, tmp_path, [REPORT], "data.views=frontal")
+
+
 # ------------------------------------------------------------------------------- units of boxes
+
+
+def test_all_splits_have_the_same_unit(tmp_path):
+    """By itself, the validation file could hold thousandths as well as pixels."""
+    layouts.picture(tmp_path / "a.png", size=(512, 512))
+    for split, answer in (("train", "[0, 0, 900, 900]"), ("val", "[100, 100, 400, 450]")):
+        turns = layouts.conversation(("human", "Where?"), ("gpt", answer))
+        row = {"id": split, "image": "a.png", "conversations": turns}
+        layouts.write(tmp_path / f"{split}.json", json.dumps([row]))
+    config = load("data.source=llava", f"data.path={tmp_path}")
+    (example,) = data.load_split(config, "val")
+    assert example.boxes == ((0.1, 0.1, 0.4, 0.45),)
 
 
 @pytest.mark.parametrize(

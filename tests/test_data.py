@@ -60,6 +60,8 @@ def test_overrides_and_types(tmp_path):
         ("grpo.freeze=[tower]", "grpo.freeze: expected one of vision, projector, got 'tower'"),
         ("sft.freeze=vision", "sft.freeze: expected a list"),
         ("sft.train_vision=false", "unknown key 'sft.train_vision'"),
+        ("seed=99999999999999999999", "seed: expected at most"),
+        ("rewards.report={}", "rewards.report: expected a reward"),
         ("grpo.micro_batch=4", "grpo.micro_batch is gone: set grpo.micro_tokens"),
     ],
 )

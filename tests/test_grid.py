@@ -268,7 +268,8 @@ def test_a_record_holds_what_was_measured_on_each_study(grid, tmp_path, scripts)
     reproduce.reproduce(grid)
     record = record_of(tmp_path, "grpo", 1)
     run = reproduce.grid_run(read_yaml(grid), "GRPO", 1)
-    assert record["commands"] == run.commands
+    start = reproduce.grid_run(read_yaml(grid), "SFT", 1)
+    assert record["history"] == start.commands + run.commands
     assert record["commit"] == "abc123"
     # Start and row: cosine of (edema -) and (edema +, pneumonia +) is below the margin.
     assert record["studies"] == [[0.0], [0.0]]
@@ -291,14 +292,35 @@ def test_what_has_a_record_is_not_run_elsewhere(grid, tmp_path, scripts):
     assert ran == ["/sft/seed1", "/sft/seed1", "grpo/seed1"]
 
 
-@pytest.mark.parametrize("change", ["commands", "trajectories"])
-def test_a_record_of_something_else_does_not_count(grid, tmp_path, scripts, change):
+def test_other_commands_run_again_with_all_that_starts_there(grid, tmp_path, scripts):
     reproduce.reproduce(grid)
-    record = record_of(tmp_path, "more", 0)
-    write_json(tmp_path / "records" / "more-0.json", record | {change: "other"})
+    old = tmp_path / "runs" / "sft" / "seed0" / "sft" / "old"
+    old.touch()
     scripts.calls.clear()
-    left = reproduce.runs_left(reproduce.all_runs(read_yaml(grid)))
-    assert list(left) == [("more", 0)]
+    tree = read_yaml(grid)
+    tree["rows"]["SFT"]["set"] = ["sft.lr=1e-3"]
+    write_grid(grid, tree)
+    reproduce.reproduce(grid)
+    assert len(scripts.calls) == 2 * 5  # two scripts for SFT and for more, one for GRPO
+    assert "sft.lr=1e-3" in str(record_of(tmp_path, "grpo", 0)["history"])
+    # Nothing of the old run is continued.
+    assert not old.exists()
+
+
+def test_other_code_runs_again(grid, tmp_path, scripts, monkeypatch):
+    reproduce.reproduce(grid)
+    scripts.calls.clear()
+    monkeypatch.setattr(reproduce, "trajectories", lambda: "other")
+    reproduce.reproduce(grid)
+    assert len(scripts.calls) == 2 * 5
+    assert record_of(tmp_path, "more", 1)["trajectories"] == "other"
+
+
+def test_a_damaged_record_is_named(grid, tmp_path, scripts):
+    reproduce.reproduce(grid)
+    (tmp_path / "records" / "more-0.json").write_text("{")
+    with pytest.raises(InputError, match=r"more-0\.json: no valid JSON"):
+        reproduce.reproduce(grid)
 
 
 def test_a_row_that_is_not_there_is_one_line(grid):
@@ -326,20 +348,20 @@ def test_a_check_that_cannot_be_is_one_line(grid, change, message):
 
 def test_two_terminals_share_a_grid(grid, tmp_path, scripts, monkeypatch):
     """A row that another process is at is left to it, and so is what begins there."""
-    first = reproduce.grid_run(read_yaml(grid), "more", 0).folder
-    first.mkdir(parents=True)
-    other = open(first / "lock", "w")  # noqa: SIM115, it is closed in wait()
+    first = reproduce.grid_run(read_yaml(grid), "more", 0)
+    first.folder.mkdir(parents=True)
+    other = open(first.folder / "lock", "w")  # noqa: SIM115, it is closed in wait()
     fcntl.flock(other, fcntl.LOCK_EX)
     order = []
 
-    def finish(folder, minutes):
-        scripts.write_files(folder, "eval.py")
-        state = {"done": True, "cpu_minutes": minutes, "commit": "abc"}
-        write_json(folder / "state.json", state)
+    def finish(run, minutes):
+        scripts.write_files(run.folder, "eval.py")
+        state = reproduce.read_state(run) | {"done": True, "cpu_minutes": minutes}
+        write_json(run.folder / "state.json", state)
 
     def run(run, where):
         order.append("/".join(run.folder.parts[-2:]))
-        finish(run.folder, 1)
+        finish(run, 1)
 
     def wait(seconds):
         # Everything else is done. Now the other process ends, too.

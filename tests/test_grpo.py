@@ -721,10 +721,10 @@ def test_an_update_is_the_gradient_of_the_plain_objective(policy, rollouts):
     assert differ(got, dict(zip(named, expected))) < tolerance("gradients", policy.device)
 
 
-def test_micro_batches_take_prompts_in_order_until_the_budget_is_full():
+def test_micro_batches_take_prompts_in_order_until_the_budget_is_full(policy):
     sizes = [5, 5, 30, 1, 9, 10, 2]
     rollouts = [SimpleNamespace(prompt=[0] * (size - 1), lengths=[1]) for size in sizes]
-    batches = micro_batches(rollouts, 10)
+    batches = micro_batches(policy, rollouts, 10)
     assert [[len(r.prompt) + 1 for r in batch] for batch in batches] == [
         [5, 5],
         [30],
@@ -732,8 +732,27 @@ def test_micro_batches_take_prompts_in_order_until_the_budget_is_full():
         [10],
         [2],
     ]
-    assert micro_batches(rollouts, 1) == [[r] for r in rollouts]
-    assert micro_batches([], 10) == []
+    assert micro_batches(policy, rollouts, 1) == [[r] for r in rollouts]
+    assert micro_batches(policy, [], 10) == []
+
+
+def test_plain_rows_count_each_with_its_own_prompt_and_padding(policy, rollouts, monkeypatch):
+    """As many tokens as the model is given."""
+    monkeypatch.setattr(policy, "shared", False)
+    given = []
+    run = policy.run
+
+    def counting(prompts, tokens, **options):
+        given.append(tokens["input_ids"].numel())
+        return run(prompts, tokens, **options)
+
+    monkeypatch.setattr(policy, "run", counting)
+    prompts = [r.prompt for r in rollouts]
+    policy.logprobs(prompts, [r.tokens for r in rollouts], 1.0)
+    lengths = [r.lengths for r in rollouts]
+    assert [policy.tokens_to_score(prompts, lengths)] == given
+    one = policy.tokens_to_score(prompts[:1], lengths[:1])
+    assert len(micro_batches(policy, rollouts, one)) == len(rollouts)
 
 
 @pytest.mark.gpu
@@ -748,7 +767,7 @@ def test_micro_tokens_do_not_change_the_gradient(policy, rollouts, seed):
             r.logprobs[name] = [row[:n] for row, n in zip(rows, lengths)]
     # From one group in a micro-batch to all but one.
     micro_tokens = int(rng.integers(1, size_of(rollouts[:-1])))
-    assert len(micro_batches(rollouts, micro_tokens)) > 1
+    assert len(micro_batches(policy, rollouts, micro_tokens)) > 1
     parts = gradients(policy, rollouts, micro_tokens=micro_tokens, kl_coef=0.1)
     whole = gradients(policy, rollouts, micro_tokens=MANY, kl_coef=0.1)
     assert differ(parts, whole) < tolerance("gradients", policy.device)

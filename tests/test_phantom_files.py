@@ -2,12 +2,15 @@
 
 import layouts
 import numpy as np
+import pytest
 from helpers import load
 from PIL import Image
 
 import data
 from model import load_policy
 from readers.phantom import SPLIT_START, phantom
+from runtime.config import InputError
+from tools.write_phantoms import main as write_phantoms_main
 from tools.write_phantoms import write_phantoms
 
 SIZES = {"train": 3, "val": 1, "test": 2}
@@ -48,3 +51,27 @@ def test_the_tiny_tokenizer_knows_the_words_of_its_data(tmp_path):
         lengths.append(len(tokenizer.encode(text)))
     assert lengths[0] == 4  # three words and the full stop
     assert lengths[1] > 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--train", "-1"], "at least one study"), (["--val", "0"], "at least one study")],
+)
+def test_impossible_sizes_are_one_line(tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr("sys.argv", ["write_phantoms", str(tmp_path), *words])
+    with pytest.raises(InputError, match=message):
+        write_phantoms_main()
+
+
+def test_no_data_are_replaced(tmp_path):
+    (tmp_path / "annotation.json").write_text("mine")
+    with pytest.raises(InputError, match=r"annotation\.json is there already"):
+        write_phantoms(tmp_path, SIZES)
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.touch()
+    monkeypatch.setattr("sys.argv", ["write_phantoms", str(path), "--train", "1"])
+    with pytest.raises(InputError, match=str(path)):
+        write_phantoms_main()

@@ -102,8 +102,8 @@ def train(out, parallel, options, steps):
     config = load(f"out={out}", f"model.parallel={parallel}", *SETTINGS, *options)
     grpo = config.grpo
     examples = data.load_split(config, "train")[:6]
-    # Two views.
-    examples[0] = dataclasses.replace(examples[0], images=examples[0].images * 2)
+    # Two views. Not of the first: what runs along without work must not be just any prompt.
+    examples[1] = dataclasses.replace(examples[1], images=examples[1].images * 2)
     policy, optimizer, state = load_or_resume(out, config, str(START), grpo)
     reference = train_grpo.load_reference(policy, config, str(START))
     assert policy.sharded == (parallel == "shard" and world_size() > 1)

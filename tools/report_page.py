@@ -3,11 +3,11 @@
 eval.evaluate_checkpoints writes it. The page stands alone: it holds its images and asks for no
 other file. Whatever a model wrote is shown as text. The README's figure is two cases of it:
 
-  python -m tools.report_page config.yaml [key=value ...] > docs/figure.svg
+  python -m tools.report_page config.yaml [key=value ...]
 
-One is a report, one a grounding question. Each is the median (of an even number, the upper one), by
-how many errors fewer the last model makes, of the cases that are abnormal and changed. An error is
-a label or a box that is missed or false.
+writes OUT/eval/figure.svg. One is a report, one a grounding question. Each is the median (of an
+even number, the upper one), by how many errors fewer the last model makes, of the cases that are
+abnormal and changed. An error is a label or a box that is missed or false.
 """
 
 import base64
@@ -26,6 +26,7 @@ from data import LABELS, Example, open_image, parse_boxes
 from eval import cell, main_metrics, soft_f1_of
 from rewards import MAX_MATCHED, POSITIVE, UNCERTAIN, find_mentions, labeler, match_boxes
 from runtime.config import Config, InputError
+from runtime.output import print0, write_atomically
 from runtime.processes import parse_args, run_main
 
 CASES = 60  # half of them reports, half grounding
@@ -392,7 +393,8 @@ def main():
     path = Path(cfg.out, "eval", "report.html")
     if not path.exists():
         raise InputError(f"{path}: no such page; eval.py writes it")
-    print(figure(path.read_text()))
+    write_atomically(path.with_name("figure.svg"), figure(path.read_text()))
+    print0(str(path.with_name("figure.svg")))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 Every run leaves a record, results/ROW-SEED.json: what was measured, on each study too, with which
 commands, by the code of which commit. RESULTS.md is made from the records after each run, and its
 verdicts are computed (see `judge`). What has a record is not run again, here or on another machine,
-as long as its commands and tests/trajectories.json stay as they were. What was interrupted goes on
-from its last checkpoint. The same command in a second terminal takes rows that the first is not at.
-The grid file explains its format.
+as long as its commands, those of what it starts from, and tests/trajectories.json stay as they are.
+What was interrupted goes on from its last checkpoint. The same command in a second terminal takes
+rows that the first is not at. The grid file explains its format.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -54,7 +55,8 @@ class Run:
     folder: Path
     record: Path
     start: str | None  # the row whose checkpoint it starts from
-    commands: list[str]
+    commands: list[list[str]]
+    history: list[list[str]]  # from random weights on, its own last
 
 
 def find_row(grid, name):
@@ -78,9 +80,11 @@ def grid_run(grid, name, seed):
     train = ["train_sft.py", *settings]
     evaluate = ["eval.py", *settings, "--checkpoint", str(folder / stage)]
     if stage == "sft":
-        return Run(name, seed, stage, folder, record, None, [train, evaluate])
+        commands = [train, evaluate]
+        return Run(name, seed, stage, folder, record, None, commands, commands)
 
-    before = Path(grid["out"], file_name(start), f"seed{seed}", find_row(grid, start)["stage"])
+    earlier = grid_run(grid, start, seed)
+    before = earlier.folder / earlier.stage
     if stage == "grpo":
         # It ends with an evaluation.
         commands = [["train_grpo.py", *settings, f"grpo.init={before}/best"]]
@@ -88,7 +92,8 @@ def grid_run(grid, name, seed):
         train += [f"sft.stage={stage}", f"sft.init={before}/best"]
         evaluate.insert(-1, str(before))
         commands = [train, evaluate]
-    return Run(name, seed, stage, folder, record, start, commands)
+    history = earlier.history + commands
+    return Run(name, seed, stage, folder, record, start, commands, history)
 
 
 def check_keys(where, tree, keys):
@@ -103,6 +108,8 @@ def read_grid(path):
     for n, claim in enumerate(grid["claims"]):
         where = f"{path}, claims[{n}]"
         check_keys(where, claim, CLAIM_KEYS)
+        if len(claim["seeds"]) > len(T_95) + 1:
+            raise InputError(f"{where}: expected at most {len(T_95) + 1} seeds")
         for m, check in enumerate(claim["checks"]):
             check_keys(f"{where}, checks[{m}]", check, ("metric", "row", "against"))
             if ("above" in check) == ("below" in check):
@@ -187,9 +194,21 @@ def run_unless_locked(run, where):
 
 
 def read_state(run):
-    """Is a run done, and how many CPU minutes has it taken so far?"""
+    """Of a run with this history and this code: is it done, and how many CPU minutes has it taken
+    so far? What others have left in its folder is deleted."""
+    state = {"history": run.history, "trajectories": trajectories()}
     path = run.folder / "state.json"
-    return json.loads(path.read_text()) if path.exists() else {"done": False, "cpu_minutes": 0.0}
+    if path.exists():
+        found = json.loads(path.read_text())
+        if all(found.get(key) == state[key] for key in state):
+            return found
+        shutil.rmtree(run.folder / run.stage, ignore_errors=True)
+        shutil.rmtree(run.folder / "eval", ignore_errors=True)
+    return state | {"done": False, "cpu_minutes": 0.0, "commit": ""}
+
+
+def write_state(run, state):
+    write_atomically(run.folder / "state.json", json.dumps(state))
 
 
 def child_minutes():
@@ -201,6 +220,7 @@ def child_minutes():
 def run_commands(run, where):
     """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
     state, before = read_state(run), child_minutes()
+    write_state(run, state)
     _, config_path, *overrides = run.commands[0]
     config = load_config(config_path, overrides)
     steps = {"grpo": config.grpo.steps, "more": config.sft.more_steps}
@@ -220,7 +240,7 @@ def run_commands(run, where):
         state["commit"] = commit()
     finally:
         state["cpu_minutes"] += child_minutes() - before
-        write_atomically(run.folder / "state.json", json.dumps(state))
+        write_state(run, state)
     if not state["done"]:
         raise InputError(
             f"{where}: `{text}` did not end; started again, the grid goes on from there"
@@ -260,8 +280,8 @@ def write_record(run):
     record = {
         "row": run.row,
         "seed": run.seed,
-        "commands": run.commands,
-        "trajectories": trajectories(),
+        "history": state["history"],
+        "trajectories": state["trajectories"],
         "commit": state["commit"],
         "cpu_minutes": round(state["cpu_minutes"], 2),
         "metrics": metrics,
@@ -272,12 +292,15 @@ def write_record(run):
 
 
 def read_record(run):
-    """None if there is none, or one of other commands or other code."""
+    """None if there is none, or one of another history or other code."""
     if not run.record.exists():
         return None
-    record = json.loads(run.record.read_text())
-    current = (run.commands, trajectories())
-    return record if (record["commands"], record["trajectories"]) == current else None
+    try:
+        record = json.loads(run.record.read_text())
+    except ValueError:
+        raise InputError(f"{run.record}: no valid JSON; delete it, and it is run again") from None
+    current = (run.history, trajectories())
+    return record if (record.get("history"), record["trajectories"]) == current else None
 
 
 def training_course(run):

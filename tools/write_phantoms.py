@@ -12,12 +12,16 @@ from pathlib import Path
 
 from data import QUESTIONS
 from readers import phantom
+from runtime.config import InputError
 from runtime.output import progress, write_atomically
 from runtime.processes import run_main
 
 
 def write_phantoms(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
-    """Write studies of each split with a report."""
+    """Write studies of each split with a report. Raises InputError."""
+    path = folder / "annotation.json"
+    if path.exists():
+        raise InputError(f"{path} is there already: name another folder, or delete this one")
     annotation = {}
     for split, size in sizes.items():
         # Of the two sets, the first has the reports.
@@ -27,12 +31,12 @@ def write_phantoms(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
             (report,) = study.asked
             name = f"phantom{study.id}"  # an underscore would end the patient
             image = Path(name, "0.png")
-            path = folder / "images" / image
-            path.parent.mkdir(parents=True, exist_ok=True)
-            study.images[0].image.save(path)
+            image_path = folder / "images" / image
+            image_path.parent.mkdir(parents=True, exist_ok=True)
+            study.images[0].image.save(image_path)
             rows.append({"id": name, "report": report.answer, "image_path": [str(image)]})
         annotation[split] = rows
-    write_atomically(folder / "annotation.json", json.dumps(annotation))
+    write_atomically(path, json.dumps(annotation))
 
 
 def main():
@@ -44,7 +48,13 @@ def main():
     for split, size in sizes.items():
         parser.add_argument(f"--{split}", type=int, default=size)
     args = parser.parse_args()
-    write_phantoms(args.folder, {split: getattr(args, split) for split in sizes})
+    asked = {split: getattr(args, split) for split in sizes}
+    if min(asked.values()) < 1:
+        raise InputError("expected at least one study in each split")
+    try:
+        write_phantoms(args.folder, asked)
+    except OSError as error:
+        raise InputError(f"{args.folder}: {error.strerror}") from None
 
 
 if __name__ == "__main__":
