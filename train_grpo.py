@@ -373,9 +373,8 @@ def update(
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
         # For 4: log-probs under pi_old, the policy that sampled. A rollout has them already if an
-        # update came before this one, of another mini-batch (then `train` recorded them) or epoch
-        # (then this line kept them). Else nothing has changed since sampling, and they are logp.
-        # The sampler's own would do, if they were not rounded in another way.
+        # update came before, of another mini-batch (`train` recorded them) or epoch (this line kept
+        # them). Else they are logp. The sampler's own would do, but are rounded in another way.
         keep_logprobs(micro_batch, "old", logp.detach())
         old_logp = logprobs_of(micro_batch, "old")
         ref_logp = logprobs_of(micro_batch, "reference") if grpo.kl_coef else None
