@@ -264,6 +264,21 @@ def test_results_hold_the_numbers_of_the_rows(grid, tmp_path, scripts):
     assert course[2] == ["kl", *(f"{2 * n + 0.5:.3f}" for n in range(10))]
 
 
+def test_no_verdict_before_all_seeds_are_done(grid, tmp_path, scripts):
+    reproduce.reproduce(grid)
+    tree = read_yaml(grid)
+    tree["claims"][0]["seeds"] = [0, 1, 2]
+    first, second = tables(reproduce.grid_text(tree, grid))[0][1:]
+    assert first[3] == second[3] == "**unfinished**"
+    tree["claims"][0]["seeds"] = [1, 2]
+    first, _ = tables(reproduce.grid_text(tree, grid))[0][1:]
+    assert "[" not in first[1]  # a single seed has no interval
+    tree["claims"][0]["seeds"] = [2]
+    verdicts, values = tables(reproduce.grid_text(tree, grid))
+    assert verdicts[1][1:] == ["-", "-", "no runs yet"]
+    assert len(values) == 1
+
+
 def test_a_record_holds_what_was_measured_on_each_study(grid, tmp_path, scripts):
     reproduce.reproduce(grid)
     record = record_of(tmp_path, "grpo", 1)

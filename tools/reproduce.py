@@ -400,14 +400,21 @@ def verdict_table(claim, found):
         bound = check[side]
         own, others = values_by_seed(found[row], metric), values_by_seed(found[other], metric)
         differences = [own[seed] - others[seed] for seed in own.keys() & others.keys()]
-        cells = ["-", "-", "no runs"]
+        cells = ["-", "-", "no runs yet"]
         if differences:
             verdict, n = judge(differences, bound, side == "above")
-            mean, low, high = interval(differences)
             seeds = f"{n} of {len(differences)}"
-            cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", seeds, f"**{verdict}**"]
+            if len(differences) < len(claim["seeds"]):
+                verdict = "unfinished"
+            cells = [interval_cell(differences), seeds, f"**{verdict}**"]
         rows.append([f"{row} - {other}: {metric} {side} {bound:g}", *cells])
     return markdown(rows)
+
+
+def interval_cell(differences):
+    mean, low, high = interval(differences)
+    known = len(differences) > 1
+    return f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if known else "")
 
 
 def values_by_seed(records, metric):
@@ -425,9 +432,11 @@ def value_table(claim, found):
     """Means over the seeds, and in brackets the mean difference to the row's own start."""
     rows = [["", "seeds", "CPU min", *claim["metrics"]]]
     for name, records in found.items():
+        if not records:
+            continue
         minutes = [record["cpu_minutes"] for record in records]
         cells = [value_cell(records, metric) for metric in claim["metrics"]]
-        rows.append([name, str(len(records)), f"{np.mean(minutes or [0]):.1f}", *cells])
+        rows.append([name, str(len(records)), f"{np.mean(minutes):.1f}", *cells])
     return markdown(rows)
 
 
@@ -448,7 +457,7 @@ def course_table(course, found):
         values = [training[metric] for training in courses if metric in training]
         if values:
             rows.append([metric, *(f"{value:.3f}" for value in np.mean(values, 0))])
-    return markdown(rows)
+    return markdown(rows) if courses else ""
 
 
 def main():
