@@ -1244,6 +1244,13 @@ def test_the_description_counts_what_is_clipped_and_skipped(tmp_path):
     assert "it is left out" in text
 
 
+def test_labels_are_described_where_there_are_reports(tmp_path):
+    _, text, _ = describe(of("nih", layouts.nih(tmp_path / "boxes")))
+    assert "Support Devices" not in text
+    _, text, _ = describe(of("iu_xray", layouts.r2gen(tmp_path / "reports")))
+    assert "Support Devices" in text
+
+
 def test_the_lengths_are_of_what_is_trained(tmp_path):
     """Traces and tags included."""
     config = of("iu_xray", layouts.r2gen(tmp_path), "data.thinking=true")

@@ -144,11 +144,11 @@ class Description:
         prompt = self.config.model.max_prompt_tokens
         answer = self.config.grpo.max_new_tokens
         limits = f"model.max_prompt_tokens={prompt}, grpo.max_new_tokens={answer}"
-        tables = [
-            f"{format_table(self.counts)}\n(min / median / max; limits: {limits})",
-            format_table(list(zip(*self.labels))),
-            "\n".join(dict.fromkeys(self.notices)) or "nothing was skipped",
-        ]
+        tables = [f"{format_table(self.counts)}\n(min / median / max; limits: {limits})"]
+        # Without reports, there is but the column of names.
+        if len(self.labels) > 1:
+            tables.append(format_table(list(zip(*self.labels))))
+        tables.append("\n".join(dict.fromkeys(self.notices)) or "nothing was skipped")
         return "\n\n".join(tables)
 
 
