@@ -41,7 +41,7 @@ MAY_IMPORT_INSIDE = {
 # The budgets, which docs/house.md names, too. The aim for all code is 54,000: a change should bring
 # it down, and a feature may raise the limit to what it needs.
 SIX_TOKENS = 30_000
-ALL_TOKENS = 64_200
+ALL_TOKENS = 64_500
 COLUMNS = 100
 KEYS = 80
 
