@@ -235,7 +235,8 @@ class Policy:
         stop_ids.update([eos] if isinstance(eos, int) else eos or [])
         self.stop_ids = torch.tensor(sorted(stop_ids), device=self.device)
         # What it may not contain.
-        self.banned = torch.tensor(self.vision_ids(), device=self.device)
+        self.banned_ids = self.vision_ids()
+        self.banned = torch.tensor(self.banned_ids, device=self.device)
 
     @property
     def head(self) -> Tensor:
@@ -657,7 +658,7 @@ class Policy:
             hidden = hidden_of(prompts, rows, owner, scored)  # (N, H)
         # The logits of all tokens together would not fit: fused_logprobs makes them in tiles.
         hidden = hidden.to(self.dtype)
-        flat = fused_logprobs(hidden, self.head, targets, temperature, self.banned)
+        flat = fused_logprobs(hidden, self.head, targets, temperature, self.banned_ids)
         empty = torch.zeros(mask.numel(), device=self.device)
         logp, entropy = (empty.index_copy(0, places, values) for values in flat)
         return logp.view_as(mask), entropy.view_as(mask), mask
@@ -1047,15 +1048,14 @@ class FusedLogProbs(torch.autograd.Function):
         """First id, last id + 1, the tile's weights (v, H) and logits (N, v)."""
         limit = TILE_SIZE[hidden.device.type] // max(hidden.shape)
         size = min(len(weight), max(256, limit))
-        # A mask and not ids: to look for those of a tile, the GPU would have to be waited for.
-        is_banned = torch.zeros(len(weight), dtype=torch.bool, device=hidden.device)
-        if banned is not None:
-            is_banned[banned] = True
         for i in range(0, len(weight), size):
             w = weight[i : i + size].to(hidden.dtype)
             j = i + len(w)
             z = head_logits(hidden, w, temperature)
-            z.masked_fill_(is_banned[i:j], BANNED_LOGIT)
+            # One by one: a list of places would have to be copied to the GPU.
+            for banned_id in banned:
+                if i <= banned_id < j:
+                    z[:, banned_id - i] = BANNED_LOGIT
             yield i, j, w, z
 
     @staticmethod
@@ -1117,11 +1117,11 @@ def fused_logprobs(
     weight: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
-    banned: Tensor | None = None,
+    banned: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies under softmax(hidden @ weight.T / temperature).
 
-    hidden (N, H), weight (V, H) of any float type, targets (N,) ids, N >= 1. banned (K,) ids have
+    hidden (N, H), weight (V, H) of any float type, targets (N,) ids, N >= 1. banned ids have
     probability 0 and are no targets. Returns (logprobs (N,), entropy (N,)) in float32;
     only logprobs carries gradients. Memory: some tiles, and what N times H or 256 numbers take.
     """

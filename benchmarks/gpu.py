@@ -388,7 +388,7 @@ def measure_decode(
 # ------------------------------------------------------------------------------- the head
 
 
-def run_head(hidden: Tensor, weight: Tensor, targets: Tensor, banned: Tensor) -> None:
+def run_head(hidden: Tensor, weight: Tensor, targets: Tensor, banned: range) -> None:
     """Forward and backward. The gradients are freed."""
     logp, _ = model.fused_logprobs(hidden, weight, targets, 1.0, banned)
     logp.mean().backward()
@@ -400,7 +400,7 @@ def measure_head(report: Report, sizes: Sizes) -> None:
     n, width, vocabulary = sizes.head
     weight = torch.randn(vocabulary, width, device=DEVICE).div_(width**0.5).requires_grad_()
     targets = torch.randint(vocabulary - 4, (n,), device=DEVICE)
-    banned = torch.arange(vocabulary - 4, vocabulary, device=DEVICE)
+    banned = range(vocabulary - 4, vocabulary)
     for dtype in (torch.bfloat16, torch.float32):
         hidden = torch.randn(n, width, device=DEVICE, dtype=dtype).requires_grad_()
         work = partial(run_head, hidden, weight, targets, banned)
