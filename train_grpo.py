@@ -547,8 +547,8 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     if not prompts:
         raise InputError("none of the training examples can be used (see the messages above)")
     longest = max(prompts, key=len)
-    # With sharded weights, a process without work runs along on this prompt. Where the others have
-    # its images from a frozen tower already, so must it: who runs the tower gathers its weights.
+    # With sharded weights, a process without work runs along on this prompt, with the same
+    # collectives: so it must not run a frozen tower either, whose output sampling has remembered.
     policy.dummy_prompt = longest
     with policy.unsharded():
         policy.remember_images([longest])
@@ -567,8 +567,9 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
         try_update(policy, [longest] * count, grpo)
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"the largest batch does not fit: lower grpo.micro_tokens={micro_tokens} or "
-            f"grpo.max_new_tokens={grpo.max_new_tokens}, or set model.gradient_checkpointing=true "
+            f"the largest batch does not fit (grpo.micro_tokens={micro_tokens}, at least one group "
+            f"of {grpo.group_size}): lower grpo.micro_tokens, grpo.group_size, model.max_pixels or "
+            f"grpo.max_new_tokens, or set model.gradient_checkpointing=true "
             f"({str(error).splitlines()[0]})"
         ) from None
     policy.model.zero_grad()

@@ -437,7 +437,7 @@ def value_table(claim, found):
         minutes = [record["cpu_minutes"] for record in records]
         cells = [value_cell(records, metric) for metric in claim["metrics"]]
         rows.append([name, str(len(records)), f"{np.mean(minutes):.1f}", *cells])
-    return markdown(rows)
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def value_cell(records, metric):
