@@ -1094,7 +1094,8 @@ def test_a_micro_batch_that_does_not_fit_is_one_line(policy, examples, monkeypat
     config = load(*SMALL, f"grpo.micro_tokens={micro_tokens}")
     with pytest.raises(InputError) as error:
         train_grpo.preflight(policy, examples, config, {"step": 0})
-    assert f"lower grpo.micro_tokens={micro_tokens} or" in str(error.value)
+    assert f"(grpo.micro_tokens={micro_tokens}, at least one group of" in str(error.value)
+    assert "lower grpo.micro_tokens, grpo.group_size, " in str(error.value)
     assert "\n" not in str(error.value)
 
 
