@@ -558,6 +558,7 @@ def assertion_of(mention):
     "no change in the left effusion"           effusion: (POSITIVE, ""), as "no change" is no cue
     """
     before, after = find_cues(mention.string)
+    # "no possible effusion" denies, but an effusion that is "not likely" stays in doubt.
     for kind in ("negation", "hedge"):
         cue = before.get(kind)
         if cue and cue.end() <= mention.start():

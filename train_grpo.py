@@ -525,6 +525,7 @@ def sample_records(rollouts, examples):
         return order.index(record["id"])
 
     records.sort(key=place)
+    # The first of a task is the last that is put in.
     first = {record["task"]: record for record in reversed(records)}
     tasks = ("report", "grounding")
     return [first[task] for task in tasks if task in first]
