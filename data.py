@@ -543,6 +543,9 @@ def check_tasks(config: Config):
         raise InputError(f"data.tasks={sorted(tasks)}: GRPO needs report or grounding examples")
 
 
+WITHOUT_VIEWS = ("jsonl", "llava")  # readers of several images that know no views
+
+
 def read_source(config, source, split, skip):
     """All examples of one source, in the plain output format."""
     # The module that has its name reads its studies.
@@ -609,7 +612,6 @@ def source_names(parts):
 # ------------------------------------------------------------------------------- splits
 
 
-WITHOUT_VIEWS = ("jsonl", "llava")  # readers of several images that know no views
 CORPUS = 4000  # examples of each source that the tiny model's tokenizer is trained on
 TRIED = 4  # examples of each source whose images are decoded at the start of a training
 

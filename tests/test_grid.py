@@ -134,13 +134,14 @@ class Scripts:
 
     def __init__(self):
         self.calls = []
+        self.commit = "abc123\n"
         self.failing = ""
         self.stopped = None
         self.rng = np.random.default_rng(0)
 
     def run(self, command, **_):
         if command[0] == "git":
-            return subprocess.CompletedProcess(command, 0, stdout="abc123\n")
+            return subprocess.CompletedProcess(command, 0, stdout=self.commit)
         script = command[1].name
         (out,) = (word[4:] for word in command[2:] if word.startswith("out="))
         self.calls.append((script, out[-10:]))
@@ -224,6 +225,19 @@ def test_a_failed_row_is_run_again_and_no_other(grid, tmp_path, scripts):
     assert not scripts.calls
     expected = "6 of 6 runs, 0.1 CPU-hours, the longest 3 CPU-minutes. Code: abc123."
     assert expected in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("commit", ["abc123\n", ""], ids=["git", "no git"])
+def test_an_interrupted_row_keeps_its_checkpoints(grid, tmp_path, scripts, commit):
+    scripts.commit = commit
+    scripts.failing = "more/seed1"
+    with pytest.raises(InputError, match="'more', seed 1"):
+        reproduce.reproduce(grid)
+    checkpoint = tmp_path / "runs" / "more" / "seed1" / "more" / "step_1"
+    checkpoint.mkdir(parents=True)
+    scripts.failing = ""
+    reproduce.reproduce(grid)
+    assert checkpoint.exists()
 
 
 def test_results_hold_the_numbers_of_the_rows(grid, tmp_path, scripts):

@@ -194,17 +194,21 @@ def run_unless_locked(run, where):
 
 
 def read_state(run):
-    """Of a run with this history and this code: is it done, and how many CPU minutes has it taken
-    so far? What others have left in its folder is deleted."""
+    """Is a run done, and how many CPU minutes has it taken so far? One of another history or other
+    code has not begun."""
     state = {"history": run.history, "trajectories": trajectories()}
     path = run.folder / "state.json"
     if path.exists():
         found = json.loads(path.read_text())
         if all(found.get(key) == state[key] for key in state):
             return found
-        shutil.rmtree(run.folder / run.stage, ignore_errors=True)
-        shutil.rmtree(run.folder / "eval", ignore_errors=True)
     return state | {"done": False, "cpu_minutes": 0.0, "commit": ""}
+
+
+def clear_folder(run):
+    """Delete what runs of another history or other code have left: nothing of it may go on."""
+    shutil.rmtree(run.folder / run.stage, ignore_errors=True)
+    shutil.rmtree(run.folder / "eval", ignore_errors=True)
 
 
 def write_state(run, state):
@@ -220,6 +224,10 @@ def child_minutes():
 def run_commands(run, where):
     """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
     state, before = read_state(run), child_minutes()
+    if not state["commit"]:
+        # It has not begun.
+        clear_folder(run)
+    state["commit"] = commit()
     write_state(run, state)
     _, config_path, *overrides = run.commands[0]
     config = load_config(config_path, overrides)
@@ -237,7 +245,6 @@ def run_commands(run, where):
             if code or last_step(run.folder / run.stage) < n_steps:
                 break
         state["done"] = not code and metrics.exists()
-        state["commit"] = commit()
     finally:
         state["cpu_minutes"] += child_minutes() - before
         write_state(run, state)
@@ -248,12 +255,13 @@ def run_commands(run, where):
 
 
 def commit():
-    """The commit of this code; "" in a copy without git."""
+    """The commit of this code, or "unknown" in a copy without git."""
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
-        return ""
+        found = ""
+    return found or "unknown"
 
 
 # ------------------------------------------------------------------------------- records
