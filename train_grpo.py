@@ -410,7 +410,8 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
     train_examples = data.load_split(config, "train")
     policy, optimizer, state = model.load_or_resume(run, config, start, config.grpo)
     reference = load_reference(policy, config, start)
-    grpo = preflight(policy, train_examples, config, state)
+    config = preflight(policy, train_examples, config, state)
+    grpo = config.grpo
     log = Log(run, config, state["step"], grpo.steps)
     print0(f"{run}: steps {state['step']} to {grpo.steps}, from {start}; {grpo.micro_tokens=}")
 
@@ -447,8 +448,7 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
         done = step + 1
         metrics = rollout_metrics(rollouts, step) | update_metrics(updates)
         log.metrics(done, metrics | {"learning_rate": grpo.lr})
-        for record in sample_records(rollouts, examples):
-            log.sample(done, record)
+        log.samples(done, sample_records(rollouts, examples))
         stopping = stop.requested()
         if stopping or done % grpo.save_every == 0 or done == grpo.steps:
             save_checkpoint(run, done, policy, optimizer, micro_tokens=grpo.micro_tokens)
@@ -515,31 +515,26 @@ def update_metrics(updates):
 
 def sample_records(rollouts, examples):
     """The first group of each task, for samples.jsonl: the metrics hide a lot. Collective."""
-    # Each process gives its first. The first of all is the same whatever their number.
-    local = {r.example.task: r for r in reversed(rollouts)}
-    records = [sample_record(r) for r in local.values()]
-    records = gather_lists(records)
-    order = [example.id for example in examples]
-
-    def place(record):
-        return order.index(record["id"])
-
-    records.sort(key=place)
-    # The first of a task is the last that is put in.
-    first = {record["task"]: record for record in reversed(records)}
-    tasks = ("report", "grounding")
-    return [first[task] for task in tasks if task in first]
+    records = gather_lists([sample_record(r) for r in rollouts])
+    by_id = {record["id"]: record for record in records}
+    # In the order of the batch, so that they are the same for any number of processes. An example
+    # whose image cannot be read has none.
+    first = {}
+    for example in examples:
+        if example.id in by_id:
+            first.setdefault(example.task, by_id[example.id])
+    return [first[task] for task in ("report", "grounding") if task in first]
 
 
 # ------------------------------------------------------------------------------- before the loop
 
 
-def preflight(policy: Policy, examples: list[Example], config: Config, state: dict) -> GRPOConfig:
+def preflight(policy: Policy, examples: list[Example], config: Config, state: dict) -> Config:
     """Fail now rather than after hours: try a large update, then the evaluation.
 
     Its prompts are the longest of the first ones, its completions have full length. Also chooses
-    the prompt that processes without work run along on, and lets the images of all steps be decoded
-    ahead. Returns config.grpo with micro_tokens chosen. Collective.
+    the prompt that processes without work run along on, and has workers begin with the images.
+    Returns the config, with grpo.micro_tokens chosen. Collective.
     """
     grpo = config.grpo
     data.say_repeats(examples, config)
@@ -576,11 +571,8 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     policy.model.zero_grad()
 
     evaluation.try_evaluation(policy, config)
-    steps = range(state["step"], grpo.steps)
-    batches = (data.grpo_batch(examples, step, config) for step in steps)
-    mini_batches = chain.from_iterable(local_mini_batches(batch, grpo) for batch in batches)
-    policy.encode_ahead(chain.from_iterable(mini_batches))
-    return replace(grpo, micro_tokens=micro_tokens)
+    decode_ahead(policy, examples, config, state["step"])
+    return replace(config, grpo=replace(grpo, micro_tokens=micro_tokens))
 
 
 def try_update(policy, prompts, grpo):
@@ -591,6 +583,14 @@ def try_update(policy, prompts, grpo):
     logp, _, _ = policy.logprobs(prompts, completions, grpo.temperature)
     loss = logp.sum()
     loss.backward()
+
+
+def decode_ahead(policy, examples, config, first_step):
+    """Have workers decode the images of all steps to come, in the order of sample_mini_batches."""
+    steps = range(first_step, config.grpo.steps)
+    batches = (data.grpo_batch(examples, step, config) for step in steps)
+    mini_batches = chain.from_iterable(local_mini_batches(b, config.grpo) for b in batches)
+    policy.encode_ahead(chain.from_iterable(mini_batches))
 
 
 def load_reference(policy: Policy, config: Config, start: str):

@@ -66,9 +66,10 @@ class Log:
         if self.wandb:
             self.wandb.log(row, step=step)
 
-    def sample(self, step: int, row: dict):
-        """Write a line of samples.jsonl."""
-        self.write("samples", step, row)
+    def samples(self, step: int, rows: list[dict]):
+        """Write lines of samples.jsonl."""
+        for row in rows:
+            self.write("samples", step, row)
 
     def write(self, name, step, row):
         if rank() == 0:

@@ -1039,7 +1039,7 @@ def test_preflight_runs_the_largest_update_and_leaves_nothing(policy, examples, 
     # It is set here, and put back.
     monkeypatch.setattr(policy, "dummy_prompt", None)
     before = [p.detach().clone() for p in policy.parameters()]
-    assert train_grpo.preflight(policy, examples, config, {"step": 0}).micro_tokens == three
+    assert train_grpo.preflight(policy, examples, config, {"step": 0}).grpo.micro_tokens == three
     assert seen == [[[20] * 5] * 3]
     assert all(p.grad is None for p in policy.parameters())
     assert all(map(torch.equal, before, policy.parameters()))
@@ -1058,7 +1058,7 @@ def test_micro_tokens_are_the_setting_or_those_of_the_run_or_chosen(
         monkeypatch.setattr(module, name, lambda *args: None)
     config = load(*SMALL, f"grpo.micro_tokens={key}")
     state = {"step": 1, "micro_tokens": state} if state else {"step": 0}
-    assert train_grpo.preflight(policy, examples, config, state).micro_tokens == expected
+    assert train_grpo.preflight(policy, examples, config, state).grpo.micro_tokens == expected
 
 
 def test_on_a_gpu_the_free_memory_chooses_micro_tokens(monkeypatch):
