@@ -712,16 +712,15 @@ class Policy:
         return unsharded(self.model)
 
     def with_dummy_steps(self, batches: list) -> Iterator:
-        """The batches one by one. Collective where weights are sharded.
+        """Yield the batches; then run dummy steps, which have no effect. Collective with shards.
 
-        Sharded weights are gathered by all processes together, so a process without further
-        batches runs a dummy step as often as another has one.
+        Sharded weights are gathered by all processes together, so a process that has no more
+        batches runs a dummy step for each that another one still has.
         """
         # Replicated weights need no other process until the gradients are summed.
         most = max(gather_objects(len(batches))) if self.sharded else 0
         yield from batches
         for _ in range(most - len(batches)):
-            # Forward and backward without effect.
             row = self.stop_ids[:1].expand(2)
             logp, _, _ = self.logprobs([self.dummy_prompt], [[row]])
             nothing = 0 * logp.sum()

@@ -159,8 +159,8 @@ def grpo_loss(
     loss, ratio = policy_loss(
         logp, old_logp, advantages, mask, grpo.clip_low, grpo.clip_high, grpo.importance
     )
-    # Where the clipping of policy_loss makes a token's gradient zero: only if it would move on the
-    # same way.
+    # The tokens that clipping gives no gradient: the ratio has left the range in the direction that
+    # the advantage asks for. (completions/clipped_ratio is something else: completions cut off.)
     a = advantages[:, None]
     is_low = ratio < 1 - grpo.clip_low
     is_high = ratio > 1 + grpo.clip_high
@@ -223,13 +223,13 @@ def score(rollouts: list[Rollout], config: Config):
     rewards.say_large_boxes(texts)
     style = data.style_of(config)
     total, components = rewards.score_completions(texts, examples, config.rewards, style, token_ids)
-    groups = -1, config.grpo.group_size
-    total = total.reshape(groups)
+    shape = len(rollouts), config.grpo.group_size
+    total = total.reshape(shape)
     for i, rollout in enumerate(rollouts):
         rollout.rewards = total[i].tolist()
         # The weights of its task, by name.
         for name in getattr(config.rewards, rollout.example.task):
-            values = components[name].reshape(groups)[i]
+            values = components[name].reshape(shape)[i]
             # NaN: the component does not apply to a completion.
             if not np.isnan(values).all():
                 rollout.reward_components[name] = values.tolist()
@@ -249,7 +249,8 @@ def assign_advantages(rollouts: list[Rollout], config: Config):
 def assign_gdpo_advantages(rollouts, config):
     """GDPO: normalise each reward component by itself, then take the weighted sum. Collective.
 
-    Normalised after the sum, a component that varies little would hardly count.
+    Normalised after the sum, a component that varies little would hardly count. GDPO's last step,
+    to normalise the sum over the batch, is left out.
     """
     for rollout in rollouts:
         rollout.advantages = torch.zeros(config.grpo.group_size)
@@ -296,18 +297,17 @@ def trainable_groups(rollouts, grpo):
 def micro_batches(policy, rollouts, micro_tokens):
     """The rollouts in order, as many together as make micro_tokens tokens; at least one."""
     batches = []
-    current = []
     for rollout in rollouts:
-        larger = [*current, rollout]
-        prompts = [r.prompt for r in larger]
-        lengths = [r.lengths for r in larger]
-        size = policy.tokens_to_score(prompts, lengths)
-        if current and size > micro_tokens:
-            batches.append(current)
-            larger = [rollout]
-        current = larger
-    # The last one is empty where nothing was given.
-    return [*batches, current] if current else batches
+        if batches:
+            larger = [*batches[-1], rollout]
+            prompts = [r.prompt for r in larger]
+            lengths = [r.lengths for r in larger]
+            size = policy.tokens_to_score(prompts, lengths)
+            if size <= micro_tokens:
+                batches[-1] = larger
+                continue
+        batches.append([rollout])
+    return batches
 
 
 def logprobs_of(rollouts, name):
@@ -317,12 +317,10 @@ def logprobs_of(rollouts, name):
 
 
 def keep_logprobs(rollouts, name, logp):
-    """Each rollout keeps its rows of logp (R, T) as logprobs[name], unless it has some."""
+    """Each rollout keeps its rows of logp (R, T) as logprobs[name], without padding."""
     rows = iter(logp)
     for rollout in rollouts:
-        # Without padding.
-        own = [next(rows)[:length] for length in rollout.lengths]
-        rollout.logprobs.setdefault(name, own)
+        rollout.logprobs[name] = [next(rows)[:length] for length in rollout.lengths]
 
 
 def score_tokens(policy, rollouts, temperature):
@@ -351,7 +349,7 @@ class UpdateStats:
 
 
 def update(
-    policy: Policy, optimizer: Optimizer, rollouts: list[Rollout], lr: float, grpo: GRPOConfig
+    policy: Policy, optimizer: Optimizer, rollouts: list[Rollout], grpo: GRPOConfig
 ) -> UpdateStats:
     """4-7. One optimiser step on a mini-batch, of which `rollouts` is our share. Collective."""
     # The divisors of the loss count all micro-batches and processes, so they come first.
@@ -365,17 +363,17 @@ def update(
     if n_tokens == 0:
         return UpdateStats([], 0.0)
 
-    # Gradients add up over micro-batches. Where weights are sharded, all processes must run as many
-    # forward and backward passes, so at the end the iterator runs some without effect.
+    # Gradients add up over micro-batches. Sharded weights want all processes to run as many forward
+    # and backward passes: after our last micro-batch with_dummy_steps runs those that are missing.
     sums = []
     parts = micro_batches(policy, used, grpo.micro_tokens)
     for micro_batch in policy.with_dummy_steps(parts):
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
-        # For 4: log-probs under pi_old, the policy that sampled. A rollout has them already if an
-        # update came before, of another mini-batch (`train` recorded them) or epoch (this line kept
-        # them). Else they are logp. The sampler's own would do, but are rounded in another way.
-        keep_logprobs(micro_batch, "old", logp.detach())
+        # For 4: log-probs under pi_old, the policy that sampled. Before the first update the policy
+        # is still pi_old: keep logp for later epochs. Before later ones `train` recorded them.
+        if "old" not in micro_batch[0].logprobs:
+            keep_logprobs(micro_batch, "old", logp.detach())
         old_logp = logprobs_of(micro_batch, "old")
         ref_logp = logprobs_of(micro_batch, "reference") if grpo.kl_coef else None
 
@@ -397,7 +395,7 @@ def update(
             logged[name] = (value.detach() * mask).sum()
         sums.append(logged)
     # Sum over processes, clip, step, and forget the gradients.
-    grad_norm = optimizer.step(lr)
+    grad_norm = optimizer.step(grpo.lr)
     # A number that is read waits for the GPU, so all are read here.
     return UpdateStats(tree_map(float, sums), grad_norm)
 
@@ -441,10 +439,10 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
         updates = []
         for _ in range(grpo.epochs):
             for mini_batch in mini_batches:
-                updates.append(update(policy, optimizer, mini_batch, grpo.lr, grpo))
+                updates.append(update(policy, optimizer, mini_batch, grpo))
         log.lap("update")
 
-        # Log, save, and stop if asked to.
+        # Log, save, and stop if any process was asked to.
         done = step + 1
         metrics = rollout_metrics(rollouts, step) | update_metrics(updates)
         log.metrics(done, metrics | {"learning_rate": grpo.lr})
@@ -497,16 +495,16 @@ def update_metrics(updates):
     """Means over the tokens of all updates and processes. Collective."""
     sums = chain.from_iterable(u.sums for u in updates)
     sums = gather_lists(list(sums))
+    # These two are not means over tokens: an update's loss is a sum over its micro-batches.
+    losses = [of_micro_batch.pop("loss") for of_micro_batch in sums]
+    gaps = [of_micro_batch.pop(f"{GAP}/max") for of_micro_batch in sums]
     total = Counter()
     for of_micro_batch in sums:
         # Counter.update adds.
         total.update(of_micro_batch)
-    # These two are not means over tokens. A loss is the sum over its update's micro-batches.
-    loss = total.pop("loss", 0.0)
-    gaps = [s[f"{GAP}/max"] for s in sums]
     n_tokens = total.pop("tokens", 1)
     metrics = {name: value / n_tokens for name, value in total.items()}
-    metrics["loss"] = loss / len(updates)
+    metrics["loss"] = sum(losses) / len(updates)
     metrics["grad_norm"] = np.mean([u.grad_norm for u in updates])
     if gaps:
         metrics[f"{GAP}/max"] = max(gaps)
@@ -532,20 +530,21 @@ def sample_records(rollouts, examples):
 def preflight(policy: Policy, examples: list[Example], config: Config, state: dict) -> Config:
     """Fail now rather than after hours: try a large update, then the evaluation.
 
-    Its prompts are the longest of the first ones, its completions have full length. Also chooses
-    the prompt that processes without work run along on, and has workers begin with the images.
-    Returns the config, with grpo.micro_tokens chosen. Collective.
+    The update has the longest of the first prompts and completions of full length. (Sampling at
+    full length is not tried.) Returns the config, with grpo.micro_tokens chosen. Collective.
     """
     grpo = config.grpo
     data.say_repeats(examples, config)
+    # One by one: only as many images are opened as it takes.
     pairs = chain.from_iterable(policy.encode_all([example]) for example in examples)
     prompts = [prompt for _, prompt in islice(pairs, PROMPTS_TO_TRY)]
     if not prompts:
         raise InputError("none of the training examples can be used (see the messages above)")
     longest = max(prompts, key=len)
-    # With sharded weights, a process without work runs along on this prompt, with the same
-    # collectives: so it must not run a frozen tower either, whose output sampling has remembered.
+    # With sharded weights, a process runs this one, without effect, while others have more to do.
     policy.dummy_prompt = longest
+    # Updates find a frozen tower's output remembered, from sampling, and do not run it. Nor may
+    # they for this prompt: no other process would take part.
     with policy.unsharded():
         policy.remember_images([longest])
 
@@ -557,6 +556,7 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     micro_tokens = grpo.micro_tokens or state.get("micro_tokens", 0)
     try:
         if not micro_tokens:
+            # What half of the free memory holds, on the process with the least of it.
             work = partial(try_update, policy, [longest], grpo)
             micro_tokens = tokens_that_fit(work, size)
         count = max(1, min(len(first_mini_batch), micro_tokens // size))
@@ -571,6 +571,7 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     policy.model.zero_grad()
 
     evaluation.try_evaluation(policy, config)
+    # Last, as the workers decode for one list of examples at a time.
     decode_ahead(policy, examples, config, state["step"])
     return replace(config, grpo=replace(grpo, micro_tokens=micro_tokens))
 

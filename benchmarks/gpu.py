@@ -264,7 +264,7 @@ class Training:
         train_grpo.record_logprobs(self.reference, rollouts, "reference", grpo)
         laps.append(now())
 
-        update = train_grpo.update(self.policy, self.optimizer, rollouts, grpo.lr, grpo)
+        update = train_grpo.update(self.policy, self.optimizer, rollouts, grpo)
         laps.append(now())
 
         self.seconds.append(np.diff(laps))
@@ -502,9 +502,7 @@ def print_kernels(report: Report, sizes: Sizes) -> None:
     training.step()
     grpo = training.config.grpo
     micro_batch = train_grpo.micro_batches(training.policy, training.rollouts, grpo.micro_tokens)[0]
-    work = partial(
-        train_grpo.update, training.policy, training.optimizer, micro_batch, grpo.lr, grpo
-    )
+    work = partial(train_grpo.update, training.policy, training.optimizer, micro_batch, grpo)
     (seconds,) = medians([work], 1)
     activity = ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:

@@ -116,7 +116,7 @@ class Ours:
         laps.append(now())
 
         for _ in range(grpo.epochs):
-            train_grpo.update(self.policy, self.optimizer, rollouts, LR, grpo)
+            train_grpo.update(self.policy, self.optimizer, rollouts, grpo)
         laps.append(now())
 
         self.rollouts = rollouts

@@ -505,7 +505,7 @@ def test_the_supervised_loss_is_that_of_plain_rows(case, policy, library):
 
 
 def test_a_step_of_grpo(case, policy):
-    grpo = case.cfg.grpo
+    grpo = dataclasses.replace(case.cfg.grpo, lr=1e-3)
     policy.freeze(grpo.freeze)
     rollouts = policy.sample(case.examples, 3, 8, 1.0, (3,))
     train_grpo.score(rollouts, case.cfg)
@@ -513,7 +513,7 @@ def test_a_step_of_grpo(case, policy):
         assert len(r.rewards) == 3
         r.advantages = torch.tensor([1.0, -1.0, 0.0])
     before = [p.detach().clone() for p in policy.parameters()]
-    result = train_grpo.update(policy, Optimizer(policy, grpo.optimizer), rollouts, 1e-3, grpo)
+    result = train_grpo.update(policy, Optimizer(policy, grpo.optimizer), rollouts, grpo)
     gap = max(part[f"{train_grpo.GAP}/max"] for part in result.sums)
     assert gap < tolerance("log-probs", policy.device)
     assert result.grad_norm > 0

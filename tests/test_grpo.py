@@ -675,7 +675,7 @@ def gradients(policy, rollouts, **changes):
     """The gradients of one update, which changes no weight, by name."""
     descent = Descent(policy)
     copies = [dataclasses.replace(r, logprobs=dict(r.logprobs)) for r in rollouts]
-    update(policy, descent, copies, 0.0, section(**changes))
+    update(policy, descent, copies, section(lr=0.0, **changes))
     return descent.gradients
 
 
@@ -811,7 +811,7 @@ def test_a_constant_divisor_counts_dropped_groups(policy, rollouts):
 @pytest.mark.gpu
 def test_an_update_without_a_trainable_group_changes_nothing(policy, rollouts):
     descent = Descent(policy)
-    result = update(policy, descent, rollouts[1:2], 1.0, section(drop_degenerate=True))
+    result = update(policy, descent, rollouts[1:2], section(lr=1.0, drop_degenerate=True))
     assert result == UpdateStats([], 0.0)
     assert not descent.gradients
 
@@ -825,7 +825,7 @@ def moved(policy):
 @pytest.mark.gpu
 def test_until_its_first_update_the_policy_is_the_old_one(policy, moved, rollouts):
     record_logprobs(policy, rollouts, "before", section(micro_tokens=size_of(rollouts[:3])))
-    result = update(moved, Descent(moved), rollouts, 0.1, section())
+    result = update(moved, Descent(moved), rollouts, section(lr=0.1))
     limit = tolerance("log-probs", policy.device)
     assert distance(recorded(rollouts, "old"), recorded(rollouts, "before")) < limit
     assert summed(result, "ratio") == pytest.approx(count_tokens(rollouts), rel=limit)
@@ -833,9 +833,9 @@ def test_until_its_first_update_the_policy_is_the_old_one(policy, moved, rollout
 
 @pytest.mark.gpu
 def test_later_updates_keep_the_old_log_probs(moved, rollouts):
-    update(moved, Descent(moved), rollouts, 0.1, section())
+    update(moved, Descent(moved), rollouts, section(lr=0.1))
     old = recorded(rollouts, "old")
-    update(moved, Descent(moved), rollouts, 0.1, section())
+    update(moved, Descent(moved), rollouts, section(lr=0.1))
     assert torch.equal(recorded(rollouts, "old"), old)
 
 
@@ -845,8 +845,8 @@ def test_later_updates_see_how_far_the_policy_has_moved(policy, moved, rollouts)
     for r in rollouts:
         del r.logprobs["reference"]
     record_logprobs(policy, rollouts, "reference", section())
-    first = update(moved, Descent(moved), rollouts, 0.1, section())
-    second = update(moved, Descent(moved), rollouts, 0.1, section())
+    first = update(moved, Descent(moved), rollouts, section(lr=0.1))
+    second = update(moved, Descent(moved), rollouts, section(lr=0.1))
     n_tokens = count_tokens(rollouts)
     assert abs(summed(first, "kl/k1")) < 1e-3
     assert summed(second, "kl/k3") > 1e-6
@@ -872,8 +872,8 @@ def test_no_log_probs_are_recorded_of_dropped_groups(policy, rollouts):
 @pytest.mark.gpu
 def test_what_an_update_logs_are_sums_over_its_tokens(policy, rollouts):
     """At ratio 1, the surrogate of every token is its advantage."""
-    grpo = section(kl_coef=0.0, micro_tokens=size_of(rollouts[:3]))
-    result = update(policy, Descent(policy), rollouts, 0.0, grpo)
+    grpo = section(lr=0.0, kl_coef=0.0, micro_tokens=size_of(rollouts[:3]))
+    result = update(policy, Descent(policy), rollouts, grpo)
     n_tokens = count_tokens(rollouts)
     entropy = surrogates = 0.0
     for r in rollouts:
@@ -891,10 +891,10 @@ def test_what_an_update_logs_are_sums_over_its_tokens(policy, rollouts):
 @pytest.mark.gpu
 def test_the_gap_to_sampling_is_taken_for_the_weights_that_sampled(moved, rollouts):
     """In the second epoch the policy is far from them, and the sampler is as right as before."""
-    grpo = section(kl_coef=0.0)
+    grpo = section(lr=1.0, kl_coef=0.0)
     descent = Descent(moved)
-    update(moved, descent, rollouts, 1.0, grpo)
-    metrics = update_metrics([update(moved, descent, rollouts, 1.0, grpo)])
+    update(moved, descent, rollouts, grpo)
+    metrics = update_metrics([update(moved, descent, rollouts, grpo)])
     assert abs(metrics["ratio"] - 1) > 0.01
     assert metrics[f"{GAP}/max"] < tolerance("library", moved.device)
 
@@ -905,7 +905,7 @@ def test_the_gap_to_sampling_is_the_largest_and_the_mean_difference(policy, roll
     wrong = rollouts[0].logprobs["sampled"][0].clone()
     wrong[0] -= 0.5
     rollouts[0].logprobs["sampled"] = [wrong, *rollouts[0].logprobs["sampled"][1:]]
-    metrics = update_metrics([update(policy, Descent(policy), rollouts[:1], 0.0, section())])
+    metrics = update_metrics([update(policy, Descent(policy), rollouts[:1], section(lr=0.0))])
     limit = tolerance("library", policy.device)
     assert metrics[f"{GAP}/max"] == pytest.approx(0.5, abs=limit)
     assert metrics[f"{GAP}/mean"] == pytest.approx(0.5 / sum(LENGTHS), abs=limit)
@@ -969,9 +969,9 @@ def test_nothing_waits_for_the_gpu_within_a_micro_batch(policy, rollouts, monkey
     frozen_policy.freeze(["vision", "projector"])
     for r in rollouts:
         frozen_policy.remember_images([r.prompt])
-    grpo = section(kl_coef=0.1, micro_tokens=1)
+    grpo = section(lr=0.0, kl_coef=0.1, micro_tokens=1)
     with waits, WaitsInBackward(waits.lines):
-        result = update(frozen_policy, Descent(frozen_policy), rollouts, 0.0, grpo)
+        result = update(frozen_policy, Descent(frozen_policy), rollouts, grpo)
     assert len(result.sums) == len(rollouts)
     assert waits.lines - {None} == set()
 

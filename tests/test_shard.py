@@ -113,7 +113,7 @@ def train(out, parallel, options, steps):
         rollouts = local_rollouts(step, policy, examples, grpo.group_size)
         with reference.without_adapters():
             train_grpo.record_logprobs(reference, rollouts, "reference", grpo)
-        result = train_grpo.update(policy, optimizer, rollouts, 1e-3, grpo)
+        result = train_grpo.update(policy, optimizer, rollouts, grpo)
         losses = gather_lists([part["loss"] for part in result.sums])
         norms.append((sum(losses), result.grad_norm))
     save_checkpoint(out, steps, policy, optimizer, norms=norms)
