@@ -201,14 +201,16 @@ def parse_output(text: str, task: str, style: str) -> tuple[bool, str, str]:
     exactly one closed block follows </think>, and invalid "suffix" with what follows the last one.
     """
     text = text.strip()
+    any_tag = "|".join(TAGS)
     if style == "plain":
         text = re.sub(r"^<think>\s*</think>\s*", "", text)
+        valid = bool(text) and not re.search(any_tag, text)
+        return valid, "", text
+
     if style == "suffix":
         # The prompt asks for the end tag only, but some models open the pair, too.
         text = text.removeprefix("<think>")
-    tags = re.findall("|".join(TAGS), text)
-    if style == "plain":
-        return bool(text) and not tags, "", text
+    tags = re.findall(any_tag, text)
     if "</think>" not in tags:
         return False, text, ""
     if style == "suffix":
@@ -311,17 +313,18 @@ def study_examples(
     # "grounding" asks for all four kinds of boxes, "detection" for one of them.
     chosen = set(source.tasks)
     wanted = {kind for kind, task in TASK_OF.items() if {kind, task} & chosen}
-    # What nobody asks about is not looked at.
+    # What nobody asks about is not looked at. Detection asks about all boxes.
     study.asked = [a for a in study.asked if (a.kind or a.task) in wanted]
     if not (study.complete and "detection" in wanted):
-        study.boxes = {key: boxes for key, boxes in study.boxes.items() if key[0] in wanted}
+        study.boxes = boxes_of_kinds(study, wanted)
+    # It may find the boxes incomplete.
     clean_study(study, skip)
-    asked = study.asked
+    asked = [*study.asked]
     if study.report is not None and "report" in wanted:
         asked.append(ask_report(study))
     if study.findings is not None and "classification" in wanted:
         asked.append(ask_findings(study))
-    regions = {key: boxes for key, boxes in study.boxes.items() if key[0] in wanted}
+    regions = boxes_of_kinds(study, wanted)
     detection = study.complete and "detection" in wanted
     if not (asked or regions or detection):
         return
@@ -341,11 +344,16 @@ def study_examples(
         if item.task == "report" and not item.answer.strip():
             skip(f"{study.where}: the report is empty")
             continue
-        # A question has the fields of an example that are not its study's.
+        # An Asked has the fields of an Example that are not those of its study.
         item.question = item.question or usual_question(item, choose)
         item.answer = answer_text(item)
         item.boxes = tuple(item.boxes)
         yield Example(images=images, patient=study.patient, **vars(item))
+
+
+def boxes_of_kinds(study, kinds):
+    """{(kind, name): boxes} of these kinds."""
+    return {key: boxes for key, boxes in study.boxes.items() if key[0] in kinds}
 
 
 def ask_report(study):
@@ -679,7 +687,7 @@ def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[s
     """
     if all(source.source == "phantom" for source, *_ in parts):
         return parts, []
-    held = []
+    held = []  # examples can be hashed: they do not change
     for split in ("val", "test"):
         for source, part, _ in read_split(config, split):
             if source.source != "phantom":

@@ -210,8 +210,8 @@ def report_metrics(predictions: Predictions, weights: Array, read_labels, traini
 def label_scores(counts, weights):
     """{"f1_macro14": (S,), ..} and F1 per label (S, 14), of the counts of each report (N, 3, 14).
 
-    A label without a reference positive is no part of the macro mean, as a 0 would blame the model
-    for the split. Its false positives still count in micro.
+    A label without a reference positive (in a resample) is no part of the macro mean, as a 0 would
+    blame the model for the split. Its false positives still count in micro.
     """
     totals = np.tensordot(weights, counts, 1)  # (S, 3, 14)
     per_label = precision_recall_f1(totals)
@@ -230,6 +230,7 @@ def precision_recall_f1(counts):
     NaN where the reference has no positive, precision 0 where the prediction has none.
     """
     tp, fp, fn = np.moveaxis(counts, 1, 0)
+    # 0 where the reference has a positive, else NaN: added below, it makes the score NaN.
     there = np.where(tp + fn > 0, 0.0, np.nan)
     f1 = there + 2 * tp / (2 * tp + fp + fn)
     precision = there + tp / np.maximum(tp + fp, 1)
@@ -346,6 +347,7 @@ def grounding_metrics(predictions: Predictions, weights: Array):
     metrics["soft_f1_nonempty"] = average(scores, weights * nonempty)
     metrics["matched_iou"] = mean_matched_iou(predictions, weights)
     metrics["map50"] = np.nanmean(precisions, 0)
+    # Without reference boxes, soft-F1 is 1 for "nothing there" and else 0.
     metrics["empty_accuracy"] = average(scores, weights * ~nonempty)
     metrics |= output_metrics(predictions, weights)
     return metrics, per_class
@@ -403,6 +405,7 @@ def average_precision(predictions: Predictions, weights: Array) -> Array:
     backwards = precision[:, ::-1]
     envelope = np.maximum.accumulate(backwards, 1)[:, ::-1]
     n_reference = weights @ [len(p["boxes"]) for p in predictions]
+    # Each box found adds 1 / n_reference to the recall: the area under the envelope.
     return (envelope * found).sum(1) / n_reference
 
 

@@ -289,8 +289,8 @@ class Policy:
         return encode(example).to(self.device)
 
     def encode_ahead(self, upcoming: Iterable[Example]):
-        """Let data.workers processes encode these examples, in the order in which they will be
-        asked for."""
+        """Let data.workers processes encode these examples, in the order in which `encode` will be
+        asked for them. Any other example is encoded when it is asked for."""
         if self.config.data.workers:
             from fast.encode_ahead import encode_ahead  # noqa: PLC0415
 
@@ -987,7 +987,8 @@ class LoRALinear(nn.Linear):
 
 # Logits in a tile, in float32: 16 MiB on a CPU, 1 GiB on a GPU.
 TILE_SIZE = {"cpu": 1 << 22, "cuda": 1 << 28}
-BANNED_LOGIT = -1e30  # its probability is 0, and so is 0 * BANNED_LOGIT
+# exp gives 0. Not -inf: -inf - -inf and 0 * -inf, in what follows, would be NaN.
+BANNED_LOGIT = -1e30
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -1071,7 +1072,8 @@ class FusedLogProbs(torch.autograd.Function):
             chosen = torch.where(here, z_of_target, chosen)
             old_peak = peak
             peak = torch.maximum(peak, z.amax(1))
-            # What was summed up is now relative to the new maximum.
+            # What was summed up is relative to the old maximum m, and has to be to the new one, n:
+            # exp(z - n) = shrink exp(z - m), and z - n = (z - m) + change.
             change = old_peak - peak
             shrink = change.exp()
             z = z.sub_(peak[:, None])
@@ -1346,6 +1348,7 @@ def load_or_resume(
     """Policy, optimizer and state of run/last; without one, of a fresh start with {"step": 0}.
 
     section: config.sft or config.grpo. Adapters are trained on top of the checkpoint `start`.
+    state: "step", and what save_checkpoint was given by name.
 
     A run that is resumed goes on exactly, on the same device and with the same division into
     micro-batches and processes: weights and optimiser states are saved as they are; which
@@ -1353,8 +1356,11 @@ def load_or_resume(
     step; there is no dropout; open_run refuses other settings; the log drops later lines.
     """
     last = run / "last" if last_step(run) else None
-    # With adapters, the weights below them stay those of the start.
-    policy = load_policy(config, start if section.lora_rank else last or start)
+    weights = last or start
+    if section.lora_rank:
+        # Those below the adapters stay as they were.
+        weights = start
+    policy = load_policy(config, weights)
     policy.start = Path(start).resolve().name
     # Adapters, shards, what is frozen, and then the optimizer of what is left to train.
     if section.lora_rank:

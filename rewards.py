@@ -83,7 +83,9 @@ def area(x1, y1, x2, y2):
 
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes."""
-    both = area(*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))
+    top_left = map(max, a[:2], b[:2])
+    bottom_right = map(min, a[2:], b[2:])
+    both = area(*top_left, *bottom_right)
     union = area(*a) + area(*b) - both
     # Where areas overflow, the union is NaN, which is not > 0.
     return both / union if union > 0 else 0.0
@@ -100,6 +102,8 @@ def match_boxes(predicted: list[Box], reference: list[Box]) -> list[tuple]:
 def best_assignment(overlaps):
     """[(row, column)] by row: the one-to-one assignment with the largest total, of (n, m) in 0..1.
 
+    What scipy.optimize.linear_sum_assignment does, which is not among our packages.
+
     Rows enter one by one. The new row takes a column, whose row moves on to another column, and so
     on to a free one. Bellman and Ford's method finds the path that gains most:
 
@@ -110,16 +114,19 @@ def best_assignment(overlaps):
     """
     # With whole numbers, rounding cannot lead a path in a circle.
     value = np.rint(overlaps * 1e12).astype(int)
-    # The last column means to stay alone. It is always free.
+    # One more column, of value 0: to stay without a partner. It is free for any number of rows.
     value = np.pad(value, ((0, 0), (0, 1)))
-    row_of = np.full(value.shape[1], -1)
-    for row, gain in enumerate(value.copy()):
-        # gain: what the best path to each column gains; previous: the column before it.
+    row_of = np.full(value.shape[1], -1)  # of each column; -1: free
+    for row in range(len(value)):
+        # What the best path from the new row to each column gains, and the column before on it. At
+        # first the path goes there at once.
+        gain = value[row].copy()
         previous = np.full_like(row_of, -1)
         improved = True
         while improved:
             improved = False
             for column in np.flatnonzero(row_of >= 0):
+                # The row of this column gives it up and moves on.
                 moving = value[row_of[column]]
                 through = gain[column] - moving[column] + moving
                 better = through > gain
@@ -127,7 +134,7 @@ def best_assignment(overlaps):
                 previous[better] = column
                 improved |= better.any()
 
-        # Move the rows along the path, from its end to its start.
+        # The best path that ends at a free column: move its rows on, from the end to the start.
         column = np.where(row_of < 0, gain, -1).argmax()
         while previous[column] >= 0:
             row_of[column] = row_of[previous[column]]
@@ -142,9 +149,10 @@ def soft_f1(
 ) -> float:
     """Soft F1 of boxes. T: total IoU of the matched pairs; FP: predictions without a pair.
 
-    mode "radvlm" (the released code): 2 T / (n_ref + T + FP); "pq" (the paper's figure):
-    2 T / (n_pred + n_ref). 0 if either side is empty; 1 if both are, and match_empty. Only the
-    first MAX_MATCHED predictions can match, so that ten thousand boxes cost no time.
+    mode "radvlm": 2 T / (n_ref + T + FP), as the released code has it, where a matched prediction
+    counts with its IoU below the line, too; "pq": 2 T / (n_pred + n_ref), the paper's figure. 0 if
+    either side is empty; 1 if both are, and match_empty. Only the first MAX_MATCHED predictions can
+    match, so that ten thousand boxes cost no time.
     """
     if not predicted or not reference:
         return float(match_empty and not predicted and not reference)
@@ -541,7 +549,10 @@ def clause_mentions(clause):
 
 @lru_cache(1)
 def find_cues(clause):
-    """The first cue of each kind that acts on what follows, the last that acts on what precedes."""
+    """The first cue of each kind that acts on what follows, the last that acts on what precedes.
+
+    {"negation" | "hedge" | "skip": match} each. All mentions of a clause ask for the same.
+    """
     before = {}
     for cue in CUES_BEFORE.finditer(clause):
         before.setdefault(cue.lastgroup, cue)
@@ -553,6 +564,7 @@ def find_cues(clause):
 def assertion_of(mention):
     """(state, cue) of a mention, by the first cue in this order that acts on it.
 
+    "no evidence of pneumothorax or effusion"  both: (NEGATIVE, "no"), as "or" ends no clause
     "no focal opacity to suggest pneumonia"    pneumonia: (NEGATIVE, "no"), which comes first
     "a pneumothorax cannot be excluded"        pneumothorax: (UNCERTAIN, "cannot be excluded")
     "no change in the left effusion"           effusion: (POSITIVE, ""), as "no change" is no cue

@@ -3,9 +3,10 @@
 As R2Gen distributes it (annotation.json, images/), or MIMIC-CXR-JPG from PhysioNet: split and
 metadata CSV, files/p10/p10000032/s50414267/ID.jpg, and the reports as mimic_cxr_sectioned.csv or as
 the .txt files of MIMIC-CXR, beside the images or in mimic-cxr-reports/. The CSV files stand in
-data.path or data.images. The report is the findings, else the impression, else the last paragraph.
-Labels come from the chexpert CSV. R2Gen's file does not say which images are frontal:
-data.views=frontal needs the metadata CSV, too.
+data.path or data.images. The report is the findings, else the impression, else the last paragraph
+(from .txt files: the findings, else what follows the name of the examination, else the impression,
+so that reports without a heading for findings can differ). Labels come from the chexpert CSV.
+R2Gen's file does not say which images are frontal: data.views=frontal needs the metadata CSV, too.
 """
 
 import difflib

@@ -89,7 +89,7 @@ class Study:
     id: str
     # With a name space for every population of patients.
     patient: str
-    # Paths, or phantoms. From a reader to choose_views: (view, path) pairs.
+    # Paths, or phantoms. Before choose_views: (view, path) pairs.
     images: list
     # For messages: file and place in it. Of several files, that of the boxes.
     where: str
@@ -98,7 +98,8 @@ class Study:
     # All that is to be seen, [] if nothing is; None: not known.
     findings: list[str] | None = None
     # (kind, name) -> boxes, at least one. Kinds: abnormality, anatomy, phrase. A study with boxes
-    # has one image: where there are several, each is a study with the boxes of its own.
+    # has one image: where there are several, yield a study with the report and all images, and one
+    # for each image with its boxes, under an id of its own.
     boxes: dict[tuple[str, str], list[Box]] = field(default_factory=dict)
     # All abnormalities have their boxes, not only some: detection can be asked.
     complete: bool = False

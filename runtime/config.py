@@ -59,7 +59,8 @@ Part = Literal["vision", "projector"]
 class ModelConfig:
     # "tiny": the built-in Qwen3-VL with random weights. Else a local folder or a hub id.
     path: str = "tiny"
-    # Of the forward pass. Weights and optimiser stay in float32.
+    # Of the forward pass, and of weights that are not trained. Those that are, and the optimiser,
+    # stay in float32.
     precision: Literal["float32", "bfloat16"] = "float32"
     # A larger image is reduced to this, in multiples of a merged patch.
     max_pixels: int = bounded(451584, 1)
@@ -210,7 +211,8 @@ class GRPOConfig:
     lora_rank: int = bounded(0)
     # Constant.
     lr: float = bounded(1e-6, above=0)
-    # What advantages are divided by: the std of the group, nothing, or the std of the batch.
+    # An advantage is the reward minus the group's mean, divided by the group's std, by nothing, or
+    # by the batch's std.
     adv_norm: Literal["group", "none", "batch"] = "group"
     # Normalise each component of the reward by itself, then take the weighted sum (GDPO).
     normalize_parts: bool = False

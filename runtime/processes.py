@@ -89,8 +89,10 @@ def shard_weights(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype 
         fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, **options))
     fully_shard(model, mp_policy=MixedPrecisionPolicy(**options))
 
-    # The backward gathers the next block ahead. By default FSDP2 takes the order of past forwards,
-    # but sampling leaves different ones on every process, so we state the order.
+    # While the backward of a block runs, FSDP2 gathers the weights of the one before it. By default
+    # it takes the order of past forwards, but each process has sampled in an order of its own, and
+    # would wait for a block that others do not gather. So we state the order: within the tower or
+    # the language model the block before, and nothing ahead (the block itself) at their ends.
     for before, module in zip([model, *blocks], [*blocks, model]):
         same_stack = type(before) is type(module)
         module.set_modules_to_backward_prefetch([before if same_stack else module])
@@ -178,8 +180,8 @@ def sum_gradients(parameters: list[Tensor]):
 class StopRequest:
     """SIGTERM or Ctrl-C asks to stop after the current step.
 
-    A second one ends the process at once, but for processes of torchrun: it passes the first one on
-    several times, and kills what has not ended 30 seconds later. A step that takes longer is lost.
+    A second one ends the process at once. Not so under torchrun, which passes the first signal on
+    several times; it kills what has not ended 30 seconds later, and a longer step is lost.
     """
 
     def __init__(self):

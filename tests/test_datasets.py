@@ -27,7 +27,8 @@ def of(source, root, *overrides):
 
 
 def read_splits(config):
-    """The examples of all splits of one source, without looking at their images."""
+    """The examples of all splits of one source, without looking at their images. Unlike `splits`,
+    it takes an empty split and keeps patients that are in two of them."""
     return {split: data.read_split(config, split)[0][1] for split in SPLITS}
 
 
