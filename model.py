@@ -183,8 +183,9 @@ def part_of(name: str) -> str | None:
 def in_fsdp_forward(method):
     """A method of Policy that runs inside the forward of its model.
 
-    FSDP2 gathers the root's weights only there. shard_weights in runtime/processes.py gives the
-    model its method run_in_forward.
+    FSDP2 gathers the root's weights only there. run_in_forward, which shard_weights in
+    runtime/processes.py gives the model, calls what it is given. Within `unsharded` nothing is
+    left to gather.
     """
 
     @functools.wraps(method)
@@ -270,7 +271,8 @@ class Policy:
         texts.append(data.prompt_text(example))
         roles = itertools.cycle(["user", "assistant"])
         turns = [chat_turn(role, text) for role, text in zip(roles, texts)]
-        # Images stand before the first question, except those that a later question shows.
+        # A later question shows as many images as its text has placeholders. The others stand
+        # before the first question.
         early = len(example.images)
         for turn in turns[2::2]:
             (part,) = turn["content"]
@@ -692,9 +694,9 @@ class Policy:
             rest = after.get(name, torch.zeros_like(ids))
             tokens[name] = torch.cat([before, rest], -1)
         out = self.run(copies, tokens, use_cache=False)
-        # A token is predicted by the one before it.
-        before = ids.shape[1] + 1
-        predictors = out.last_hidden_state[:, -before:-1]  # (R, T, H)
+        # A token is predicted by the one before it: the last of the prompt begins.
+        first = ids.shape[1] + 1
+        predictors = out.last_hidden_state[:, -first:-1]  # (R, T, H)
         return predictors[scored.to(self.device)]
 
     # -- sharding

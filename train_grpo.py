@@ -394,7 +394,7 @@ def update(
         for name, value in values.items():
             logged[name] = (value.detach() * mask).sum()
         sums.append(logged)
-    # Sum over processes, clip, step, and forget the gradients.
+    # Sum over processes, clip, step (not if they are infinite), and forget the gradients.
     grad_norm = optimizer.step(grpo.lr)
     # A number that is read waits for the GPU, so all are read here.
     return UpdateStats(tree_map(float, sums), grad_norm)

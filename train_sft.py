@@ -61,6 +61,7 @@ def encode_studies(policy: Policy, studies: list[list[Example]]) -> list[Encoded
 
     encoded = []
     for examples in studies:
+        # Once, or not at all if its images cannot be used.
         for first, prompt in policy.encode_all(examples[:1]):
             prefix, rest = policy.split_at_images(prompt)
             if not torch.equal(rest, policy.question_ids(first)):
