@@ -124,6 +124,11 @@ class Rollout:
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.tokens]
 
+    @property
+    def is_degenerate(self) -> bool:
+        """All advantages are zero, so the group has no policy gradient (it has one of the KL)."""
+        return not self.advantages.any()
+
 
 @dataclass
 class Prefill:
@@ -673,6 +678,21 @@ class Policy:
         rows = sum(map(len, lengths))
         longest = max(map(len, prompts)) + max(map(max, lengths))
         return rows * longest
+
+    def micro_batches(self, rollouts: list[Rollout], micro_tokens: int) -> list[list[Rollout]]:
+        """The rollouts in order, as many together as make micro_tokens tokens; at least one."""
+        batches = []
+        for rollout in rollouts:
+            if batches:
+                larger = [*batches[-1], rollout]
+                prompts = [r.prompt for r in larger]
+                lengths = [r.lengths for r in larger]
+                size = self.tokens_to_score(prompts, lengths)
+                if size <= micro_tokens:
+                    batches[-1] = larger
+                    continue
+            batches.append([rollout])
+        return batches
 
     def plain_hidden(self, prompts, rows, owner, scored):
         """Hidden states (N, H) that predict the scored tokens, from R rows [prompt | completion].

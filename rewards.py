@@ -383,13 +383,12 @@ def score_completions(
     completions: list[str],
     examples: list[Example],
     rewards_cfg: RewardsConfig,
-    style: str,
     token_ids: list[list[int]] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Weighted sums (N,) of N completions, and name -> (N,) unweighted components.
 
-    Tasks may be mixed. A component is NaN where it does not apply; a weight of 0 only logs it.
-    Without token_ids, words are counted. Raises InputError if a reward is not finite.
+    Tasks and styles may be mixed. A component is NaN where it does not apply; a weight of 0 only
+    logs it. Without token_ids, words are counted. Raises InputError if a reward is not finite.
     """
     token_ids = token_ids or [tokenize(text) for text in completions]
     total = np.zeros(len(examples))
@@ -400,8 +399,9 @@ def score_completions(
             continue
         batch = []
         for i in places:
-            valid, _, answer = parse_output(completions[i], task, style)
-            batch.append(Completion(completions[i], token_ids[i], valid, answer, examples[i]))
+            text, example = completions[i], examples[i]
+            valid, _, answer = parse_output(text, task, example.style)
+            batch.append(Completion(text, token_ids[i], valid, answer, example))
         for name, weight in getattr(rewards_cfg, task).items():
             values = score_batch(name, batch, rewards_cfg)
             components.setdefault(name, np.full(len(examples), np.nan))[places] = values

@@ -29,7 +29,6 @@ metrics.jsonl, samples.jsonl, step_N/, last), continues from `last` when started
 with OUT/eval/, which compares before and after.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -49,8 +48,9 @@ from data import Example, batched
 from model import Optimizer, Policy, Rollout, pad_rows, save_checkpoint
 from runtime.checkpoint import last_step, open_run, resolve
 from runtime.config import Config, GRPOConfig, InputError
-from runtime.log import Log, sample_record
+from runtime.log import Log
 from runtime.memory import tokens_that_fit
+from runtime.metrics import GAP, rollout_metrics, sample_records, update_metrics
 from runtime.output import print0, rank, world_size
 from runtime.processes import StopRequest, gather_lists, gather_rows, run_main, start_training
 
@@ -58,7 +58,6 @@ from runtime.processes import StopRequest, gather_lists, gather_rows, run_main, 
 
 EQUAL = 1e-6  # rewards closer than this differ by rounding only
 PROMPTS_TO_TRY = 16  # the longest of these is tried in the preflight
-GAP = "sampling/sampling_logp_difference"  # between sampling and scoring the same tokens
 
 
 def group_advantages(rewards: Tensor, norm: str = "group", eps: float = 1e-4) -> Tensor:
@@ -77,9 +76,7 @@ def group_advantages(rewards: Tensor, norm: str = "group", eps: float = 1e-4) ->
         scale = 1.0
 
     # A tiny std would turn rounding into large advantages.
-    highest = r.amax(1, keepdim=True)
-    lowest = r.amin(1, keepdim=True)
-    spread = highest - lowest
+    spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
     advantages = torch.where(spread > EQUAL, centred / scale, 0.0)
     return advantages.to(rewards.dtype)
 
@@ -217,12 +214,11 @@ def sample_mini_batches(
 
 def score(rollouts: list[Rollout], config: Config):
     """2. Fill every rollout's rewards, G numbers, and their components."""
-    texts = list(chain.from_iterable(r.texts for r in rollouts))
+    texts = [text for r in rollouts for text in r.texts]
     examples = [r.example for r in rollouts for _ in r.texts]
     token_ids = [ids.tolist() for r in rollouts for ids in r.tokens]
     rewards.say_large_boxes(texts)
-    style = data.style_of(config)
-    total, components = rewards.score_completions(texts, examples, config.rewards, style, token_ids)
+    total, components = rewards.score_completions(texts, examples, config.rewards, token_ids)
     shape = len(rollouts), config.grpo.group_size
     total = total.reshape(shape)
     for i, rollout in enumerate(rollouts):
@@ -282,38 +278,17 @@ def normalize(scores, norm):
     return list(advantages[local])
 
 
-def is_degenerate(rollout):
-    """All advantages are zero, so the group has no policy gradient (it has one of the KL)."""
-    return not rollout.advantages.any()
-
-
 def trainable_groups(rollouts, grpo):
     """The groups that updates use."""
     if not grpo.drop_degenerate:
         return rollouts
-    return [r for r in rollouts if not is_degenerate(r)]
-
-
-def micro_batches(policy, rollouts, micro_tokens):
-    """The rollouts in order, as many together as make micro_tokens tokens; at least one."""
-    batches = []
-    for rollout in rollouts:
-        if batches:
-            larger = [*batches[-1], rollout]
-            prompts = [r.prompt for r in larger]
-            lengths = [r.lengths for r in larger]
-            size = policy.tokens_to_score(prompts, lengths)
-            if size <= micro_tokens:
-                batches[-1] = larger
-                continue
-        batches.append([rollout])
-    return batches
+    return [r for r in rollouts if not r.is_degenerate]
 
 
 def logprobs_of(rollouts, name):
     """Log-probabilities that the rollouts keep, (R, T)."""
-    rows = chain.from_iterable(r.logprobs[name] for r in rollouts)
-    return pad_rows(list(rows))
+    rows = [row for r in rollouts for row in r.logprobs[name]]
+    return pad_rows(rows)
 
 
 def keep_logprobs(rollouts, name, logp):
@@ -335,7 +310,7 @@ def record_logprobs(policy: Policy, rollouts: list[Rollout], name: str, grpo: GR
     """Keep the log-probabilities under `policy` as logprobs[name] of every rollout."""
     used = trainable_groups(rollouts, grpo)
     with policy.unsharded():
-        for micro_batch in micro_batches(policy, used, grpo.micro_tokens):
+        for micro_batch in policy.micro_batches(used, grpo.micro_tokens):
             logp, _, _ = score_tokens(policy, micro_batch, grpo.temperature)
             keep_logprobs(micro_batch, name, logp)
 
@@ -366,7 +341,7 @@ def update(
     # Gradients add up over micro-batches. Sharded weights want all processes to run as many forward
     # and backward passes: after our last micro-batch with_dummy_steps runs those that are missing.
     sums = []
-    parts = micro_batches(policy, used, grpo.micro_tokens)
+    parts = policy.micro_batches(used, grpo.micro_tokens)
     for micro_batch in policy.with_dummy_steps(parts):
         logp, entropy, mask = score_tokens(policy, micro_batch, grpo.temperature)  # (R, T) each
 
@@ -455,75 +430,6 @@ def train(config: Config, run: Path, start: str, stop: StopRequest):
             return
 
 
-# ------------------------------------------------------------------------------- metrics
-
-
-def rollout_metrics(rollouts, step):
-    """What the samples of all processes look like. Names follow TRL's GRPOTrainer. Collective."""
-    totals = gather_lists([r.rewards for r in rollouts])
-    lengths = gather_lists([r.lengths for r in rollouts])
-    finished = gather_lists([r.finished for r in rollouts])
-    degenerate = gather_lists([is_degenerate(r) for r in rollouts])
-    components = gather_lists([r.reward_components for r in rollouts])
-    if not components:
-        raise InputError(f"step {step + 1}: none of its prompts can be used (see above)")
-    totals = torch.tensor(totals)  # (B, G)
-    lengths = torch.tensor(lengths).double()  # (B, G)
-    finished = torch.tensor(finished)  # (B, G)
-    metrics = {
-        "reward": totals.mean(),
-        "reward_std": totals.std(1, correction=0).mean(),
-        "frac_reward_zero_std": np.mean(degenerate),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/mean_terminated_length": lengths[finished].mean().nan_to_num(),
-        "completions/clipped_ratio": 1 - finished.double().mean(),
-        "num_tokens": lengths.sum(),
-    }
-    for name in sorted(set().union(*components)):
-        # A component belongs to one task, and is NaN where it does not apply to a completion.
-        values = [group[name] for group in components if name in group]
-        values = torch.tensor(values)
-        values = values[~values.isnan()]
-        metrics[f"rewards/{name}/mean"] = values.mean()
-        metrics[f"rewards/{name}/std"] = values.std(correction=0)
-    return metrics
-
-
-def update_metrics(updates):
-    """Means over the tokens of all updates and processes. Collective."""
-    sums = chain.from_iterable(u.sums for u in updates)
-    sums = gather_lists(list(sums))
-    # These two are not means over tokens: an update's loss is a sum over its micro-batches.
-    losses = [of_micro_batch.pop("loss") for of_micro_batch in sums]
-    gaps = [of_micro_batch.pop(f"{GAP}/max") for of_micro_batch in sums]
-    total = Counter()
-    for of_micro_batch in sums:
-        # Counter.update adds.
-        total.update(of_micro_batch)
-    n_tokens = total.pop("tokens", 1)
-    metrics = {name: value / n_tokens for name, value in total.items()}
-    metrics["loss"] = sum(losses) / len(updates)
-    metrics["grad_norm"] = np.mean([u.grad_norm for u in updates])
-    if gaps:
-        metrics[f"{GAP}/max"] = max(gaps)
-    return metrics
-
-
-def sample_records(rollouts, examples):
-    """The first group of each task, for samples.jsonl: the metrics hide a lot. Collective."""
-    records = gather_lists([sample_record(r) for r in rollouts])
-    by_id = {record["id"]: record for record in records}
-    # In the order of the batch, so that they are the same for any number of processes. An example
-    # whose image cannot be read has none.
-    first = {}
-    for example in examples:
-        if example.id in by_id:
-            first.setdefault(example.task, by_id[example.id])
-    return [first[task] for task in ("report", "grounding") if task in first]
-
-
 # ------------------------------------------------------------------------------- before the loop
 
 
@@ -571,8 +477,8 @@ def preflight(policy: Policy, examples: list[Example], config: Config, state: di
     policy.model.zero_grad()
 
     evaluation.try_evaluation(policy, config)
-    # Last, as the workers decode for one list of examples at a time.
-    decode_ahead(policy, examples, config, state["step"])
+    # Last, as workers decode for one list of examples at a time.
+    policy.encode_ahead(upcoming(examples, config, state["step"]))
     return replace(config, grpo=replace(grpo, micro_tokens=micro_tokens))
 
 
@@ -582,16 +488,15 @@ def try_update(policy, prompts, grpo):
     group = [row] * grpo.group_size
     completions = [group] * len(prompts)
     logp, _, _ = policy.logprobs(prompts, completions, grpo.temperature)
-    loss = logp.sum()
-    loss.backward()
+    logp.sum().backward()
 
 
-def decode_ahead(policy, examples, config, first_step):
-    """Have workers decode the images of all steps to come, in the order of sample_mini_batches."""
-    steps = range(first_step, config.grpo.steps)
-    batches = (data.grpo_batch(examples, step, config) for step in steps)
-    mini_batches = chain.from_iterable(local_mini_batches(b, config.grpo) for b in batches)
-    policy.encode_ahead(chain.from_iterable(mini_batches))
+def upcoming(examples, config, first_step):
+    """The examples of all steps to come, in the order in which sample_mini_batches takes them."""
+    for step in range(first_step, config.grpo.steps):
+        batch = data.grpo_batch(examples, step, config)
+        for mini_batch in local_mini_batches(batch, config.grpo):
+            yield from mini_batch
 
 
 def load_reference(policy: Policy, config: Config, start: str):

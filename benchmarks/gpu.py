@@ -67,6 +67,7 @@ from data import Example
 from fast.shared_decode import SharedDecoder, shared_decode
 from model import Policy, Prompt
 from runtime.config import Config
+from runtime.metrics import GAP, update_metrics
 
 MINUTES = 5.5  # of measuring; the imports come before
 G = 8
@@ -269,7 +270,7 @@ class Training:
 
         self.seconds.append(np.diff(laps))
         self.rollouts = rollouts
-        self.metrics = train_grpo.update_metrics([update])
+        self.metrics = update_metrics([update])
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -317,8 +318,7 @@ def measure_step(report: Report, sizes: Sizes) -> None:
     report.add("update: MFU, %", f"{100 * rate / most:.3g}" if most else "-")
     report.add("step: peak memory, GiB", f"{peak:.1f}", "<= 60")
 
-    gap = train_grpo.GAP
-    mean, largest = training.metrics[f"{gap}/mean"], training.metrics[f"{gap}/max"]
+    mean, largest = training.metrics[f"{GAP}/mean"], training.metrics[f"{GAP}/max"]
     report.add("sampled and scored log-probs: mean gap", f"{mean:.2e}", "<= 1.1e-2")
     report.add("sampled and scored log-probs: largest gap", f"{largest:.2e}")
 
@@ -501,7 +501,7 @@ def print_kernels(report: Report, sizes: Sizes) -> None:
     training.optimizer = NoOptimizer()
     training.step()
     grpo = training.config.grpo
-    micro_batch = train_grpo.micro_batches(training.policy, training.rollouts, grpo.micro_tokens)[0]
+    micro_batch = training.policy.micro_batches(training.rollouts, grpo.micro_tokens)[0]
     work = partial(train_grpo.update, training.policy, training.optimizer, micro_batch, grpo)
     (seconds,) = medians([work], 1)
     activity = ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU

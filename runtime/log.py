@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from runtime.config import Config, InputError
 from runtime.output import progress, rank, write_atomically
@@ -74,28 +73,6 @@ class Log:
     def write(self, name, step, row):
         if rank() == 0:
             self.files[name].write(json.dumps({"step": step, **row}) + "\n")
-
-
-def sample_record(rollout: Any) -> dict[str, Any]:
-    """What samples.jsonl holds of a Rollout."""
-    samples = []
-    for g, text in enumerate(rollout.texts):
-        parts = {name: values[g] for name, values in rollout.reward_components.items()}
-        sample = {
-            "text": text,
-            "reward": rollout.rewards[g],
-            "advantage": rollout.advantages[g].item(),
-            # NaN: the component does not apply.
-            "parts": {name: value for name, value in parts.items() if value == value},
-        }
-        samples.append(sample)
-    return {
-        "id": rollout.example.id,
-        "task": rollout.example.task,
-        "question": rollout.example.question,
-        "reference": rollout.example.answer,
-        "samples": samples,
-    }
 
 
 def lines_until(path, step):

@@ -296,9 +296,9 @@ def is_one_error_line(err, message):
 # ------------------------------------------------------------------------------- rewards
 
 
-def example(task="report", answer="", boxes=(), name="1"):
+def example(task="report", answer="", boxes=(), name="1", style="plain"):
     """An example without an image."""
-    return data.Example(id=name, task=task, images=(), question="", answer=answer, boxes=boxes)
+    return data.Example(name, task, (), question="", answer=answer, boxes=boxes, style=style)
 
 
 def phantom_reports(seed, n):

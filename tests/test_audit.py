@@ -178,7 +178,7 @@ def test_table_is_what_score_completions_says(style, tmp_path):
     always_normal = [replace(e, answer=audit.NORMAL_REPORT) for e in examples]
     for policy, answers in (("reference", examples), ("always normal", always_normal)):
         targets = [data.target_text(e) for e in answers]
-        total, components = rewards.score_completions(targets, examples, config.rewards, style)
+        total, components = rewards.score_completions(targets, examples, config.rewards)
         share = total.mean() / float(rows["reference"]["reward"])
         assert float(rows[policy].pop("share")) == pytest.approx(share, abs=2e-3)
         columns = {"reward": total, "abnormal": total[abnormal], "normal": total[~abnormal]}

@@ -43,6 +43,7 @@ import train_grpo
 from data import Example
 from model import CHAT_TEMPLATE, Optimizer, Prompt, load_policy
 from readers.study import LABELS
+from runtime.metrics import GAP
 from tools.plan_memory import memory_plan
 from train_sft import count_answer_tokens, encode_studies, sft_loss
 
@@ -514,7 +515,7 @@ def test_a_step_of_grpo(case, policy):
         r.advantages = torch.tensor([1.0, -1.0, 0.0])
     before = [p.detach().clone() for p in policy.parameters()]
     result = train_grpo.update(policy, Optimizer(policy, grpo.optimizer), rollouts, grpo)
-    gap = max(part[f"{train_grpo.GAP}/max"] for part in result.sums)
+    gap = max(part[f"{GAP}/max"] for part in result.sums)
     assert gap < tolerance("log-probs", policy.device)
     assert result.grad_norm > 0
     assert not all(map(torch.equal, before, policy.parameters()))

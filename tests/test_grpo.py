@@ -40,14 +40,13 @@ import train_grpo
 from model import Rollout
 from runtime import memory
 from runtime.config import GRPOConfig, InputError
+from runtime.metrics import GAP, update_metrics
 from train_grpo import (
-    GAP,
     UpdateStats,
     assign_advantages,
     group_advantages,
     grpo_loss,
     kl_terms,
-    micro_batches,
     policy_loss,
     record_logprobs,
     sample_mini_batches,
@@ -55,7 +54,6 @@ from train_grpo import (
     token_weights,
     trainable_groups,
     update,
-    update_metrics,
 )
 
 
@@ -724,7 +722,7 @@ def test_an_update_is_the_gradient_of_the_plain_objective(policy, rollouts):
 def test_micro_batches_take_prompts_in_order_until_the_budget_is_full(policy):
     sizes = [5, 5, 30, 1, 9, 10, 2]
     rollouts = [SimpleNamespace(prompt=[0] * (size - 1), lengths=[1]) for size in sizes]
-    batches = micro_batches(policy, rollouts, 10)
+    batches = policy.micro_batches(rollouts, 10)
     assert [[len(r.prompt) + 1 for r in batch] for batch in batches] == [
         [5, 5],
         [30],
@@ -732,8 +730,8 @@ def test_micro_batches_take_prompts_in_order_until_the_budget_is_full(policy):
         [10],
         [2],
     ]
-    assert micro_batches(policy, rollouts, 1) == [[r] for r in rollouts]
-    assert micro_batches(policy, [], 10) == []
+    assert policy.micro_batches(rollouts, 1) == [[r] for r in rollouts]
+    assert policy.micro_batches([], 10) == []
 
 
 def test_plain_rows_count_each_with_its_own_prompt_and_padding(policy, rollouts, monkeypatch):
@@ -752,7 +750,7 @@ def test_plain_rows_count_each_with_its_own_prompt_and_padding(policy, rollouts,
     lengths = [r.lengths for r in rollouts]
     assert [policy.tokens_to_score(prompts, lengths)] == given
     one = policy.tokens_to_score(prompts[:1], lengths[:1])
-    assert len(micro_batches(policy, rollouts, one)) == len(rollouts)
+    assert len(policy.micro_batches(rollouts, one)) == len(rollouts)
 
 
 @pytest.mark.gpu
@@ -767,7 +765,7 @@ def test_micro_tokens_do_not_change_the_gradient(policy, rollouts, seed):
             r.logprobs[name] = [row[:n] for row, n in zip(rows, lengths)]
     # From one group in a micro-batch to all but one.
     micro_tokens = int(rng.integers(1, size_of(rollouts[:-1])))
-    assert len(micro_batches(policy, rollouts, micro_tokens)) > 1
+    assert len(policy.micro_batches(rollouts, micro_tokens)) > 1
     parts = gradients(policy, rollouts, micro_tokens=micro_tokens, kl_coef=0.1)
     whole = gradients(policy, rollouts, micro_tokens=MANY, kl_coef=0.1)
     assert differ(parts, whole) < tolerance("gradients", policy.device)

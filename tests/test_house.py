@@ -40,6 +40,7 @@ MAY_IMPORT_INSIDE = {
 
 # The budgets, which docs/house.md names, too. The aim for all code is 54,000: a change should bring
 # it down, and a feature may raise the limit to what it needs.
+GRPO_TOKENS = 3_100
 SIX_TOKENS = 30_000
 ALL_TOKENS = 64_500
 COLUMNS = 100
@@ -117,6 +118,7 @@ def test_there_is_no_seventh_module():
 
 def test_budgets():
     tokens = {path: count_tokens(path) for path in code_files()}
+    assert tokens[ROOT / "train_grpo.py"] <= GRPO_TOKENS
     assert sum(tokens[ROOT / f"{name}.py"] for name in SIX) <= SIX_TOKENS
     total = sum(tokens.values())
     assert total <= ALL_TOKENS, (

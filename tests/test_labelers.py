@@ -280,7 +280,7 @@ def test_chexbert_from_the_configuration_to_the_reward(chexbert):
     answers = [*random_texts(12, 1, 20, SAID), ""]
     references = [*random_texts(12, 2, 20, SAID), "Edema."]
     examples = [example(answer=text) for text in references]
-    total, components = rewards.score_completions(answers, examples, cfg, "plain")
+    total, components = rewards.score_completions(answers, examples, cfg)
 
     a, b = (array_by_hand(texts[:12], folder, *network) for texts in (answers, references))
     mccs, f1 = components["mccs"], components["label_f1"]
@@ -326,7 +326,7 @@ def test_any_output_is_safe_for_the_network(chexbert):
     folder, _, _, path = chexbert
     cfg = RewardsConfig(report={"mccs": 1.0, "label_f1": 1.0}, bert=folder, chexbert=path)
     examples = [example(answer="Mild edema.")] * len(NASTY)
-    total, _ = rewards.score_completions(NASTY, examples, cfg, "plain")
+    total, _ = rewards.score_completions(NASTY, examples, cfg)
     assert np.isfinite(total).all()
 
 

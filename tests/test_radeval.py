@@ -93,7 +93,7 @@ def test_references_are_not_taken_for_earlier_ones(monkeypatch):
     cfg = load("rewards.report={radeval:mine: 1}").rewards
     for length in range(1, 30):
         references = [example(answer="b" * length)] * 2
-        total, _ = score_completions(["a", "a"], references, cfg, "plain")
+        total, _ = score_completions(["a", "a"], references, cfg)
         assert list(total) == [length, length]
     radeval_score.cache_clear()
 
@@ -111,7 +111,7 @@ def test_a_weighted_reward_is_the_score_of_the_answers():
     texts, references = pairs(4, 8)
     examples = [example(answer=reference) for reference in references]
     cfg = load("rewards.report={radeval:bleu: -2}").rewards
-    total, components = score_completions(texts, examples, cfg, "plain")
+    total, components = score_completions(texts, examples, cfg)
     wanted = library_score("radeval:bleu")(texts, references)
     assert np.allclose(components["radeval:bleu"], wanted)
     assert np.allclose(total, -2 * np.array(wanted))

@@ -267,12 +267,13 @@ def test_labels_are_small_integers_and_do_not_depend_on_case():
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 def test_any_output_is_fast_and_safe(text):
-    report = example(answer="Mild edema.")
-    boxes = example("grounding", boxes=[(0, 0, 1, 1), (0.2, 0.2, 0.3, 0.3)])
+    pair = [(0, 0, 1, 1), (0.2, 0.2, 0.3, 0.3)]
     start = time.process_time()
     for style in ("plain", "tags", "suffix"):
+        report = example(answer="Mild edema.", style=style)
+        boxes = example("grounding", boxes=pair, style=style)
         texts = [text, "</think>" + text, text]
-        total, _ = rewards.score_completions(texts, [report, report, boxes], EVERYTHING, style)
+        total, _ = rewards.score_completions(texts, [report, report, boxes], EVERYTHING)
         assert np.isfinite(total).all()
     assert time.process_time() - start < 10
 
@@ -526,16 +527,16 @@ EVERYTHING = config(
 def test_tasks_may_be_mixed_in_a_batch():
     cfg = config({"mccs": 0.75, "format": 0.25, "gleu": 0.0}, {"soft_f1": 1.0, "format": 0.5})
     examples = [
-        example(answer="Mild edema."),
-        example("grounding", boxes=[(0, 0, 1, 1)]),
-        example(answer="No edema."),
+        example(answer="Mild edema.", style="tags"),
+        example("grounding", boxes=[(0, 0, 1, 1)], style="tags"),
+        example(answer="No edema.", style="tags"),
     ]
     completions = [
         "<think>a</think><report>Edema.</report>",
         "<think>a</think><answer>[0, 0, 0.6, 1]</answer>",
         "<report>No edema.",
     ]
-    total, parts = rewards.score_completions(completions, examples, cfg, "tags")
+    total, parts = rewards.score_completions(completions, examples, cfg)
     assert total == pytest.approx([1, 1.25, 0])
     nan = math.nan
     expected = {
@@ -550,9 +551,10 @@ def test_tasks_may_be_mixed_in_a_batch():
 
 
 def test_no_reward_for_a_missing_answer():
-    examples = [example(answer="Normal chest."), example("grounding"), example("grounding")]
+    examples = [example(answer="Normal chest.", style="tags")]
+    examples += 2 * [example("grounding", style="tags")]
     for text in ("", "thinking without end", "<think>a</think>"):
-        total, _ = rewards.score_completions([text] * 3, examples, EVERYTHING, "tags")
+        total, _ = rewards.score_completions([text] * 3, examples, EVERYTHING)
         assert (total == 0).all()
 
 
@@ -571,7 +573,7 @@ def test_no_reward_for_a_missing_answer():
 )
 def test_match_empty_needs_a_plain_no(answer, expected):
     cfg = config({}, {"soft_f1": 1.0})
-    total, _ = rewards.score_completions([answer], [example("grounding")], cfg, "plain")
+    total, _ = rewards.score_completions([answer], [example("grounding")], cfg)
     assert total[0] == expected
 
 
@@ -611,7 +613,7 @@ def test_boxes_of_the_wanted_form_are_not_said(text, capsys):
 def test_text_without_labels_counts_as_non_empty():
     cfg = config({"mccs": 1.0, "label_f1": 1.0}, {})
     text, reference = "Old granuloma.", example(answer="Scoliosis.")
-    total, _ = rewards.score_completions([text], [reference], cfg, "plain")
+    total, _ = rewards.score_completions([text], [reference], cfg)
     assert not rewards.extract_labels([text]).any()
     assert total[0] == 1
 
@@ -620,26 +622,26 @@ def test_settings_reach_the_rewards():
     cfg = config({"mccs": 1.0}, {})
     cfg.mccs_margin = 0.3
     reference = example(answer="No effusion or edema.")
-    total, _ = rewards.score_completions(["No effusion."], [reference], cfg, "plain")
+    total, _ = rewards.score_completions(["No effusion."], [reference], cfg)
     assert total[0] == pytest.approx((math.sqrt(0.5) - 0.3) / 0.7)
 
     cfg = config({}, {"soft_f1": 1.0}, mode="pq")
     reference = example("grounding", boxes=[(0, 0, 1, 1)])
-    total, _ = rewards.score_completions(["[0, 0, 0.6, 1]"], [reference], cfg, "plain")
+    total, _ = rewards.score_completions(["[0, 0, 0.6, 1]"], [reference], cfg)
     assert total[0] == pytest.approx(0.6)
 
 
 def test_non_finite_reward_is_named(monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "gleu", lambda batch, cfg: [math.nan] * len(batch))
     with pytest.raises(InputError, match=r"'gleu' gave nan, which is not finite, .* id '1'"):
-        rewards.score_completions(["a"], [example(answer="a")], config({"gleu": 1.0}, {}), "plain")
+        rewards.score_completions(["a"], [example(answer="a")], config({"gleu": 1.0}, {}))
 
 
 def test_a_library_score_that_gives_nothing_is_named(monkeypatch):
     monkeypatch.setattr(rewards, "library_score", lambda name: lambda texts, references: [1, None])
     examples = [example(answer="a"), example(answer="b", name="second")]
     with pytest.raises(InputError, match=r"'radeval:f' gave nothing for .* id 'second'"):
-        rewards.score_completions(["a", "b"], examples, config({"radeval:f": 1}, {}), "plain")
+        rewards.score_completions(["a", "b"], examples, config({"radeval:f": 1}, {}))
 
 
 OWN = """
@@ -670,7 +672,7 @@ def test_rewards_of_your_own_have_trls_signature(own):
     cfg = config({name: 0.5, "format": 1.0}, {})
     rewards.check_rewards(cfg)
     examples = [example(answer="a"), example(answer="abc"), example()]
-    total, components = rewards.score_completions(["abc", "a", "x"], examples, cfg, "plain")
+    total, components = rewards.score_completions(["abc", "a", "x"], examples, cfg)
     assert total == pytest.approx([2, 0, 1])
     assert components[name] == pytest.approx([2, -2, math.nan], nan_ok=True)
 
@@ -686,7 +688,7 @@ def test_a_reward_that_returns_nonsense_stops_the_run(own, function, message):
     cfg = config({f"{own}:{function}": 1.0}, {})
     examples = [example(answer="a")] * 3
     with pytest.raises(InputError, match=f"own.py:{function}, .*{message}") as error:
-        rewards.score_completions(["1", "nan", "inf"], examples, cfg, "plain")
+        rewards.score_completions(["1", "nan", "inf"], examples, cfg)
     assert "\n" not in str(error.value)
     assert "returns 0 or None" in str(error.value)
 
@@ -698,7 +700,7 @@ def test_a_reward_for_chat_messages_is_told_that_completions_are_strings(tmp_pat
     path.write_text(f"def f(completions, **_):\n    return [len({content}) for c in completions]\n")
     cfg = config({f"{path}:f": 1}, {})
     with pytest.raises(InputError, match=r"line 2: .*completions are strings, not chat messages"):
-        rewards.score_completions([text], [example(answer="a")], cfg, "plain")
+        rewards.score_completions([text], [example(answer="a")], cfg)
 
 
 def test_a_reward_that_cannot_be_loaded_is_named(own, tmp_path):
@@ -718,7 +720,7 @@ def test_the_example_of_a_reward_file_works():
     cfg = config({f"{name}:says_it_once": 2.0, f"{name}:as_long_as_the_reference": 1.0}, {})
     texts = ["No edema. no edema. Clear.", "", "One word."]
     examples = [example(answer="a b c d e"), example(answer="a"), example()]
-    total, components = rewards.score_completions(texts, examples, cfg, "plain")
+    total, components = rewards.score_completions(texts, examples, cfg)
     once, length = components.values()
     assert once == pytest.approx([2 / 3, 0, 1])
     assert length == pytest.approx([1, 0, math.nan], nan_ok=True)
@@ -764,7 +766,7 @@ def test_a_reward_file_may_import_its_neighbours_and_errors_name_the_line(tmp_pa
 
     def pay(name):
         cfg = RewardsConfig(report={f"{tmp_path}/mine.py:{name}": 1})
-        total, _ = rewards.score_completions(["Clear."], [example(answer="Clear.")], cfg, "plain")
+        total, _ = rewards.score_completions(["Clear."], [example(answer="Clear.")], cfg)
         return total[0]
 
     assert pay("f") == 0.5

@@ -174,8 +174,7 @@ def pay(reports, examples, config):
     for example, report in zip(examples, reports):
         # An empty report stays empty.
         texts.append(report and data.target_text(replace(example, answer=report)))
-    style = data.style_of(config)
-    return rewards.score_completions(texts, examples, config.rewards, style)
+    return rewards.score_completions(texts, examples, config.rewards)
 
 
 def shares_of(paid, studies=slice(None)):
