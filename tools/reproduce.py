@@ -382,13 +382,13 @@ def grid_text(grid, path):
         grid.get("setting", "").strip(),
     ]
     for claim in grid["claims"]:
-        found = {name: [] for name in claim["rows"]}
-        for seed in claim["seeds"]:
-            for name in claim["rows"]:
-                if (name, seed) in records:
-                    found[name].append(records[name, seed])
+        found, starts = {}, {}
+        for name in claim["rows"]:
+            start = runs[name, claim["seeds"][0]].start
+            found[name] = [records[name, s] for s in claim["seeds"] if (name, s) in records]
+            starts[name] = [records[start, s] for s in claim["seeds"] if (start, s) in records]
         parts += [f"## {claim['title']}", claim["paper"].strip()]
-        parts += [verdict_table(claim, found), value_table(claim, found)]
+        parts += [verdict_table(claim, found), value_table(claim, found, starts)]
         parts += [course_table(claim["course"], found)] if "course" in claim else []
         parts.append(claim.get("reading", "").strip())
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -426,35 +426,36 @@ def interval_cell(differences):
 
 
 def values_by_seed(records, metric):
-    """{seed: value} of a row."""
-    return {record["seed"]: value[-1] for record in records if (value := measured(record, metric))}
+    """{seed: value} of a row, where it was measured."""
+    values = {}
+    for record in records:
+        # Of its start, if it has one, and of the row. A cold start's start is measured in a format
+        # that it has not learnt, so only the last is used.
+        *_, value = record["metrics"].get(metric, [None])
+        if value is not None:
+            values[record["seed"]] = value
+    return values
 
 
-def measured(record, metric):
-    """The values of a row's start, if it has one, and of the row; [] if it was not measured."""
-    values = record["metrics"].get(metric, [])
-    return [] if None in values else values
-
-
-def value_table(claim, found):
-    """Means over the seeds, and in brackets the mean difference to the row's own start."""
+def value_table(claim, found, starts):
+    """Means over the seeds, and in brackets the mean difference to the row's start, on its own."""
     rows = [["", "seeds", "CPU min", *claim["metrics"]]]
     for name, records in found.items():
         if not records:
             continue
         minutes = [record["cpu_minutes"] for record in records]
-        cells = [value_cell(records, metric) for metric in claim["metrics"]]
+        cells = [value_cell(records, starts[name], metric) for metric in claim["metrics"]]
         rows.append([name, str(len(records)), f"{np.mean(minutes):.1f}", *cells])
     return markdown(rows) if len(rows) > 1 else ""
 
 
-def value_cell(records, metric):
-    values = [measured(record, metric) for record in records]
-    own = [value[-1] for value in values if value]
-    gains = [value[-1] - value[0] for value in values if len(value) > 1]
+def value_cell(records, starts, metric):
+    own, before = values_by_seed(records, metric), values_by_seed(starts, metric)
     if not own:
         return "-"
-    return f"{np.mean(own):.3f}" + (f" ({np.mean(gains):+.3f})" if gains else "")
+    text = f"{np.mean([*own.values()]):.3f}"
+    gains = [own[seed] - before[seed] for seed in own.keys() & before.keys()]
+    return text + (f" ({np.mean(gains):+.3f})" if gains else "")
 
 
 def course_table(course, found):
