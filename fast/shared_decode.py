@@ -112,14 +112,11 @@ class SharedDecoder:
         """Can this batch use these buffers and graphs?"""
         prompts, length = prefill.mask.shape
         rows, room = uniform.shape
-        return (
-            prompts <= self.prompts
-            and length <= self.past_mask.shape[-1]
-            and room <= self.room
-            and rows == prompts * self.group_size
-            and temperature == self.temperature
-            and policy.stop_ids is self.stop_ids
-        )
+        longest = self.past_mask.shape[-1]
+        has_room = prompts <= self.prompts and length <= longest and room <= self.room
+        same_groups = rows == prompts * self.group_size
+        same_rules = temperature == self.temperature and policy.stop_ids is self.stop_ids
+        return has_room and same_groups and same_rules
 
     def keep(self, count: int):
         """Use the first `count` rows of the buffers."""
