@@ -112,11 +112,17 @@ class SharedDecoder:
         """Can this batch use these buffers and graphs?"""
         prompts, length = prefill.mask.shape
         rows, room = uniform.shape
-        longest = self.past_mask.shape[-1]
-        has_room = prompts <= self.prompts and length <= longest and room <= self.room
-        same_groups = rows == prompts * self.group_size
-        same_rules = temperature == self.temperature and policy.stop_ids is self.stop_ids
-        return has_room and same_groups and same_rules
+        if temperature != self.temperature:
+            return False
+        if policy.stop_ids is not self.stop_ids:
+            return False
+        if rows != prompts * self.group_size:
+            return False
+        if prompts > self.prompts:
+            return False
+        if room > self.room:
+            return False
+        return length <= self.past_mask.shape[-1]
 
     def keep(self, count: int):
         """Use the first `count` rows of the buffers."""
