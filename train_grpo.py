@@ -369,7 +369,7 @@ def update(
         for name, value in values.items():
             logged[name] = (value.detach() * mask).sum()
         sums.append(logged)
-    # Sum over processes, clip, step (not if they are infinite), and forget the gradients.
+    # Gradients: sum over processes, clip, step unless they are infinite, forget.
     grad_norm = optimizer.step(grpo.lr)
     # A number that is read waits for the GPU, so all are read here.
     return UpdateStats(tree_map(float, sums), grad_norm)
