@@ -333,12 +333,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def check_together(config):
     """What is possible by itself, and not together."""
-    grpo = config.grpo
+    data, grpo = config.data, config.grpo
     require(config.out, "out", "a folder", config.out)
-    require(config.data.tasks, "data.tasks", "at least one task", config.data.tasks)
+    require(data.tasks, "data.tasks", "at least one task", data.tasks)
     for task in ("report", "grounding"):
         paid = getattr(config.rewards, task)
-        require(paid or task not in config.data.tasks, f"rewards.{task}", "a reward", paid)
+        require(paid or task not in data.tasks, f"rewards.{task}", "a reward", paid)
+    if data.train and data.source != DataConfig.source:
+        raise InputError(
+            f"data.source={data.source} would not be read, because data.train names the datasets; "
+            f"add data.train=[], or name it there"
+        )
     if grpo.mini_batch > grpo.prompts:
         raise InputError(f"grpo.mini_batch={grpo.mini_batch} is larger than {grpo.prompts=}")
     if grpo.normalize_parts and grpo.adv_norm not in ("group", "batch"):

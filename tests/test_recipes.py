@@ -1,5 +1,7 @@
 """Every recipe in configs/ as it is, with a tiny model and fixture data: each stage, evaluated."""
 
+from pathlib import Path
+
 import layouts
 import pytest
 from helpers import ROOT
@@ -43,8 +45,8 @@ class Never:
 
 
 def load_recipe(path, fixtures, out, *overrides):
-    """A recipe on the fixtures: relative to data.path, or the folder of its one dataset."""
-    folder = fixtures / "iu_xray" if path.stem == "iu_xray" else fixtures
+    """A recipe on the fixtures, which lie as it expects them below data/."""
+    folder = fixtures / Path(load_config(path).data.path).relative_to("data")
     settings = [f"data.path={folder}", f"out={out}", *TINY, *overrides]
     if path.stem == "radvlm_grpo_report":
         # RadCliQ's weights have to be fetched: tests/test_radeval.py.
