@@ -141,9 +141,9 @@ class DataConfig:
     thinking: bool = False
     # tags: <think>..</think><report>..</report> (MRG-R1). suffix: ..</think>.. (RadVLM).
     think_format: Literal["tags", "suffix"] = "tags"
-    # Phantoms with a report, and as many with boxes, for training.
+    # Phantoms as they come, and as many chosen for their findings, with boxes; both with a report.
     train_size: int = bounded(6000, 1)
-    # The same for validation losses.
+    # For validation losses: as many with a report, and as many with boxes.
     val_size: int = bounded(64, 1)
     # The same for the evaluation.
     test_size: int = bounded(768, 1)

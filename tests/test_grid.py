@@ -153,7 +153,7 @@ class Scripts:
     def write_files(self, out, script):
         stage = {"sft": "sft", "more": "more", "grpo": "grpo"}[out.parent.name]
         (out / stage / "best").mkdir(parents=True, exist_ok=True)
-        steps = [{"reward": self.rng.random(), "kl": n} for n in range(20)]
+        steps = [{"step": n + 1, "reward": self.rng.random(), "kl": n} for n in range(20)]
         steps[3]["eval_loss"] = 1.0
         lines = "".join(json.dumps(step) + "\n" for step in steps)
         (out / stage / "metrics.jsonl").write_text(lines)
@@ -162,7 +162,7 @@ class Scripts:
         models = ["own"] if stage == "sft" else ["start", "own"]
         values = {name: {"value": float(self.rng.random())} for name in models}
         empty = {name: {"value": None} for name in models}
-        metrics = {"reports": {"ce_f1_macro13": values, "bleu4": empty}}
+        metrics = {"reports": {"ce_f1_macro13": values, "bleu4": empty}, "labels": {"Edema": values}}
         write_json(out / "eval" / "metrics.json", metrics)
         report = {"task": "report", "answer": "No edema.", "reference": "Edema. Pneumonia."}
         for name in models:
@@ -227,6 +227,26 @@ def test_a_failed_row_is_run_again_and_no_other(grid, tmp_path, scripts):
     assert expected in (tmp_path / "RESULTS.md").read_text()
 
 
+def test_the_minutes_of_a_command_are_kept_even_if_the_next_one_is_killed(
+    grid, tmp_path, scripts, monkeypatch
+):
+    minutes = iter(range(100))
+    monkeypatch.setattr(reproduce, "child_minutes", lambda: next(minutes))
+    run = scripts.run
+
+    def killed_in_evaluation(command, **options):
+        if command[0] != "git" and command[1].name == "eval.py":
+            # What SFT took stands in the file already: nothing can be written from here on.
+            state = tmp_path / "runs" / "sft" / "seed0" / "state.json"
+            assert json.loads(state.read_text())["cpu_minutes"] == 1
+            raise KeyboardInterrupt
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", killed_in_evaluation)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce(grid)
+
+
 @pytest.mark.parametrize("commit", ["abc123\n", ""], ids=["git", "no git"])
 def test_an_interrupted_row_keeps_its_checkpoints(grid, tmp_path, scripts, commit):
     scripts.commit = commit
@@ -244,7 +264,7 @@ def test_results_hold_the_numbers_of_the_rows(grid, tmp_path, scripts):
     reproduce.reproduce(grid)
     text = (tmp_path / "RESULTS.md").read_text()
     assert f"`python -m tools.reproduce {grid}`" in text
-    verdicts, values, course = tables(text)
+    summary, verdicts, values, course = tables(text)
 
     own = {}
     for name in ("sft", "more", "grpo"):
@@ -257,22 +277,26 @@ def test_results_hold_the_numbers_of_the_rows(grid, tmp_path, scripts):
     # To the record of the start, not to what was measured beside the row.
     gains = {name: np.mean(own[name] - own["sft"]) for name in ("more", "grpo")}
 
-    assert values[0] == ["", "seeds", "CPU min", "ce_f1_macro13", "bleu4", "soft_f1"]
+    columns = ["", "starts from", "seeds", "CPU min", "ce_f1_macro13", "bleu4", "soft_f1"]
+    assert values[0] == columns
     for line, name in zip(values[1:], ("SFT", "more", "GRPO"), strict=True):
-        title, seeds, _, value, bleu, boxes = line
+        title, start, seeds, _, value, bleu, boxes = line
         assert (title, seeds, bleu, boxes) == (name, "2", "-", "-")
+        assert start == ("random weights" if name == "SFT" else "SFT")
         gain = "" if name == "SFT" else f" ({gains[name.lower()]:+.3f})"
         assert value == f"{own[name.lower()].mean():.3f}{gain}"
 
     first, second = verdicts[1:]
-    assert first[0] == "GRPO - SFT: ce_f1_macro13 above 0.1"
+    assert first[:3] == ["GRPO", "SFT", "ce_f1_macro13 above 0.1"]
     difference = own["grpo"] - own["sft"]
     low, high = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-    assert first[1] == f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-    assert first[2:] == [f"{(difference > 0.1).sum()} of 2", "**not shown**"]
+    assert first[3] == f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    assert first[4:] == [f"{(difference > 0.1).sum()} of 2", "**not shown**"]
     n = (own["more"] < own["grpo"]).sum()
-    assert second[0] == "more - GRPO: ce_f1_macro13 below 0"
-    assert second[2] == f"{n} of 2"
+    assert second[:3] == ["more", "GRPO", "ce_f1_macro13 below 0"]
+    assert second[4] == f"{n} of 2"
+    # The first check of each claim stands at the top, too.
+    assert summary[1:] == [["A", *first]]
 
     # Twenty steps in tenths, kl = 0, 1, .. 19
     assert course[0] == ["GRPO, tenths", *map(str, range(1, 11))]
@@ -283,14 +307,14 @@ def test_no_verdict_before_all_seeds_are_done(grid, tmp_path, scripts):
     reproduce.reproduce(grid)
     tree = read_yaml(grid)
     tree["claims"][0]["seeds"] = [0, 1, 2]
-    first, second = tables(reproduce.grid_text(tree, grid))[0][1:]
-    assert first[3] == second[3] == "**unfinished**"
+    first, second = tables(reproduce.grid_text(tree, grid))[1][1:]
+    assert first[5] == second[5] == "**unfinished**"
     tree["claims"][0]["seeds"] = [1, 2]
-    first, _ = tables(reproduce.grid_text(tree, grid))[0][1:]
-    assert "[" not in first[1]  # a single seed has no interval
+    first, _ = tables(reproduce.grid_text(tree, grid))[1][1:]
+    assert "[" not in first[3]  # a single seed has no interval
     tree["claims"][0]["seeds"] = [2]
-    (verdicts,) = tables(reproduce.grid_text(tree, grid))
-    assert verdicts[1][1:] == ["-", "-", "no runs yet"]
+    _, verdicts = tables(reproduce.grid_text(tree, grid))
+    assert verdicts[1][3:] == ["-", "-", "no runs yet"]
 
 
 def test_a_record_holds_what_was_measured_on_each_study(grid, tmp_path, scripts):
@@ -303,6 +327,8 @@ def test_a_record_holds_what_was_measured_on_each_study(grid, tmp_path, scripts)
     # Start and row: cosine of (edema -) and (edema +, pneumonia +) is below the margin.
     assert record["studies"] == [[0.0], [0.0]]
     assert "eval_loss" not in record["training"]
+    assert record["eval_loss"] == {"4": 1.0}
+    assert record["metrics"]["F1 of Edema"] == record["metrics"]["ce_f1_macro13"]
 
 
 def test_what_has_a_record_is_not_run_elsewhere(grid, tmp_path, scripts):
@@ -418,7 +444,7 @@ def test_a_grid_runs_for_real(grid, tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "RESULTS.md").read_text()
     assert "2 of 2 runs" in text
-    assert "| GRPO | 1 | 0." in text
+    assert "| GRPO | SFT | 1 | 0." in text
     folder = tmp_path / "runs" / "grpo" / "seed3"
     assert (folder / "eval" / "report.html").exists()
     record = json.loads((tmp_path / "records" / "grpo-3.json").read_text())

@@ -223,7 +223,7 @@ def child_minutes():
 
 def run_commands(run, where):
     """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
-    state, before = read_state(run), child_minutes()
+    state = read_state(run)
     if not state["commit"]:
         # It has not begun.
         clear_folder(run)
@@ -235,19 +235,22 @@ def run_commands(run, where):
     n_steps = steps.get(run.stage, config.sft.steps)
     metrics = run.folder / "eval" / "metrics.json"
     metrics.unlink(missing_ok=True)
-    try:
-        for script, *args in run.commands:
-            text = " ".join(["python", script, *args])
-            tqdm.write(text)
-            command = [sys.executable, ROOT / script, *args]
+    for script, *args in run.commands:
+        text = " ".join(["python", script, *args])
+        tqdm.write(text)
+        command = [sys.executable, ROOT / script, *args]
+        before = child_minutes()
+        try:
             code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-            # A signal stops a script without an error code.
-            if code or last_step(run.folder / run.stage) < n_steps:
-                break
-        state["done"] = not code and metrics.exists()
-    finally:
-        state["cpu_minutes"] += child_minutes() - before
-        write_state(run, state)
+        finally:
+            # What it took counts, however it and this process end.
+            state["cpu_minutes"] += child_minutes() - before
+            write_state(run, state)
+        # A signal stops a script without an error code.
+        if code or last_step(run.folder / run.stage) < n_steps:
+            break
+    state["done"] = not code and metrics.exists()
+    write_state(run, state)
     if not state["done"]:
         raise InputError(
             f"{where}: `{text}` did not end; started again, the grid goes on from there"
@@ -284,6 +287,8 @@ def write_record(run):
         for metric, by_model in blocks.get(block, {}).items():
             models = list(by_model)
             metrics[metric] = [rounded(by_model[model]["value"]) for model in models]
+    for label, by_model in blocks.get("labels", {}).items():
+        metrics[f"F1 of {label}"] = [rounded(by_model[model]["value"]) for model in models]
     state = read_state(run)
     record = {
         "row": run.row,
@@ -294,6 +299,7 @@ def write_record(run):
         "cpu_minutes": round(state["cpu_minutes"], 2),
         "metrics": metrics,
         "training": training_course(run),
+        "eval_loss": validation_losses(run),
         "studies": [study_scores(run.folder / "eval" / f"{model}.jsonl") for model in models],
     }
     write_atomically(run.record, json.dumps(record, separators=(",", ":")) + "\n")
@@ -311,10 +317,21 @@ def read_record(run):
     return record if (record.get("history"), record["trajectories"]) == current else None
 
 
+def read_steps(run):
+    """What was logged of each step of its training."""
+    lines = (run.folder / run.stage / "metrics.jsonl").read_text().splitlines()
+    return list(map(json.loads, lines))
+
+
+def validation_losses(run):
+    """{step: loss}: SFT keeps the checkpoint of the lowest one."""
+    steps = [step for step in read_steps(run) if "eval_loss" in step]
+    return {step["step"]: rounded(step["eval_loss"]) for step in steps}
+
+
 def training_course(run):
     """{metric: its means in each tenth of the steps}, of what every step has."""
-    lines = (run.folder / run.stage / "metrics.jsonl").read_text().splitlines()
-    steps = list(map(json.loads, lines))
+    steps = read_steps(run)
     course = {}
     for metric in set.intersection(*map(set, steps)):
         parts = np.array_split([step[metric] for step in steps], PARTS)
@@ -366,31 +383,37 @@ def judge(differences: Sequence[float], bound: float, above: bool) -> tuple[str,
 
 # ------------------------------------------------------------------------------- RESULTS.md
 
+VERDICT_HEAD = ("row", "against", "claim", "difference, 95 % t-interval", "seeds for it", "verdict")
+
 
 def grid_text(grid, path):
-    """RESULTS.md: for each claim its verdicts, a table of its rows, and what they went through."""
+    """RESULTS.md: the first check of each claim; then for each claim its verdicts, a table of its
+    rows, and what they went through."""
     runs = all_runs(grid)
     records = {key: read_record(run) for key, run in runs.items()}
     records = {key: record for key, record in records.items() if record}
     minutes = [record["cpu_minutes"] for record in records.values()]
     commits = sorted({record["commit"] for record in records.values()})
-    parts = [
+    head = [
         "# The papers' claims in miniature",
         f"`python -m tools.reproduce {path}`: phantoms and the built-in 2.4 M-parameter model. "
         f"{len(records)} of {len(runs)} runs, {sum(minutes) / 60:.1f} CPU-hours, the longest "
         f"{max(minutes, default=0):.0f} CPU-minutes. Code: {', '.join(commits) or '-'}.",
         grid.get("setting", "").strip(),
     ]
+    summary, parts = [("", *VERDICT_HEAD)], []
     for claim in grid["claims"]:
-        found, starts = {}, {}
+        found = {}
         for name in claim["rows"]:
-            start = runs[name, claim["seeds"][0]].start
             found[name] = [records[name, s] for s in claim["seeds"] if (name, s) in records]
-            starts[name] = [records[start, s] for s in claim["seeds"] if (start, s) in records]
-        parts += [f"## {claim['title']}", claim["paper"].strip()]
-        parts += [verdict_table(claim, found), value_table(claim, found, starts)]
+        verdicts = [verdict_cells(check, found, claim["seeds"]) for check in claim["checks"]]
+        summary += [[claim["title"], *cells] for cells in verdicts[:1]]
+        parts += [f"## {claim['title']}", f"**The paper.** {claim['paper'].strip()}"]
+        parts += [markdown([VERDICT_HEAD, *verdicts]) if verdicts else ""]
+        parts += [value_table(claim, found, runs, records)]
         parts += [course_table(claim["course"], found)] if "course" in claim else []
-        parts.append(claim.get("reading", "").strip())
+        parts += [f"**Here.** {claim['reading'].strip()}"] if "reading" in claim else []
+    parts = [*head, markdown(summary), *parts]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -400,23 +423,20 @@ def markdown(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def verdict_table(claim, found):
-    rows = [["claim", "difference, 95 % t-interval", "seeds for it", "verdict"]]
-    for check in claim["checks"]:
-        metric, row, other = check["metric"], check["row"], check["against"]
-        side = "above" if "above" in check else "below"
-        bound = check[side]
-        own, others = values_by_seed(found[row], metric), values_by_seed(found[other], metric)
-        differences = [own[seed] - others[seed] for seed in own.keys() & others.keys()]
-        cells = ["-", "-", "no runs yet"]
-        if differences:
-            verdict, n = judge(differences, bound, side == "above")
-            seeds = f"{n} of {len(differences)}"
-            if len(differences) < len(claim["seeds"]):
-                verdict = "unfinished"
-            cells = [interval_cell(differences), seeds, f"**{verdict}**"]
-        rows.append([f"{row} - {other}: {metric} {side} {bound:g}", *cells])
-    return markdown(rows)
+def verdict_cells(check, found, seeds):
+    metric, row, other = check["metric"], check["row"], check["against"]
+    side = "above" if "above" in check else "below"
+    bound = check[side]
+    claimed = (row, other, f"{metric} {side} {bound:g}")
+    own, others = values_by_seed(found[row], metric), values_by_seed(found[other], metric)
+    differences = [own[seed] - others[seed] for seed in own.keys() & others.keys()]
+    if not differences:
+        return (*claimed, "-", "-", "no runs yet")
+    verdict, n = judge(differences, bound, side == "above")
+    if len(differences) < len(seeds):
+        verdict = "unfinished"
+    counted = f"{n} of {len(differences)}"
+    return (*claimed, interval_cell(differences), counted, f"**{verdict}**")
 
 
 def interval_cell(differences):
@@ -437,15 +457,17 @@ def values_by_seed(records, metric):
     return values
 
 
-def value_table(claim, found, starts):
-    """Means over the seeds, and in brackets the mean difference to the row's start, on its own."""
-    rows = [["", "seeds", "CPU min", *claim["metrics"]]]
-    for name, records in found.items():
-        if not records:
+def value_table(claim, found, runs, records):
+    """Means over the seeds, and in brackets the mean difference to the row it starts from."""
+    rows = [["", "starts from", "seeds", "CPU min", *claim["metrics"]]]
+    for name, own in found.items():
+        if not own:
             continue
-        minutes = [record["cpu_minutes"] for record in records]
-        cells = [value_cell(records, starts[name], metric) for metric in claim["metrics"]]
-        rows.append([name, str(len(records)), f"{np.mean(minutes):.1f}", *cells])
+        start = runs[name, claim["seeds"][0]].start
+        starts = [records[start, s] for s in claim["seeds"] if (start, s) in records]
+        minutes = np.mean([record["cpu_minutes"] for record in own])
+        cells = [value_cell(own, starts, metric) for metric in claim["metrics"]]
+        rows.append([name, start or "random weights", str(len(own)), f"{minutes:.1f}", *cells])
     return markdown(rows) if len(rows) > 1 else ""
 
 
