@@ -44,6 +44,7 @@ def test_a_row_begins_at_its_start_with_settings_of_the_configuration(name):
         "SFT": "runs/ablations/sft/seed0/more/best",
         "more SFT": "runs/ablations/more_sft/seed0/more/best",
         "few reports, SFT": "runs/ablations/few_reports_sft/seed0/sft/best",
+        "annealed SFT": "runs/ablations/annealed_sft/seed0/sft/best",
         "cold start": "runs/ablations/cold_start/seed0/cold_start/best",
         None: "auto",
     }
