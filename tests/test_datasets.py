@@ -1082,7 +1082,7 @@ def test_bad_sources_name_the_key(override, message):
 def test_a_source_beside_a_mixture_is_an_error():
     # It would not be read, and the run would be on other data than the one that was named.
     mixture = "data.train=[{source: iu_xray}]"
-    with pytest.raises(InputError, match="data.source=jsonl would not be read.*data.train=\\[\\]"):
+    with pytest.raises(InputError, match=r"data.source=jsonl would not be read.*data.train=\[\]"):
         load(mixture, "data.source=jsonl")
     assert load(mixture, "data.source=jsonl", "data.train=[]").data.source == "jsonl"
 

@@ -163,7 +163,10 @@ class Scripts:
         models = ["own"] if stage == "sft" else ["start", "own"]
         values = {name: {"value": float(self.rng.random())} for name in models}
         empty = {name: {"value": None} for name in models}
-        metrics = {"reports": {"ce_f1_macro13": values, "bleu4": empty}, "labels": {"Edema": values}}
+        metrics = {
+            "reports": {"ce_f1_macro13": values, "bleu4": empty},
+            "labels": {"Edema": values},
+        }
         write_json(out / "eval" / "metrics.json", metrics)
         report = {"task": "report", "answer": "No edema.", "reference": "Edema. Pneumonia."}
         for name in models:
