@@ -325,15 +325,16 @@ def read_steps(run):
 
 def validation_losses(run):
     """{step: loss}: SFT keeps the checkpoint of the lowest one."""
-    steps = [step for step in read_steps(run) if "eval_loss" in step]
-    return {step["step"]: rounded(step["eval_loss"]) for step in steps}
+    steps = read_steps(run)
+    return {s["step"]: rounded(s["eval_loss"]) for s in steps if "eval_loss" in s}
 
 
 def training_course(run):
     """{metric: its means in each tenth of the steps}, of what every step has."""
     steps = read_steps(run)
     course = {}
-    for metric in set.intersection(*map(set, steps)):
+    # Sorted, so that a record does not differ from run to run.
+    for metric in sorted(set.intersection(*map(set, steps))):
         parts = np.array_split([step[metric] for step in steps], PARTS)
         course[metric] = [rounded(part.mean()) for part in parts if len(part)]
     return course
