@@ -675,7 +675,7 @@ def column_names(paths: list[str]) -> list[str]:
             return names
 
 
-def main() -> None:
+def main():
     paths = {"nargs": "*", "default": []}
     config, args = parse_args(
         __doc__,

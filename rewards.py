@@ -340,7 +340,7 @@ def library_score(name: str) -> Callable:
     return radeval_score(name)
 
 
-def check_rewards(rewards_cfg: RewardsConfig) -> None:
+def check_rewards(rewards_cfg: RewardsConfig):
     """Raises InputError for an unknown reward, with the nearest name, or what cannot be loaded."""
     for task, names in APPLIES.items():
         for name in getattr(rewards_cfg, task):

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.config import InputError, Source
+from runtime.config import InputError, Source, reason_of
 from runtime.output import warn_once
 
 LABELS = (
@@ -190,10 +190,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read ({reason_of(error)})") from None
-
-
-def reason_of(error):
-    return getattr(error, "strerror", None) or error
 
 
 def read_csv(path: Path, skip: Skip, *columns: str) -> Iterator[dict]:

@@ -147,10 +147,7 @@ def open_run(run: Path, config: Config, sections: list[str], steps: int):
         if last_step(run) > steps:
             raise InputError(f"{run} is at step {last_step(run)}, past the {steps} asked for")
     if rank() == 0:
-        try:
-            write_atomically(path, config_text(config))
-        except OSError as error:
-            raise InputError(f"out={config.out}: cannot write there ({error.strerror})") from None
+        write_atomically(path, config_text(config))
     if len(set(gather_objects(last_step(run)))) > 1:
         raise InputError(
             f"{run}: processes find different checkpoints there; it has to be on a file system "

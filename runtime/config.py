@@ -20,6 +20,11 @@ class InputError(ValueError):
     """Something that the user gave is wrong. The message is one line: what, where, what to do."""
 
 
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read or written, without its name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def bounded(default: float, low: float = 0, above: float = -math.inf, high: float = math.inf):
     """A number with low <= value <= high and value > above."""
     return field(default=default, metadata={"low": low, "above": above, "high": high})
@@ -297,6 +302,19 @@ GONE = {
     "model.min_pixels": "leave it out; images are at least 32 x 32 pixels",
 }
 
+
+class UniqueKeys(yaml.SafeLoader):
+    """Of two equal keys YAML keeps the last: here they are an error."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands there twice")
+        return node
+
+
 # What yaml raises for bad input: also a date that cannot be, or `!!int ''`.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
@@ -322,7 +340,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not equals:
             raise InputError(f"{origin}: expected key=value, like grpo.kl_coef=0")
         try:
-            value = yaml.safe_load(text) if text else ""
+            value = yaml.load(text, UniqueKeys) if text else ""
         except NOT_YAML:
             raise InputError(f"{origin}: the value is not valid YAML") from None
         set_key(config, key, value, origin)
@@ -360,10 +378,9 @@ def config_text(config: Config) -> str:
 def read_yaml(path: str | Path) -> dict:
     """The mapping in a YAML file. Raises InputError."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot read the configuration ({reason})") from None
+        raise InputError(f"{path}: cannot read the configuration ({reason_of(error)})") from None
     except NOT_YAML as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is not None and not isinstance(tree, dict):

@@ -6,10 +6,13 @@ Nothing here needs torch, so that rewards and data can be imported without it.
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from runtime.config import InputError
 
 
 def world_size() -> int:
@@ -53,15 +56,16 @@ def progress(items: Iterable, title: str, **options: Any) -> tqdm:
 
 
 def write_atomically(path: Path, text: str):
-    """Write a text file, and its folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file, and its folder if there is none. Raises InputError."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         new.write_text(text, encoding="utf-8")
         os.replace(new, path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink()
+        raise InputError(f"{path}: cannot write ({error.strerror})") from None
 
 
 def format_table(rows: list[list[str]]) -> str:

@@ -221,13 +221,18 @@ def on_signals(action):
 # ------------------------------------------------------------------------------- scripts
 
 
+def argument_parser(usage: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows the docstring of a program as it stands."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=usage, formatter_class=layout)
+
+
 def parse_args(usage: str, **options: dict) -> tuple[Config, argparse.Namespace]:
     """Read the command line `CONFIG [key=value ..]` and the configuration that it names.
 
     options: further arguments, with the keyword arguments of add_argument.
     """
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=usage, formatter_class=layout)
+    parser = argument_parser(usage)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     for name, settings in options.items():

@@ -81,6 +81,22 @@ def test_bad_files_name_the_file(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["grpo: {steps: 3}\nseed: 1\ngrpo: {lr: 1e-4}", "grpo:\n  steps: 3\n  'steps': 4"]
+)
+def test_a_key_that_stands_twice_is_not_dropped(tmp_path, text):
+    with pytest.raises(InputError, match=r"c\.yaml: .*'(grpo|steps)' stands there twice"):
+        load_config(write(tmp_path / "c.yaml", text))
+    with pytest.raises(InputError, match="not valid YAML"):
+        load("rewards.report={mccs: 1, mccs: 0}")
+
+
+def test_a_key_may_stand_over_that_of_an_anchor(tmp_path):
+    text = "sft: &both {lr: 1e-4}\ngrpo: {<<: *both, lr: 1e-5}"
+    config = load_config(write(tmp_path / "c.yaml", text))
+    assert (config.sft.lr, config.grpo.lr) == (1e-4, 1e-5)
+
+
 def test_missing_config_file(tmp_path):
     with pytest.raises(InputError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")

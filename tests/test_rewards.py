@@ -249,6 +249,17 @@ def test_the_command_that_labels_a_file(tmp_path):
     assert last == f"{tmp_path / 'labels.csv'}: labels of 1 reports"
 
 
+def test_a_label_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    path = tmp_path / "reports.csv"
+    path.write_text("No edema.\n")
+    folder = tmp_path / "labels.csv"
+    folder.mkdir()
+    for out in (folder, path / "labels.csv"):
+        with pytest.raises(InputError, match=r"labels\.csv: cannot write"):
+            label_file(path, out)
+    assert sorted(tmp_path.iterdir()) == [folder, path]
+
+
 def test_rewards_names_its_tools():
     done = subprocess.run(
         [sys.executable, "rewards.py", "label"], cwd=ROOT, capture_output=True, text=True

@@ -8,7 +8,6 @@ folder's config.yaml says in which format its model answers; a thinking model's 
 printed, too. Not for clinical use.
 """
 
-import argparse
 from pathlib import Path
 
 import data
@@ -16,7 +15,7 @@ from model import load_policy
 from runtime.checkpoint import resolve
 from runtime.config import Config, InputError, load_config
 from runtime.output import warn0
-from runtime.processes import run_main
+from runtime.processes import argument_parser, run_main
 
 
 def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, str, list]:
@@ -59,9 +58,7 @@ def image_of(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("images", nargs="+")
     parser.add_argument("--ask", default="")

@@ -6,7 +6,6 @@ One report a row, after an optional header like `Reports`. --evidence prints the
 behind each label.
 """
 
-import argparse
 import csv
 import io
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from pathlib import Path
 
 from data import LABELS
 from rewards import extract_labels, find_mentions
-from runtime.config import InputError
+from runtime.config import InputError, reason_of
 from runtime.output import write_atomically
-from runtime.processes import run_main
+from runtime.processes import argument_parser, run_main
 
 # By state: BLANK, POSITIVE, NEGATIVE, UNCERTAIN.
 VALUES = ("", "1.0", "0.0", "-1.0")
@@ -27,10 +26,7 @@ HEADERS = ("reports", "report", "report impression")
 def label_file(path: str, output: str) -> list[str]:
     """Write the labels of the reports in `path` to `output`, and return the reports."""
     reports = read_reports(path)
-    try:
-        write_atomically(Path(output), labels_csv(reports))
-    except OSError as error:
-        raise InputError(f"{output}: cannot write ({error.strerror})") from None
+    write_atomically(Path(output), labels_csv(reports))
     return reports
 
 
@@ -40,8 +36,7 @@ def read_reports(path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot read ({reason})") from None
+        raise InputError(f"{path}: cannot read ({reason_of(error)})") from None
     if rows and rows[0] and rows[0][0].strip().lower() in HEADERS:
         rows = rows[1:]
 
@@ -73,9 +68,7 @@ def evidence(reports: list[str]) -> Iterator[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("reports")
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--evidence", action="store_true")

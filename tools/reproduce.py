@@ -10,7 +10,6 @@ What was interrupted goes on from its last checkpoint. The same command in a sec
 rows that the first is not at. The grid file explains its format.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -33,7 +32,7 @@ from rewards import extract_labels, mccs
 from runtime.checkpoint import last_step
 from runtime.config import InputError, load_config, read_yaml
 from runtime.output import write_atomically
-from runtime.processes import run_main
+from runtime.processes import argument_parser, run_main
 
 ROOT = Path(__file__).parents[1]
 GRID_KEYS = ("config", "out", "records", "results", "start", "set", "rows", "claims")
@@ -151,7 +150,7 @@ def runs_left(runs):
 # ------------------------------------------------------------------------------- running it
 
 
-def reproduce(path: str) -> None:
+def reproduce(path: str):
     """Run the grid of a file."""
     grid = read_grid(path)
     runs = all_runs(grid)
@@ -493,9 +492,7 @@ def course_table(course, found):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("grid")
     reproduce(parser.parse_args().grid)
 

@@ -5,7 +5,6 @@
 FOLDER gets annotation.json, with reports and splits, and images/ID/0.png.
 """
 
-import argparse
 import json
 from itertools import islice
 from pathlib import Path
@@ -14,10 +13,10 @@ from data import QUESTIONS
 from readers import phantom
 from runtime.config import InputError
 from runtime.output import progress, write_atomically
-from runtime.processes import run_main
+from runtime.processes import argument_parser, run_main
 
 
-def write_phantoms(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
+def write_phantoms(folder: Path, sizes: dict[str, int]):
     """Write studies of each split with a report. Raises InputError."""
     path = folder / "annotation.json"
     if path.exists():
@@ -25,7 +24,7 @@ def write_phantoms(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
     annotation = {}
     for split, size in sizes.items():
         # Of the two sets, the first has the reports.
-        studies = islice(phantom.read(seed, split, size, QUESTIONS), size)
+        studies = islice(phantom.read(0, split, size, QUESTIONS), size)
         rows = []
         for study in progress(studies, split, total=size):
             (report,) = study.asked
@@ -40,21 +39,18 @@ def write_phantoms(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("folder", type=Path)
-    sizes = {"train": 2000, "val": 300, "test": 600}
-    for split, size in sizes.items():
+    for split, size in {"train": 2000, "val": 300, "test": 600}.items():
         parser.add_argument(f"--{split}", type=int, default=size)
-    args = parser.parse_args()
-    asked = {split: getattr(args, split) for split in sizes}
-    if min(asked.values()) < 1:
+    sizes = vars(parser.parse_args())
+    folder = sizes.pop("folder")
+    if min(sizes.values()) < 1:
         raise InputError("expected at least one study in each split")
     try:
-        write_phantoms(args.folder, asked)
+        write_phantoms(folder, sizes)
     except OSError as error:
-        raise InputError(f"{args.folder}: {error.strerror}") from None
+        raise InputError(f"{folder}: {error.strerror}") from None
 
 
 if __name__ == "__main__":
