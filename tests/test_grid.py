@@ -41,6 +41,7 @@ def test_a_row_begins_at_its_start_with_settings_of_the_configuration(name):
     begins = config.grpo.init if script == "train_grpo.py" else config.sft.init
     checkpoints = {
         "weak SFT": "runs/ablations/weak_sft/seed0/sft/best",
+        "default SFT": "runs/ablations/default_sft/seed0/sft/best",
         "SFT": "runs/ablations/sft/seed0/more/best",
         "more SFT": "runs/ablations/more_sft/seed0/more/best",
         "few reports, SFT": "runs/ablations/few_reports_sft/seed0/sft/best",
@@ -51,6 +52,16 @@ def test_a_row_begins_at_its_start_with_settings_of_the_configuration(name):
     assert begins == checkpoints[run.start]
     plain = script == "train_sft.py" and config.sft.stage == "sft"
     assert plain == (run.start is None)
+
+
+@pytest.mark.parametrize("name", ["default SFT", "default GRPO", "default more SFT"])
+def test_the_default_rows_are_config_yaml_as_it_stands(name):
+    _, path, *settings = reproduce.grid_run(read_yaml(GRID), name, 0).commands[0]
+    config = load(*settings, config=path)
+    default = load(f"out={config.out}", config=path)
+    default.grpo.init, default.sft.init = config.grpo.init, config.sft.init
+    default.sft.stage = config.sft.stage
+    assert config == default
 
 
 def test_continued_sft_is_evaluated_beside_its_start():
