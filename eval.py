@@ -23,13 +23,14 @@ CheXpert competition.
   copied_share                       share that repeats a training report word for word
   mean_words                         per report
   radeval:NAME                       mean over reports, what eval.radeval names
-  *_reference                        the same of the reference reports
+  {distinct,normal,copied}_share_reference, mean_words_reference: the same of the references
 Grounding.
   soft_f1                            mean over all examples; if nothing is there: 1 for saying so
   soft_f1_nonempty                   mean over the examples with reference boxes
   matched_iou                        mean IoU of the pairs that soft-F1 matches
   map50                              mean over what is asked for of average_precision, at IoU 0.5
-  empty_accuracy                     share of the references without boxes that are answered so
+  empty_accuracy                     share of the references without boxes that are answered so:
+                                     in words without brackets, or by []
 Both.
   format_valid, truncated            share of outputs in the format; cut at grpo.max_new_tokens
   thinking_words                     mean over the outputs with thinking

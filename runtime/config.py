@@ -257,7 +257,7 @@ class RewardsConfig:
     overlong_end: int = bounded(512, 1)
     # What 2 T is divided by: as in the code of RadVLM-GRPO, or as in its figure.
     soft_f1_mode: Literal["radvlm", "pq"] = "radvlm"
-    # soft_f1 is 1 when nothing is there and no box is given.
+    # soft_f1 is 1 when nothing is there and the answer is [], or words without brackets.
     match_empty: bool = True
 
 

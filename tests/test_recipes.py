@@ -111,3 +111,17 @@ def test_radvlm_cold_start_and_thinking(fixtures, tmp_path, run_grpo):
     names, _ = run_grpo(config)
     assert names == ["cold_start", "grpo"]
     assert {e.style for e in data.load_split(config, "test")} == {"suffix"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reads_your_own_json_lines(path, tmp_path):
+    """With what docs/data.md says to add."""
+    recipe = load_config(path)
+    settings = ["data.source=jsonl", f"data.path={layouts.jsonl(tmp_path)}"]
+    if recipe.data.views == "frontal":
+        settings.append("data.views=all")
+    if recipe.data.train:
+        settings += ["data.train=[]", "data.val=[]", "data.test=[]"]
+    config = load_config(path, settings)
+    for split in ("train", "val", "test"):
+        assert [len(part) for _, part, _ in data.read_split(config, split)] == [1]
