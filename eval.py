@@ -70,6 +70,7 @@ from rewards import (
     match_boxes,
     ngrams,
     rouge_l,
+    say_large_boxes,
     says_nothing_there,
     soft_f1,
     tokenize,
@@ -584,7 +585,7 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     predictions = {}
     for name, path in paths.items():
         # Nothing keeps the model: it is freed before the next one is loaded.
-        by_id = predict(model.load_policy(cfg, resolve(path)).freeze_all(), examples, cfg, name)
+        by_id = predict(model.load_frozen(cfg, resolve(path)), examples, cfg, name)
         predictions[name] = by_id
         if rank() == 0:
             ordered = [by_id[e.id] for e in examples if e.id in by_id]
@@ -602,6 +603,8 @@ def evaluate_checkpoints(cfg: Config, paths: dict, files: dict | None = None) ->
     examples = [e for e in examples if e.id in common]
     for name, by_id in predictions.items():
         predictions[name] = [by_id[e.id] for e in examples]
+        answers = [p["text"] for p in predictions[name] if p["task"] == "grounding"]
+        say_large_boxes(answers, name)
 
     results = summarise(predictions, cfg, training)
     text = table(results)

@@ -69,7 +69,7 @@ from data import Example
 from runtime.checkpoint import last_step, write_checkpoint
 from runtime.config import Config, InputError
 from runtime.optimizer import Optimizer
-from runtime.output import moved, print0, world_size
+from runtime.output import moved, print0, rank, world_size
 from runtime.processes import gather_objects, shard_weights, unsharded, whole_tensor
 
 # ------------------------------------------------------------------------------- data types
@@ -796,25 +796,31 @@ class Policy:
         """Freeze the model and give its layers model.lora_targets adapters, except in `frozen`
         parts. A is random, B is zero: nothing changes yet."""
         targets = self.config.model.lora_targets
-        linear = {}
+        # The head is not run as a layer, see fused_logprobs.
+        head = self.model.get_output_embeddings()
+        linear = []
         for name, layer in self.model.named_modules():
-            if isinstance(layer, nn.Linear) and part_of(name) not in frozen:
-                linear[name] = layer
+            if isinstance(layer, nn.Linear) and layer is not head and part_of(name) not in frozen:
+                linear.append(name)
         names = {name.rpartition(".")[2] for name in linear}
         if not targets or set(targets) - names:
             raise InputError(
                 f"model.lora_targets={targets}: the linear layers of {type(self.model).__name__} "
                 f"are {', '.join(sorted(names))}"
             )
+        chosen = [name for name in linear if name.rpartition(".")[2] in targets]
+        self.add_adapters(lora_rank, chosen)
+
+    def add_adapters(self, lora_rank, names):
         # Only adapters learn. They begin with the same numbers on every process.
         self.model.requires_grad_(False)
         generator = torch.Generator().manual_seed(self.config.seed)
-        for name, layer in linear.items():
-            if name.rpartition(".")[2] in targets:
-                # A class of its own, so that the weight keeps its name.
-                layer.__class__ = LoRALinear
-                layer.add_adapter(lora_rank, generator)
-                self.adapted[name] = layer
+        for name in names:
+            layer = self.model.get_submodule(name)
+            # A class of its own, so that the weight keeps its name.
+            layer.__class__ = LoRALinear
+            layer.add_adapter(lora_rank, generator)
+            self.adapted[name] = layer
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
@@ -843,16 +849,6 @@ class Policy:
         for name, parameter in self.adapters().items():
             parameter.copy_(saved[name])
 
-    @torch.no_grad()
-    def merged_state(self):
-        """The state dict of the model with its adapters added to the weights."""
-        state = self.model.state_dict()
-        for name, layer in self.adapted.items():
-            change = layer.scale * layer.lora_B @ layer.lora_A
-            state[f"{name}.weight"] = layer.weight + change
-            del state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-        return state
-
     # -- files
 
     def whole_weights(self):
@@ -860,7 +856,7 @@ class Policy:
         # A tied weight has two names and is saved once.
         once = dict(self.model.named_parameters())
         every = dict(self.model.named_parameters(remove_duplicate=False))
-        state = self.merged_state()
+        state = self.model.state_dict()
         for name in every.keys() - once.keys():
             del state[name]
         # Each tensor is gathered by all processes, in the same order.
@@ -868,7 +864,18 @@ class Policy:
         adapters = {}
         for name, p in self.adapters().items():
             adapters[name] = whole_tensor(p.detach())
+        if rank() == 0:
+            self.merge(state)
         return state, adapters
+
+    def merge(self, state):
+        """Add the adapters to the weights of a whole state dict: on the CPU, where there is room
+        for these in float32."""
+        for name, layer in self.adapted.items():
+            a = state.pop(f"{name}.lora_A").cpu()
+            b = state.pop(f"{name}.lora_B").cpu()
+            weight = state[f"{name}.weight"].cpu()
+            state[f"{name}.weight"] = weight + layer.scale * b @ a
 
     def save(self, folder: Path, weights: tuple[dict, dict] | None = None):
         """Write model, tokenizer and image processor in Hugging Face format.
@@ -897,12 +904,14 @@ class Policy:
         save_file(adapters, folder / "adapter_model.safetensors")
         first, *_ = self.adapted.values()
         lora_rank = len(first.lora_A)
+        local = os.path.isdir(self.path)
         peft = {
             "peft_type": "LORA",
             "r": lora_rank,
             "lora_alpha": LoRALinear.scale * lora_rank,
             "target_modules": sorted(self.adapted),
-            "base_model_name_or_path": self.path,
+            # Not the link `best`, which may move.
+            "base_model_name_or_path": os.path.realpath(self.path) if local else self.path,
             "bias": "none",
         }
         (folder / "adapter_config.json").write_text(json.dumps(peft))
@@ -1214,6 +1223,26 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
     if not processor.chat_template:
         raise InputError(f"model {path!r} has no chat template: take an instruction-tuned one")
     return Policy(model, processor, config, path)
+
+
+def load_frozen(config: Config, path: str | Path) -> Policy:
+    """The policy in a checkpoint, to be evaluated. Raises InputError.
+
+    Adapters are put beside the weights that they were trained on. Merged and then rounded to
+    bfloat16, a small change of a large weight would be lost.
+    """
+    adapter = Path(path, "adapter")
+    if config.model.precision == "float32" or not adapter.exists():
+        return load_policy(config, path).freeze_all()
+    peft = json.loads((adapter / "adapter_config.json").read_text())
+    try:
+        policy = load_policy(config, peft["base_model_name_or_path"])
+    except InputError as error:
+        print0(f"{path}: what was trained is rounded to bfloat16, without its start ({error})")
+        return load_policy(config, path).freeze_all()
+    policy.add_adapters(peft["r"], peft["target_modules"])
+    policy.load_adapters(adapter)
+    return policy.freeze_all()
 
 
 def load_weights(path, weights):

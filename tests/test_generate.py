@@ -24,7 +24,7 @@ def test_it_answers_as_the_evaluation_decodes():
     """The same tokens as Policy.sample gives at temperature 0 for the same question."""
     _, answer, boxes = generate.generate(str(START), ["phantom:3"], "Where is the pacemaker?")
     config = load_config(ROOT / "config.yaml", [f"model.path={START}"])
-    policy = generate.load_policy(config)
+    policy = generate.load_frozen(config, START)
     example = data.Example("x", "grounding", (data.phantom(0, 3),), "Where is the pacemaker?", "")
     (rollout,) = policy.sample([example], 1, 80, 0)
     assert answer.startswith(rollout.texts[0].strip()[:40])

@@ -6,10 +6,20 @@ import dataclasses
 import peft
 import pytest
 import torch
-from helpers import distance, is_repeated, recorded, relative_distance, score_all, seeded, tolerance
+from helpers import (
+    SMALL,
+    distance,
+    is_repeated,
+    load,
+    recorded,
+    relative_distance,
+    score_all,
+    seeded,
+    tolerance,
+)
 from transformers import AutoModelForImageTextToText
 
-from model import Optimizer, load_policy
+from model import Optimizer, load_frozen, load_policy
 from runtime.config import InputError
 
 RANK = 3
@@ -76,7 +86,8 @@ def test_gradients_equal_those_of_the_product_written_out(policy, adapted, examp
     scores = score(adapted, examples)
     got_a, got_b = torch.autograd.grad(scores.sum(), [layer.lora_A, layer.lora_B])
     plain = copy.deepcopy(policy)
-    plain.model.load_state_dict(adapted.merged_state())
+    # The tied head is there once.
+    plain.model.load_state_dict(adapted.whole_weights()[0], strict=False)
     merged = score(plain, examples)
     limit = tolerance("library", policy.device)
     assert distance(merged, scores) < limit
@@ -113,6 +124,67 @@ def test_saved_adapters_load_in_peft(adapted, examples, tmp_path):
         wanted = adapted.model(**prompt.tokens, **prompt.images).logits
         got = theirs(**prompt.tokens, **prompt.images).logits
     assert distance(got, wanted) < tolerance("library", adapted.device)
+
+
+@pytest.fixture
+def small_change(tmp_path):
+    """A policy in bfloat16 with adapters too small for it, saved in tmp_path/step."""
+    load_policy(load(*SMALL)).save(tmp_path / "base")
+    (tmp_path / "best").symlink_to("base")
+    policy = load_policy(load(*SMALL, "model.precision=bfloat16"), tmp_path / "best")
+    policy.add_lora(RANK)
+    policy.freeze([])
+    for layer in policy.adapted.values():
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=seeded(4)) / 1e4)
+    policy.save(tmp_path / "step")
+    return policy
+
+
+def test_what_is_evaluated_is_what_was_trained(small_change, examples, tmp_path):
+    """Not its weights, rounded to bfloat16: most of them are those of the start again."""
+    trained = score(small_change, examples).detach()
+    again = load_frozen(small_change.config, tmp_path / "step")
+    assert not again.parameters()
+    assert is_repeated(score(again, examples), trained)
+
+    merged = load_policy(small_change.config, tmp_path / "step").freeze_all()
+    assert not is_repeated(score(merged, examples), trained)
+    same = []
+    for name, layer in small_change.adapted.items():
+        same.append((merged.model.get_submodule(name).weight == layer.weight).float().mean())
+    assert min(same) > 0.5
+
+
+def test_adapters_without_their_start_are_taken_as_they_were_merged(
+    small_change, examples, tmp_path, capsys
+):
+    # The link does not count: it may point to another checkpoint by now.
+    (tmp_path / "best").unlink()
+    assert load_frozen(small_change.config, tmp_path / "step").adapted
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert not load_frozen(small_change.config, tmp_path / "step").adapted
+    assert "rounded to bfloat16, without its start" in capsys.readouterr().out
+
+
+def test_merged_weights_are_made_on_the_cpu(small_change):
+    state, _ = small_change.whole_weights()
+    for name, layer in small_change.adapted.items():
+        merged = state[f"{name}.weight"]
+        assert (merged.device.type, merged.dtype) == ("cpu", torch.float32)
+        change = 2 * layer.lora_B.float() @ layer.lora_A.float()
+        wanted = layer.weight.float() + change
+        assert distance(merged, wanted.cpu()) < tolerance("library", layer.weight.device)
+
+
+def test_the_head_has_no_adapters(policy, config):
+    """It is not run as a layer, so they would never learn."""
+    one = copy.deepcopy(policy)
+    one.config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, lora_targets=["lm_head", "q_proj"])
+    )
+    with pytest.raises(InputError, match=r"lm_head.*are "):
+        one.add_lora(RANK)
 
 
 def test_sampling_uses_the_adapters(adapted, examples):

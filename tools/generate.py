@@ -11,7 +11,7 @@ printed, too. Not for clinical use.
 from pathlib import Path
 
 import data
-from model import load_policy
+from model import load_frozen
 from runtime.checkpoint import resolve
 from runtime.config import Config, InputError, load_config
 from runtime.output import warn0
@@ -21,7 +21,7 @@ from runtime.processes import argument_parser, run_main
 def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, str, list]:
     """(reasoning, answer, boxes) of the greedy answer about one study. Raises InputError."""
     config = run_config(checkpoint)
-    policy = load_policy(config, resolve(checkpoint)).freeze_all()
+    policy = load_frozen(config, resolve(checkpoint))
     # A question of the user's is answered in the format of boxes.
     task = "grounding" if ask else "report"
     question = ask or data.QUESTIONS["report"][0]
