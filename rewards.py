@@ -175,8 +175,8 @@ def says_nothing_there(answer: str) -> bool:
     return has_words(answer) and not re.search(r"[\[\]]", answer)
 
 
-def say_large_boxes(texts: list[str]):
-    """Warn, once in a run, if most boxes have numbers beyond 1, as Qwen-VL writes them."""
+def say_large_boxes(texts: list[str], whose: str):
+    """Warn, once, if most boxes have numbers beyond 1, as Qwen-VL writes them."""
     boxes = list(chain.from_iterable(parse_boxes(text) for text in texts))
     for text in texts:
         # (310,450),(780,830)
@@ -185,8 +185,8 @@ def say_large_boxes(texts: list[str]):
     large = [box for box in boxes if max(box) > 1]
     if 2 * len(large) > len(boxes):
         warn_once(
-            "large boxes",
-            f"{len(large)} of {len(boxes)} boxes of a step have numbers beyond 1, such as "
+            f"large boxes of {whose}",
+            f"{len(large)} of {len(boxes)} boxes of {whose} have numbers beyond 1, such as "
             f"{list(large[0])}: pixels or thousandths, which score 0. The prompt has to ask for "
             f"numbers from 0 to 1, or SFT to teach them (grpo.init=auto)",
         )

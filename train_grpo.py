@@ -217,7 +217,7 @@ def score(rollouts: list[Rollout], config: Config):
     texts = [text for r in rollouts for text in r.texts]
     examples = [r.example for r in rollouts for _ in r.texts]
     token_ids = [ids.tolist() for r in rollouts for ids in r.tokens]
-    rewards.say_large_boxes(texts)
+    rewards.say_large_boxes(texts, "a step")
     total, components = rewards.score_completions(texts, examples, config.rewards, token_ids)
     shape = len(rollouts), config.grpo.group_size
     total = total.reshape(shape)

@@ -665,6 +665,19 @@ def test_what_one_model_lacks_no_model_is_measured_on(
     assert len((tmp_path / "eval" / "b.jsonl").read_text().splitlines()) == 6
 
 
+def test_boxes_in_pixels_are_said_for_each_model(monkeypatch, cfg, tmp_path, capsys, few_resamples):
+    """A plain model beside a trained one: else its zero would look like blindness."""
+    monkeypatch.setattr(data, "load_split", lambda cfg, split: examples(4))
+    files = {}
+    for name, text in {"plain": "[310, 450, 780, 830]", "trained": "[0.3, 0.4, 0.7, 0.8]"}.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        write_predictions(files[name], 4, text)
+    evaluation.evaluate_checkpoints(cfg, {}, files)
+    said = capsys.readouterr().err
+    assert "2 of 2 boxes of plain have numbers beyond 1" in said
+    assert "trained" not in said
+
+
 def test_no_training_split_costs_its_metrics_only(monkeypatch, cfg, capsys, few_resamples):
     def load_split(cfg, split):
         if split == "train":

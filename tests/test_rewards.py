@@ -595,7 +595,7 @@ def not_warned_yet():
 
 def test_large_boxes_are_said_once(capsys):
     for _ in range(2):
-        rewards.say_large_boxes(["[310, 450, 780, 830]"])
+        rewards.say_large_boxes(["[310, 450, 780, 830]"], "a step")
     assert capsys.readouterr().err.count("numbers beyond 1") == 1
 
 
@@ -609,7 +609,7 @@ def test_large_boxes_are_said_once(capsys):
     ],
 )
 def test_pixels_and_thousandths_are_said(text, capsys):
-    rewards.say_large_boxes(["Normal.", text])
+    rewards.say_large_boxes(["Normal.", text], "a step")
     assert "numbers beyond 1" in capsys.readouterr().err
 
 
@@ -617,7 +617,7 @@ def test_pixels_and_thousandths_are_said(text, capsys):
     "text", ["", "No box.", "[0.1, 0.2, 0.3, 0.4]", "[0, 0, 1, 1], [0, 0, 1, 1], [1, 2, 5, 6]"]
 )
 def test_boxes_of_the_wanted_form_are_not_said(text, capsys):
-    rewards.say_large_boxes(["Normal.", text])
+    rewards.say_large_boxes(["Normal.", text], "a step")
     assert capsys.readouterr().err == ""
 
 
