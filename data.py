@@ -478,6 +478,8 @@ def texts_by_id(path: str | Path, key: str) -> dict[str, str]:
             text = row[key]
             if not isinstance(text, str):
                 raise ValueError(f"{key}: expected text, got {text!r}")
+            if key == "thinking" and re.search("|".join(TAGS), text):
+                raise ValueError("thinking: the format's tags are added; leave them out")
             name = str(row["id"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
@@ -582,16 +584,21 @@ def read_source(config, source, split, skip):
 
 
 def read_split(config: Config, split: str) -> list[Part]:
-    """All sources. data.on_error=stop raises InputError for the first example that fails."""
+    """All sources; their names begin the ids of a mixture. data.on_error=stop raises InputError for
+    the first example that fails."""
 
     def stop(message):
         raise InputError(f"{message} (data.on_error=skip leaves such examples out)")
 
     parts = []
-    for source in sources(config, split):
+    every = sources(config, split)
+    for source, name in zip(every, source_names(every)):
         problems = []
         skip = stop if config.data.on_error == "stop" else problems.append
-        parts.append((source, read_source(config, source, split, skip), problems))
+        part = read_source(config, source, split, skip)
+        if len(every) > 1:
+            part = [replace(e, id=f"{name}/{e.id}") for e in part]
+        parts.append((source, part, problems))
     return parts
 
 
@@ -611,9 +618,9 @@ def oversample(examples, weight, seed):
     return result
 
 
-def source_names(parts):
+def source_names(sources):
     """A name for each source of a mixture, so that ids stay unique."""
-    names = [os.path.basename(os.path.normpath(s.path)) or s.source for s, *_ in parts]
+    names = [os.path.basename(os.path.normpath(s.path)) or s.source for s in sources]
     return [name if names.count(name) == 1 else f"{name}.{n}" for n, name in enumerate(names)]
 
 
@@ -642,7 +649,7 @@ def load_split(config: Config, split: str, images: bool = True) -> list[Example]
         notices += leaks
 
     examples = []
-    for name, (source, part, _) in zip(source_names(parts), parts):
+    for source, part, _ in parts:
         if not part and split == "train":
             where = f"data.path={source.path!r}"
             nothing = f"{where}: no usable example of {source.source} in split {split!r}"
@@ -652,8 +659,7 @@ def load_split(config: Config, split: str, images: bool = True) -> list[Example]
             try_images(part, config, notices)
         if split == "train":
             part = oversample(part, source.weight, config.seed)
-        prefix = f"{name}/" if len(parts) > 1 else ""
-        examples += [replace(e, id=prefix + e.id, style=style_of(config)) for e in part]
+        examples += [replace(e, style=style_of(config)) for e in part]
     examples = with_box_form(examples, config)
     for text in notices:
         warn0(f"{split}: {text}")
@@ -772,6 +778,8 @@ def grpo_pools(examples: list[Example], config: Config) -> list[tuple[list[Examp
 def say_repeats(examples: list[Example], config: Config):
     """Say if a GRPO step has to ask the same question more than once."""
     for pool, size in grpo_pools(examples, config):
+        if size and not pool:
+            raise InputError("the training data have neither reports nor boxes: GRPO needs them")
         if len(pool) < size:
             warn0(
                 f"only {len(pool)} examples for {size} of grpo.prompts={config.grpo.prompts}: some "

@@ -31,9 +31,9 @@ def parse_line(line, source, where):
     if not isinstance(names, list):
         raise ValueError("images: expected a list of paths")
     images = [source.image_root() / name for name in names]
-    patient = row.get("patient") or ""
-    if patient:
-        patient = f"{Path(source.path)}/{patient}"
+    patient = row.get("patient")
+    # Patient 0 is one.
+    patient = "" if patient in (None, "") else f"{Path(source.path)}/{patient}"
     asked = parse_question(row)
     return Study(asked.id, patient, images, where, asked=[asked])
 
@@ -53,5 +53,5 @@ def parse_question(row):
     else:
         raise ValueError(f"neither report nor phrase in {', '.join(row)}")
     asked.question = str(row.get("question") or "")
-    asked.thinking = str(row.get("thinking", ""))
+    asked.thinking = str(row.get("thinking") or "")
     return asked

@@ -353,10 +353,13 @@ def clean_boxes(boxes: Iterable[Sequence], where: str, skip: Skip) -> list[Box]:
 
 
 def patient_of(path: str | Path, root: str) -> str:
-    """The patient of an image, by the names of MIMIC-CXR's folders or NIH's files.
+    """The patient of an image, by the names of MIMIC-CXR's and CheXpert's folders or NIH's files.
 
     Else the image counts as a patient.
     """
+    chexpert = re.search(r"(?:^|/)(patient\d{5})/", str(path))
+    if chexpert:
+        return f"chexpert/{chexpert[1]}"
     mimic = re.search(r"(?:^|/)p(\d{8})/", str(path))
     if mimic:
         return f"mimic/{mimic[1]}"

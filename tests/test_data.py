@@ -187,7 +187,11 @@ def test_few_examples_are_said_once_before_the_first_step(examples, capsys, coun
     assert said == (count == 3)
 
 
-def test_grpo_needs_reports_or_boxes():
+def test_grpo_needs_reports_or_boxes(examples):
+    asked = [e for e in examples if e.task == "classification"]
+    assert asked
+    with pytest.raises(InputError, match="neither reports nor boxes"):
+        data.say_repeats(asked, load())
     with pytest.raises(InputError, match="GRPO needs report or grounding examples"):
         data.check_tasks(load("data.tasks=[classification]"))
     data.check_tasks(load("data.tasks=[classification,anatomy]"))
@@ -433,6 +437,14 @@ def test_jsonl(tmp_path):
     assert grounding.answer == "[0.10, 0.20, 0.30, 0.40]"
     assert grounding.boxes == ((0.1, 0.2, 0.3, 0.4),)
     assert grounding.label == "the nodule"
+
+
+def test_null_is_nothing_and_patient_0_is_one(tmp_path):
+    """As pandas writes a missing cell; as numbers count from 0."""
+    rows = [{**GOOD, "patient": 0, "thinking": None}, {**GOOD, "id": 7, "patient": None}]
+    first, second = load_split(own(tmp_path, *rows), "train")
+    assert (first.patient, first.thinking) == (f"{tmp_path}/0", "")
+    assert second.patient == ""
 
 
 def test_lines_with_a_question_keep_it(tmp_path):

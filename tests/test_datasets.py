@@ -803,23 +803,32 @@ def test_earlier_turns_come_first_and_the_image_once(tmp_path, policy):
     assert text.endswith("<|im_start|>assistant\n")
 
 
-def test_one_llava_file_is_split_by_the_patients_of_mimic_cxr(tmp_path):
+@pytest.mark.parametrize(
+    "image, name, first",
+    [
+        ("files/p10/p{}/s5000000{}/x.jpg", "mimic/{}", 10000010),
+        ("CheXpert-v1.0/train/patient{}/study{}/view1_frontal.jpg", "chexpert/patient{}", 10010),
+    ],
+)
+def test_one_llava_file_is_split_by_patients(tmp_path, image, name, first):
     """Three studies of each of 12 patients, and a conversation that has no image."""
     turns = [("human", "<image>\nIs a report needed?"), ("gpt", "Yes.")]
     conversations = layouts.conversation(*turns)
     rows = [{"id": "none", "image": None, "conversations": conversations}]
     names = set()
     for n in range(36):
-        patient, k = 10000010 + n // 3, n % 3
-        image = f"files/p10/p{patient}/s5000000{k}/x.jpg"
-        layouts.picture(tmp_path / image)
-        rows.append({"id": f"{patient}_{k}", "image": image, "conversations": conversations})
-        names.add(f"mimic/{patient}")
+        patient, k = first + n // 3, n % 3
+        path = image.format(patient, k)
+        layouts.picture(tmp_path / path)
+        rows.append({"id": f"{patient}_{k}", "image": path, "conversations": conversations})
+        names.add(name.format(patient))
     layouts.write_json(tmp_path / "all.json", rows)
     parts = splits(of("llava", tmp_path, "data.on_error=skip"))
-    assert [len(some) for some in patients(parts)] == [9, 1, 2]
+    counts = [len(some) for some in patients(parts)]
+    assert min(counts) > 0
+    assert sum(counts) == len(set.union(*patients(parts)))
     assert set.union(*patients(parts)) == names
-    assert sizes(parts) == [27, 3, 6]
+    assert sizes(parts) == [3 * count for count in counts]
     # A question with yes or no for an answer asks for no report.
     assert {e.task for e in parts["train"]} == {"classification"}
 
@@ -1016,6 +1025,19 @@ def test_a_mixture_of_sources_with_weights(tmp_path):
         assert len({e.copy for e in study}) == 1
 
 
+def test_traces_of_a_mixture_have_its_ids(tmp_path):
+    row = {"id": 1, "images": ["a.png"], "report": "Clear.", "thinking": "Own."}
+    for name in ("a", "b"):
+        write_lines(tmp_path, name, row)
+    traces = layouts.write(tmp_path / "traces.jsonl", '{"id": "b/1", "thinking": "Of b."}')
+    mixture = "data.train=[{source: jsonl, path: a}, {source: jsonl, path: b}]"
+    config = load(f"data.path={tmp_path}", mixture, "data.thinking=true", f"data.traces={traces}")
+    assert [(e.id, e.thinking) for e in load_split(config, "train")] == [
+        ("a/1", ""),
+        ("b/1", "Of b."),
+    ]
+
+
 def test_held_out_splits_may_have_sources_of_their_own(tmp_path):
     config = load(f"data.path={layouts.everything(tmp_path)}", MIXTURE)
     config.data.test = [Source("vindr_cxr", tasks=["abnormality"])]
@@ -1196,7 +1218,13 @@ def test_traces_come_from_the_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b"{}", "line 1"), (b"", "line 1"), (b"\xff", "cannot read")]
+    "content, message",
+    [
+        (b"{}", "line 1"),
+        (b"", "line 1"),
+        (b"\xff", "cannot read"),
+        (b'{"id": "CXR1", "thinking": "<think>The heart.</think>"}', "line 1: .*tags are added"),
+    ],
 )
 def test_a_bad_file_of_traces_is_named(tmp_path, content, message):
     config, path = with_trace_file(tmp_path)
