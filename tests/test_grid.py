@@ -164,7 +164,8 @@ class Scripts:
 
     def write_files(self, out, script):
         stage = {"sft": "sft", "more": "more", "grpo": "grpo"}[out.parent.name]
-        (out / stage / "best").mkdir(parents=True, exist_ok=True)
+        for link in ("best", "last"):
+            (out / stage / link).mkdir(parents=True, exist_ok=True)
         steps = [{"step": n + 1, "reward": self.rng.random(), "kl": n} for n in range(20)]
         steps[3]["eval_loss"] = 1.0
         lines = "".join(json.dumps(step) + "\n" for step in steps)
@@ -240,6 +241,34 @@ def test_a_failed_row_is_run_again_and_no_other(grid, tmp_path, scripts):
     assert not scripts.calls
     expected = "6 of 6 runs, 0.1 CPU-hours, the longest 3 CPU-minutes. Code: abc123."
     assert expected in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_start_whose_checkpoint_is_gone_is_trained_again(grid, tmp_path, scripts):
+    reproduce.reproduce(grid)
+    scripts.calls.clear()
+    shutil.rmtree(tmp_path / "runs" / "sft" / "seed1" / "sft")
+    (tmp_path / "records" / "grpo-1.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "grpo" / "seed1")
+    reproduce.reproduce(grid)
+    assert scripts.calls == [
+        ("train_sft.py", "/sft/seed1"),
+        ("eval.py", "/sft/seed1"),
+        ("train_grpo.py", "grpo/seed1"),
+    ]
+
+
+def test_a_training_keeps_the_lock_if_the_grid_is_killed(grid, tmp_path, scripts, monkeypatch):
+    run, locks = scripts.run, []
+
+    def run_and_look(command, **options):
+        for fd in options.get("pass_fds", ()):
+            locks.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run_and_look)
+    reproduce.reproduce(grid)
+    assert len(locks) == len(scripts.calls)
+    assert tmp_path / "runs" / "grpo" / "seed1" / "lock" in locks
 
 
 def test_the_minutes_of_a_command_are_kept_even_if_the_next_one_is_killed(
@@ -429,7 +458,7 @@ def test_two_terminals_share_a_grid(grid, tmp_path, scripts, monkeypatch):
         state = reproduce.read_state(run) | {"done": True, "cpu_minutes": minutes}
         write_json(run.folder / "state.json", state)
 
-    def run(run, where):
+    def run(run, where, lock):
         order.append("/".join(run.folder.parts[-2:]))
         finish(run, 1)
 

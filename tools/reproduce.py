@@ -182,12 +182,12 @@ def run_unless_locked(run, where):
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.folder / "lock", "w") as lock:
         try:
-            # The lock ends with this process, however that ends.
+            # The lock ends with the last of the processes that have it, however that ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if not read_state(run)["done"]:
-            run_commands(run, where)
+        if not (read_state(run)["done"] and Path(run.folder, run.stage, "last").exists()):
+            run_commands(run, where, lock)
         write_record(run)
     return True
 
@@ -220,7 +220,7 @@ def child_minutes():
     return (times.children_user + times.children_system) / 60
 
 
-def run_commands(run, where):
+def run_commands(run, where, lock):
     """Run the commands of a row and keep its state.json. InputError if one stops before its end."""
     state = read_state(run)
     if not state["commit"]:
@@ -240,7 +240,9 @@ def run_commands(run, where):
         command = [sys.executable, ROOT / script, *args]
         before = child_minutes()
         try:
-            code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+            # It keeps the lock, too, should this process end before it.
+            options = {"stdout": subprocess.DEVNULL, "pass_fds": [lock.fileno()]}
+            code = subprocess.run(command, **options).returncode
         finally:
             # What it took counts, however it and this process end.
             state["cpu_minutes"] += child_minutes() - before
