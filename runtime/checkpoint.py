@@ -29,6 +29,7 @@ MAY_CHANGE = {
     "data.test_size",
     "data.on_error",
     "data.workers",
+    "model.max_prompt_tokens",
     "model.shared_prefix",
     "model.parallel",
     "model.gradient_checkpointing",

@@ -47,6 +47,9 @@ class Log:
                 self.began = self.now = time.perf_counter()
                 self.seconds = {}
                 yield step
+        if self.wandb:
+            # Of each stage one record: else the next would go on in this one.
+            self.wandb.finish()
 
     def lap(self, phase: str):
         """A phase of this step ends here: log its seconds."""

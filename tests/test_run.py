@@ -396,10 +396,17 @@ class Wandb:
     def __init__(self):
         self.runs = []
         self.rows = []
+        self.active = False
 
     def init(self, **options):
-        self.runs.append(options)
+        # As wandb does: else the active record goes on.
+        if not self.active:
+            self.runs.append(options)
+        self.active = True
         return self
+
+    def finish(self):
+        self.active = False
 
     def log(self, row, step):
         self.rows.append(step)
