@@ -19,7 +19,7 @@ scorers/radeval.py:
     report: {radeval:radgraph:radgraph_partial: 0.5, configs/my_rewards.py:says_it_once: 0.5}
 """
 
-from rewards import POSITIVE, extract_labels
+from rewards import POSITIVE, extract_labels, parse_boxes, soft_f1
 
 
 def says_it_once(answer, **columns):
@@ -43,3 +43,14 @@ def as_long_as_the_reference(answer, reference, **columns):
 def called_normal(answer, **columns):
     """1 where a report says that nothing is there. With a weight of 0 it is only logged."""
     return list(extract_labels(answer)[:, 0] == POSITIVE)
+
+
+def where_something_is(answer, boxes, **columns):
+    """Soft-F1; None where nothing is there. Half of each pays less for "nothing is there":
+
+    grounding: {soft_f1: 0.5, configs/my_rewards.py:where_something_is: 0.5}
+    """
+    scores = []
+    for text, reference in zip(answer, boxes):
+        scores.append(soft_f1(parse_boxes(text), reference) if reference else None)
+    return scores

@@ -42,7 +42,7 @@ MAY_IMPORT_INSIDE = {
 # it down, and a feature may raise the limit to what it needs.
 GRPO_TOKENS = 3_100
 SIX_TOKENS = 30_000
-ALL_TOKENS = 64_900
+ALL_TOKENS = 65_000
 COLUMNS = 100
 KEYS = 80
 
