@@ -738,6 +738,16 @@ def test_the_example_of_a_reward_file_works():
     assert total == pytest.approx([4 / 3 + 1, 0, 2])
 
 
+def test_half_of_the_example_reward_of_boxes_pays_half_for_nothing():
+    name = str(ROOT / "configs" / "my_rewards.py")
+    cfg = config({}, {"soft_f1": 0.5, f"{name}:where_something_is": 0.5})
+    box = (0.1, 0.1, 0.5, 0.5)
+    asked = [example(task="grounding", boxes=boxes) for boxes in ((box,), (box,), (), ())]
+    texts = ["[0.1, 0.1, 0.5, 0.5]", "It is not seen.", "It is not seen.", "[0.1, 0.1, 0.5, 0.5]"]
+    total, _ = rewards.score_completions(texts, asked, cfg)
+    assert total == pytest.approx([1, 0, 0.5, 0])
+
+
 @pytest.mark.parametrize(
     "length, expected", [(0, 0), (10, 0), (11, -0.25), (13, -0.75), (14, -1), (1000, -1)]
 )
