@@ -904,14 +904,12 @@ class Policy:
         save_file(adapters, folder / "adapter_model.safetensors")
         first, *_ = self.adapted.values()
         lora_rank = len(first.lora_A)
-        local = os.path.isdir(self.path)
         peft = {
             "peft_type": "LORA",
             "r": lora_rank,
             "lora_alpha": LoRALinear.scale * lora_rank,
             "target_modules": sorted(self.adapted),
-            # Not the link `best`, which may move.
-            "base_model_name_or_path": os.path.realpath(self.path) if local else self.path,
+            "base_model_name_or_path": self.path,
             "bias": "none",
         }
         (folder / "adapter_config.json").write_text(json.dumps(peft))
@@ -1228,20 +1226,17 @@ def load_policy(config: Config, path: str | Path | None = None, weights: bool = 
 def load_frozen(config: Config, path: str | Path) -> Policy:
     """The policy in a checkpoint, to be evaluated. Raises InputError.
 
-    Adapters are put beside the weights that they were trained on. Merged and then rounded to
-    bfloat16, a small change of a large weight would be lost.
+    Adapters come off the merged weights and are put beside them again, as they were in training.
+    Merged and rounded to bfloat16, a small change of a large weight would be lost.
     """
+    policy = load_policy(config, path)
     adapter = Path(path, "adapter")
-    if config.model.precision == "float32" or not adapter.exists():
-        return load_policy(config, path).freeze_all()
-    peft = json.loads((adapter / "adapter_config.json").read_text())
-    try:
-        policy = load_policy(config, peft["base_model_name_or_path"])
-    except InputError as error:
-        print0(f"{path}: what was trained is rounded to bfloat16, without its start ({error})")
-        return load_policy(config, path).freeze_all()
-    policy.add_adapters(peft["r"], peft["target_modules"])
-    policy.load_adapters(adapter)
+    if config.model.precision != "float32" and adapter.exists():
+        peft = json.loads((adapter / "adapter_config.json").read_text())
+        policy.add_adapters(peft["r"], peft["target_modules"])
+        policy.load_adapters(adapter)
+        for layer in policy.adapted.values():
+            layer.weight.data -= layer.scale * layer.lora_B.data @ layer.lora_A.data
     return policy.freeze_all()
 
 

@@ -31,9 +31,9 @@ def parse_line(line, source, where):
     if not isinstance(names, list):
         raise ValueError("images: expected a list of paths")
     images = [source.image_root() / name for name in names]
-    patient = row.get("patient")
-    # Patient 0 is one.
-    patient = "" if patient in (None, "") else f"{Path(source.path)}/{patient}"
+    patient = text_of(row, "patient")
+    if patient:
+        patient = f"{Path(source.path)}/{patient}"
     asked = parse_question(row)
     return Study(asked.id, patient, images, where, asked=[asked])
 
@@ -52,6 +52,14 @@ def parse_question(row):
         asked.boxes = [tuple(map(float, box)) for box in row["boxes"]]
     else:
         raise ValueError(f"neither report nor phrase in {', '.join(row)}")
-    asked.question = str(row.get("question") or "")
-    asked.thinking = str(row.get("thinking") or "")
+    asked.question = text_of(row, "question")
+    asked.thinking = text_of(row, "thinking")
+    if "think>" in asked.thinking:
+        raise ValueError("thinking: the format's tags are added; leave them out")
     return asked
+
+
+def text_of(row, key):
+    """Nothing for what is missing: no such key, null, or a NaN of pandas."""
+    value = row.get(key)
+    return "" if value is None or value != value else str(value)

@@ -441,10 +441,20 @@ def test_jsonl(tmp_path):
 
 def test_null_is_nothing_and_patient_0_is_one(tmp_path):
     """As pandas writes a missing cell; as numbers count from 0."""
-    rows = [{**GOOD, "patient": 0, "thinking": None}, {**GOOD, "id": 7, "patient": None}]
-    first, second = load_split(own(tmp_path, *rows), "train")
-    assert (first.patient, first.thinking) == (f"{tmp_path}/0", "")
-    assert second.patient == ""
+    rows = [{**GOOD, "patient": 0}]
+    for n, missing in enumerate((None, float("nan"), ""), 10):
+        nothing = dict.fromkeys(("patient", "thinking", "question"), missing)
+        rows.append({**GOOD, "id": n, **nothing})
+    first, *others = load_split(own(tmp_path, *rows), "train")
+    assert first.patient == f"{tmp_path}/0"
+    for example in others:
+        assert (example.patient, example.thinking) == ("", "")
+        assert example.question in data.QUESTIONS["report"]
+
+
+def test_thinking_has_no_tags(tmp_path):
+    with pytest.raises(InputError, match=r"line 1: .*tags are added"):
+        load_split(own(tmp_path, {**GOOD, "thinking": "<think>Heart.</think>"}), "train")
 
 
 def test_lines_with_a_question_keep_it(tmp_path):

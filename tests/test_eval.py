@@ -658,7 +658,7 @@ def test_what_one_model_lacks_no_model_is_measured_on(
 ):
     policies = {"a": Policy(skip="3"), "b": Policy()}
     monkeypatch.setattr(data, "load_split", lambda cfg, split: examples(6))
-    monkeypatch.setattr(model, "load_policy", lambda cfg, path: policies[path])
+    monkeypatch.setattr(model, "load_frozen", lambda cfg, path: policies[path])
     _, results = evaluation.evaluate_checkpoints(cfg, {"a": "a", "b": "b"})
     assert results["reports"]["examples"]["b"]["value"] == 2
     assert "1 of 6 examples" in capsys.readouterr().out
@@ -685,7 +685,7 @@ def test_no_training_split_costs_its_metrics_only(monkeypatch, cfg, capsys, few_
         return examples(4)
 
     monkeypatch.setattr(data, "load_split", load_split)
-    monkeypatch.setattr(model, "load_policy", lambda cfg, path: Policy())
+    monkeypatch.setattr(model, "load_frozen", lambda cfg, path: Policy())
     _, results = evaluation.evaluate_checkpoints(cfg, {"a": "a"})
     assert "copied_share" not in results["reports"]
     assert "train.jsonl" in capsys.readouterr().out
@@ -693,7 +693,7 @@ def test_no_training_split_costs_its_metrics_only(monkeypatch, cfg, capsys, few_
 
 def test_without_the_tool_no_page_is_written(monkeypatch, cfg, tmp_path, capsys, few_resamples):
     monkeypatch.setattr(data, "load_split", lambda cfg, split: examples(4))
-    monkeypatch.setattr(model, "load_policy", lambda cfg, path: Policy())
+    monkeypatch.setattr(model, "load_frozen", lambda cfg, path: Policy())
     monkeypatch.setitem(sys.modules, "tools.report_page", None)
     table, _ = evaluation.evaluate_checkpoints(cfg, {"a": "a"})
     out = capsys.readouterr().out
@@ -715,7 +715,7 @@ def test_evaluate_checkpoints_writes_predictions_metrics_and_page(
     monkeypatch, cfg, tmp_path, capsys, few_resamples
 ):
     monkeypatch.setattr(data, "load_split", lambda cfg, split: examples(9))
-    monkeypatch.setattr(model, "load_policy", lambda cfg, path: Policy())
+    monkeypatch.setattr(model, "load_frozen", lambda cfg, path: Policy())
     monkeypatch.setattr(report_page, "CASES", 4)
     cfg.eval.limit = 3
     other = tmp_path / "other.jsonl"

@@ -257,6 +257,26 @@ def test_a_start_whose_checkpoint_is_gone_is_trained_again(grid, tmp_path, scrip
     ]
 
 
+def test_a_start_that_is_trained_again_counts_as_begun(grid, tmp_path, scripts):
+    reproduce.reproduce(grid)
+    folder = tmp_path / "runs" / "sft" / "seed1"
+    shutil.rmtree(folder / "sft")
+    state = folder / "state.json"
+    write_json(state, json.loads(state.read_text()) | {"cpu_minutes": 7})
+    (tmp_path / "records" / "grpo-1.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "grpo" / "seed1")
+
+    # It stops after its first checkpoint, at which nothing may begin yet.
+    scripts.stopped = folder / "sft"
+    with pytest.raises(InputError, match="'SFT', seed 1"):
+        reproduce.reproduce(grid)
+    assert json.loads(state.read_text())["cpu_minutes"] < 7
+    scripts.stopped = None
+    scripts.calls.clear()
+    reproduce.reproduce(grid)
+    assert scripts.calls[0] == ("train_sft.py", "/sft/seed1")
+
+
 def test_a_training_keeps_the_lock_if_the_grid_is_killed(grid, tmp_path, scripts, monkeypatch):
     run, locks = scripts.run, []
 

@@ -141,7 +141,7 @@ def runs_left(runs):
         left[run.row, run.seed] = run
         while run.start:
             run = runs[run.start, run.seed]
-            if Path(run.folder, run.stage, "best").exists():
+            if read_state(run)["done"] and Path(run.folder, run.stage, "best").exists():
                 break
             left[run.row, run.seed] = run
     return left
@@ -226,6 +226,9 @@ def run_commands(run, where, lock):
     if not state["commit"]:
         # It has not begun.
         clear_folder(run)
+    if state["done"]:
+        # Its checkpoint is gone.
+        state |= {"done": False, "cpu_minutes": 0.0}
     state["commit"] = commit()
     write_state(run, state)
     _, config_path, *overrides = run.commands[0]
