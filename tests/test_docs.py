@@ -1,6 +1,7 @@
 """The README and docs/: every link, file, name, setting and command in them exists."""
 
 import ast
+import json
 import re
 import shlex
 from functools import cache
@@ -214,3 +215,29 @@ def test_the_budgets_are_those_that_the_page_names():
     text = " ".join(HOUSE.read_text(encoding="utf-8").split())
     assert f"{SIX_TOKENS:,} tokens in the six modules; {ALL_TOKENS:,} in all code" in text
     assert len(README.read_bytes()) <= README_BYTES
+
+
+README_ROWS = {
+    "CE macro-F1": "ce_f1_macro13",
+    "CE recall": "ce_recall_micro13",
+    "CE precision": "ce_precision_micro13",
+    "BLEU-4": "bleu4",
+    "soft-F1 where": "soft_f1_nonempty",
+    "empty images": "empty_accuracy",
+    "mAP@0.5": "map50",
+}
+
+
+@pytest.mark.parametrize("name", README_ROWS)
+def test_the_table_of_the_readme_is_that_of_the_records(name):
+    metric = README_ROWS[name]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| {name}")]
+    _, before, grpo, more = [cell.strip() for cell in line.strip("|").split("|")]
+    for row, said in (("grpo", grpo), ("more_sft", more)):
+        for seed, start, gain in zip((0, 1, 2), before.split(", "), said.split(", "), strict=True):
+            record = json.loads((ROOT / "results" / f"default_{row}-{seed}.json").read_text())
+            first, last = record["metrics"][metric]
+            assert float(start) == pytest.approx(first, abs=0.0051)
+            # Both values were rounded to four digits.
+            assert float(gain) == pytest.approx(last - first, abs=0.0007)
