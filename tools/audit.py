@@ -3,10 +3,9 @@
   python -m tools.audit config.yaml [key=value ...]
 
 It scores 14 policies, which only edit or ignore the references of eval.split. It needs no model and
-opens no image.
-A policy that is wrong should earn little, and so should one that ignores the image, on abnormal
-studies. Policies find their sentences with the built-in rules, whichever labeler the rewards use.
-Rewards that count tokens count words.
+opens no image. A policy that is wrong should earn little, and so should one that ignores the image,
+on abnormal studies. Policies find their sentences with the built-in rules, whichever labeler the
+rewards use. Rewards that count tokens count words.
 """
 
 import math

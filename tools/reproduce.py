@@ -244,8 +244,8 @@ def run_commands(run, where, lock):
         before = child_minutes()
         try:
             # It keeps the lock, too, should this process end before it.
-            options = {"stdout": subprocess.DEVNULL, "pass_fds": [lock.fileno()]}
-            code = subprocess.run(command, **options).returncode
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()])
+            code = done.returncode
         finally:
             # What it took counts, however it and this process end.
             state["cpu_minutes"] += child_minutes() - before
