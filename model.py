@@ -10,6 +10,7 @@
   sample_tokens          one token for each row of logits
   fused_logprobs         log-probabilities without the [tokens, vocabulary] logits
   load_policy            a local folder, a hub id, or the built-in tiny Qwen3-VL
+  load_frozen            a checkpoint, to be evaluated
   save_checkpoint, resume
 
 Sampling and scoring stand here in their plain form, Policy.plain_decode and plain_hidden. With

@@ -46,7 +46,8 @@ def called_normal(answer, **columns):
 
 
 def where_something_is(answer, boxes, **columns):
-    """Soft-F1; None where nothing is there. Half of each pays less for "nothing is there":
+    """Soft-F1 where something is there, else None. With half of the weight each, soft_f1 and this
+    pay 1 for the right boxes and 0.5 for a right "nothing is there":
 
     grounding: {soft_f1: 0.5, configs/my_rewards.py:where_something_is: 0.5}
     """
