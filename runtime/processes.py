@@ -75,6 +75,19 @@ def gather_rows(rows: list) -> tuple[list, slice]:
     return gather_lists(rows), slice(first, first + len(rows))
 
 
+def end_processes():
+    """The end of a process that others ran beside. Nothing after this call runs."""
+    if not dist.is_initialized():
+        return
+    # Else a process that ends early can take the others with it.
+    dist.destroy_process_group()
+    # Caches of FSDP2 keep gloo's threads alive. One that frees a tensor while Python shuts down
+    # aborts the process (before Python 3.14), so Python does not shut down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 # ------------------------------------------------------------------------------- sharded weights
 
 
@@ -269,9 +282,7 @@ def run_main(main: Callable[[], None]):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         leave(f"error: {error.strerror}; make room and start the same command again")
-    # Else a process that ends early can take the others with it.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()
 
 
 def leave(message):

@@ -2,10 +2,15 @@
 has to do: one of the steps has a single prompt, in another all groups of one process are dropped.
 """
 
+import atexit
+import builtins
 import dataclasses
 import os
 import shutil
 import socket
+import sys
+import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -18,7 +23,7 @@ import data
 import train_grpo
 from model import Rollout, load_or_resume, save_checkpoint
 from runtime.output import rank, world_size
-from runtime.processes import gather_lists, gather_objects, init_processes
+from runtime.processes import end_processes, gather_lists, gather_objects, init_processes
 from tools.plan_memory import memory_plan
 
 pytestmark = pytest.mark.usefixtures("several_processes")
@@ -127,7 +132,7 @@ def train(out, parallel, options, steps):
     gather_objects(None)
 
 
-def train_as(local_rank, world, port, *args):
+def process(local_rank, world, port, work, *args):
     """One of several processes, as torchrun starts them."""
     os.environ |= {
         "RANK": str(local_rank),
@@ -138,9 +143,29 @@ def train_as(local_rank, world, port, *args):
     }
     torch.set_num_threads(1)
     init_processes()
-    train(*args)
-    # As run_main does: else one that ends early can take the others with it.
-    torch.distributed.destroy_process_group()
+    work(*args)
+    end_processes()
+
+
+def leave_work_to_a_thread():
+    """A thread of the first process gets its sum, and frees the tensor, while Python shuts down."""
+    if rank() == 1:
+        time.sleep(0.5)
+        with suppress(RuntimeError):
+            torch.distributed.all_reduce(torch.ones(1))
+        return
+    # What the caches of FSDP2 do.
+    builtins.kept = torch.distributed.group.WORLD
+    sys.setswitchinterval(100)
+    atexit.register(count_for_a_second)
+    torch.distributed.all_reduce(torch.ones(1), async_op=True)
+
+
+def count_for_a_second():
+    """The thread asks for the interpreter meanwhile, and does not get it."""
+    end = time.perf_counter() + 1
+    while time.perf_counter() < end:
+        pass
 
 
 def free_port():
@@ -156,7 +181,7 @@ def launch(folder, world, parallel, options=(), steps=STEPS):
     if world == 1:
         train(*args)
     else:
-        mp.spawn(train_as, (world, free_port(), *args), nprocs=world)
+        mp.spawn(process, (world, free_port(), train, *args), nprocs=world)
     return weights(folder), torch.load(folder / "seen.pt")
 
 
@@ -193,3 +218,7 @@ def test_saved_by_two_resumed_by_others(tmp_path, device):
         shutil.copytree(tmp_path / "parts", folder, symlinks=True)
         resumed, _ = launch(folder, world, "shard")
         assert largest_difference(whole, resumed) <= tolerance("gradients", device)
+
+
+def test_threads_at_work_do_not_abort_a_finished_run():
+    mp.spawn(process, (2, free_port(), leave_work_to_a_thread), nprocs=2)
