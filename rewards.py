@@ -783,7 +783,9 @@ BE = r"(?:is|are|was|were|has|have|been)"
 # Cues before a mention.
 CUES_BEFORE = one_of(
     # Neither negates: "no change in the effusion", "partial clearing of the edema"
-    skip=r"(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease)|"
+    skip=r"(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease|"
+    r"(?:improvement|worsening|progression|difference|resolution|displacement) (?:of|in)|"
+    rf"enlargement of (?:\w+ ){{0,2}}{OTHER_NOUN})|"
     r"not (?:\w+ )?(?:change|only|increas|decreas|resolv|clear)|"
     # "no longer seen", of what stands before
     r"(?:not|no longer) (?:be )?(?:well |clearly )?"
@@ -802,11 +804,13 @@ CUES_BEFORE = one_of(
 )
 # Cues after a mention.
 CUES_AFTER = one_of(
-    # "has not resolved" leaves it there.
-    skip=r"(?:not|nearly|almost|partial\w*|incomplet\w*|mostly) (?:\w+ )?"
-    r"(?:resolv|clear|chang|remov|increas|decreas)",
+    # "has not resolved" leaves it there, and "was not seen on the prior study", too.
+    skip=rf"(?:{BE} )?(?:not|nearly|almost|partial\w*|incomplet\w*|mostly) (?:\w+ )?"
+    r"(?:resolv|clear(?!ly)|chang|remov|increas|decreas|improv|worsen|progress|enlarg|larger|"
+    r"smaller|different|moved|as \w+ as|(?:seen|present|visible|identified|visualized) "
+    r"(?:previously|(?:on|in) (?:the )?(?:prior|previous)))",
     # "cannot be excluded", "is not appreciated"
-    hedge=r"(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|and/or|"
+    hedge=rf"(?:{BE} )?(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|and/or|"
     r"not (?:well|clearly|appreciated)\b|"
     r"(?:is|are) (?:\w+ )?limited|consideration|in the differential|"
     r"(?:is|are) (?:\w+ ){0,2}(?:questioned|difficult|favou?red(?! to))|favou?red over|"
@@ -861,12 +865,16 @@ OPENING = (
 )
 # Where cues stop: at a contrast, or a conjunction or comma that opens a new statement.
 CLAUSE_END = re.compile(
-    r"\b(?:but|however|although|though|which|that|otherwise|except|aside|apart|while|whereas|"
-    r"given|(?:and|with) (?=(?:there|the|mild|small|bilateral|is|are|has|have|"
+    r"\b(?:but|however|although|though|which|that|otherwise|other than|except|aside|apart|beyond|"
+    r"despite|while|whereas|given|"
+    # "no pneumothorax following PICC placement", "no pneumothorax with the tube in place"
+    r"(?:following|after|status post) (?=(?:\w+ ){0,4}(?:placement|insertion))|"
+    r"with (?=(?:\w+ ){1,4}in place)|"
+    r"(?:and|with) (?=(?:there|the|mild|small|bilateral|is|are|has|have|"
     r"(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast))\b)|"
     # "no edema and basal atelectasis persists"
-    r"and (?=(?:\w+ ){1,4}persist))|"
-    rf", (?:(?=(?:and )?(?:{OPENING}))|"
+    r"and (?=(?:\w+ ){1,4}persist|heart (?:size )?(?:is|appears)))|"
+    rf", ?(?:(?=(?:and )?(?:{OPENING}))|"
     # "no edema is seen, PICC in the SVC"
     r"(?:(?<=seen, )|(?<=noted, )|(?<=identified, )|(?<=visualized, )|(?<=present, ))"
     r"(?!or\b|nor\b|and\b))"

@@ -295,6 +295,22 @@ SIZES_AND_THEIR_NOUNS = {
 }
 
 WHERE_NEGATION_ENDS = {
+    "No acute process other than mild cardiomegaly.": "heart P",
+    "No disease beyond a small effusion.": "effusion P",
+    "No pneumonia despite a persistent effusion.": "pneumonia N, effusion P",
+    "No effusion and the heart is enlarged.": "effusion N, heart P",
+    "No effusion and heart is enlarged.": "effusion N, heart P",
+    "No pneumothorax,small effusion.": "ptx N, effusion P",
+    "No pneumothorax following right PICC placement.": "ptx N, devices P",
+    "No pneumothorax status post pacemaker placement.": "ptx N, devices P",
+    "No pneumothorax after insertion of a left chest tube.": "ptx N, devices P",
+    "No pneumothorax with the left chest tube in place.": "ptx N, devices P",
+    # Near misses of these.
+    "No pneumothorax after removal of the chest tube.": "ptx N, devices N",
+    "No pneumothorax following chest tube removal.": "ptx N, devices N",
+    "No effusion and heart failure.": "effusion N, edema N",
+    "No widening of the mediastinum and heart size normal.": "heart N",
+    "No effusion with edema.": "effusion N, edema N",
     "No pneumothorax, right basilar atelectasis persists.": "ptx N, atelectasis P, normal B",
     "No effusion, bibasilar opacities remain.": "effusion N, opacity P",
     "No pneumothorax, right lower lobe consolidation is unchanged.": "ptx N, consolidation P",
@@ -792,6 +808,48 @@ HEDGES = {
     "A pneumothorax is not seen.": "ptx N",
 }
 
+COMPARISONS = {
+    "The left effusion has not significantly changed.": "effusion P, normal B",
+    "The left effusion is not markedly changed.": "effusion P",
+    "The edema has not improved.": "edema P",
+    "Edema has not substantially improved.": "edema P",
+    "Consolidation has not worsened.": "consolidation P",
+    "The pneumonia has not progressed.": "pneumonia P",
+    "The pneumothorax has not increased.": "ptx P",
+    "The pneumothorax is not larger.": "ptx P",
+    "The pneumothorax has not enlarged.": "ptx P",
+    "The effusion is not as large as before.": "effusion P",
+    "The effusion is not significantly different.": "effusion P",
+    "The effusion has not yet resolved.": "effusion P",
+    "The effusion has not completely resolved.": "effusion P",
+    "The pneumonia has not fully cleared.": "pneumonia P",
+    "The drain has not been removed.": "devices P",
+    "The tube has not moved.": "devices P",
+    "A pneumonia is not entirely excluded.": "pneumonia U",
+    "Pneumonia has not been excluded.": "pneumonia U",
+    "No interval worsening of the effusion.": "effusion P",
+    "No significant interval improvement in the edema.": "edema P",
+    "No progression of the consolidation.": "consolidation P",
+    "No enlargement of the left pneumothorax.": "ptx P",
+    "No significant difference in the effusion.": "effusion P",
+    "No resolution of the pneumonia.": "pneumonia P",
+    "No displacement of the endotracheal tube.": "devices P",
+    "The nodule was not seen on the prior study.": "lesion P",
+    "The nodule was not visible on the previous film.": "lesion P",
+    "Left basal opacity not seen previously.": "opacity P",
+    "New effusion, not present on the prior exam.": "effusion P",
+    # Near misses.
+    "Edema is not clearly seen.": "edema U",
+    "The nodule is not seen on the current study.": "lesion N",
+    "The nodule is not identified.": "lesion N",
+    "The effusion is no longer seen.": "effusion N",
+    "No enlargement of the heart.": "heart N",
+    "No enlarged heart, no edema.": "heart N, edema N",
+    "No effusion in the prior study or now.": "effusion N",
+    "No worsening edema, no effusion.": "effusion N",
+    "A fracture is not seen, as before.": "fracture N",
+}
+
 KINDS = {
     "lists tables and headed lines": LISTS_TABLES_AND_HEADED_LINES,
     "sizes and their nouns": SIZES_AND_THEIR_NOUNS,
@@ -801,6 +859,7 @@ KINDS = {
     "what is gone": WHAT_IS_GONE,
     "calcified and nipples": CALCIFIED_AND_NIPPLES,
     "hedges": HEDGES,
+    "comparisons": COMPARISONS,
 }
 
 
