@@ -686,7 +686,7 @@ def try_images(part, config, notices):
 
 
 def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[str]]:
-    """Training parts without the patients of val and test, and notices about it.
+    """Training parts without the patients and images of val and test, and notices about it.
 
     With data.dedup also without reports that repeat one of theirs word for word. Phantoms of
     different splits are different by construction.
@@ -699,10 +699,12 @@ def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[s
             if source.source != "phantom":
                 held += part
     patients = {e.patient for e in held} - {""}
+    images = {image for e in held for image in e.images}
     reports = {plain_words(e.answer) for e in held if e.task == "report"}
 
     every = list(chain.from_iterable(part for _, part, _ in parts))
-    leaked = {e for e in every if e.patient in patients}
+    # Two files of JSON lines may share images, and know nothing of each other's patients.
+    leaked = {e for e in every if e.patient in patients or images & {*e.images}}
     texts = [e for e in every if e.task == "report" and e not in leaked]
     duplicates = {e for e in texts if plain_words(e.answer) in reports}
     out = leaked | duplicates if config.data.dedup else leaked

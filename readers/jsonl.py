@@ -7,7 +7,7 @@ fractions of the image. Optional: "question", "thinking", "patient".
 
 from pathlib import Path
 
-from readers.study import MALFORMED, Asked, Skip, Studies, Study, parse_json, read_lines
+from readers.study import MALFORMED, Asked, Skip, Studies, Study, parse_json, patient_of, read_lines
 from runtime.config import Source
 
 
@@ -31,9 +31,7 @@ def parse_line(line, source, where):
     if not isinstance(names, list):
         raise ValueError("images: expected a list of paths")
     images = [source.image_root() / name for name in names]
-    patient = text_of(row, "patient")
-    if patient:
-        patient = f"{Path(source.path)}/{patient}"
+    patient = patient_of(names[0], source.path, text_of(row, "patient")) if names else ""
     asked = parse_question(row)
     return Study(asked.id, patient, images, where, asked=[asked])
 

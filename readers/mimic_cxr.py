@@ -4,9 +4,9 @@ As R2Gen distributes it (annotation.json, images/), or MIMIC-CXR-JPG from Physio
 metadata CSV, files/p10/p10000032/s50414267/ID.jpg, and the reports as mimic_cxr_sectioned.csv or as
 the .txt files of MIMIC-CXR, beside the images or in mimic-cxr-reports/. The CSV files stand in
 data.path or data.images. The report is the findings, else the impression, else the last paragraph
-(from .txt files: the findings, else what follows the name of the examination, else the impression,
-so that reports without a heading for findings can differ). Labels come from the chexpert CSV.
-R2Gen's file does not say which images are frontal: data.views=frontal needs the metadata CSV, too.
+(in .txt files, what follows the name of the examination comes before the impression, so that
+reports without a heading for findings can differ). Labels come from the chexpert CSV. R2Gen's file
+does not say which images are frontal: data.views=frontal needs the metadata CSV, too.
 """
 
 import difflib
@@ -37,7 +37,7 @@ HEADING = re.compile(
     re.M,
 )
 SECTIONS = {
-    "findings": "FINDINGS|FINDINGS AND IMPRESSION|FINDINGS/IMPRESSION",
+    "findings": "FINDINGS|REPORT|FINDINGS AND IMPRESSION|FINDINGS/IMPRESSION",
     "impression": "IMPRESSION|CONCLUSION|SUMMARY|OPINION",
     "other": (
         "EXAM|EXAMINATION|TYPE OF EXAMINATION|STUDY|INDICATION|CLINICAL INDICATION|HISTORY"
@@ -149,7 +149,7 @@ def read_text(source, study, skip):
 
 def findings_section(text: str) -> str:
     """The findings of a MIMIC-CXR report, else what follows the name of the examination, else the
-    impression, else "".
+    impression, else the last paragraph, if it has no heading.
 
     "LUNGS:" and the like are no sections: they stay in the findings.
     """
@@ -163,14 +163,18 @@ def findings_section(text: str) -> str:
             kind = found
             sections.append((match.start(), match.end(), kind))
     bodies = {}
+    body = text
     ends = [start for start, *_ in sections[1:]] + [len(text)]
     for (_, start, kind), end in zip(sections, ends):
         body = text[start:end]
         enough = MIN_WORDS if kind == "examination" else 1
         if len(body.split()) >= enough:
             bodies.setdefault(kind, body)
-    kinds = ("findings", "examination", "impression")
-    return next((bodies[kind] for kind in kinds if kind in bodies), "")
+    # What stands in paragraphs of its own below the last heading.
+    _, *paragraphs = re.split(r"\n\s*\n", body.strip())
+    bodies["paragraph"] = "".join(paragraphs[-1:])
+    kinds = ("findings", "examination", "impression", "paragraph")
+    return next(bodies[kind] for kind in kinds if kind in bodies)
 
 
 @cache

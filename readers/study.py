@@ -349,13 +349,14 @@ def clean_boxes(boxes: Iterable[Sequence], where: str, skip: Skip) -> list[Box]:
                 f"{where}: box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions "
                 f"from 0 to 1); it is {fate}"
             )
-    return kept
+    # Of a box that is given twice, a perfect answer could match but one.
+    return list(dict.fromkeys(kept))
 
 
-def patient_of(path: str | Path, root: str) -> str:
+def patient_of(path: str | Path, root: str, name: str = "") -> str:
     """The patient of an image, by the names of MIMIC-CXR's and CheXpert's folders or NIH's files.
 
-    Else the image counts as a patient.
+    Else the patient of this name in the data at `root`, or the image itself.
     """
     chexpert = re.search(r"(?:^|/)(patient\d{5})/", str(path))
     if chexpert:
@@ -364,4 +365,4 @@ def patient_of(path: str | Path, root: str) -> str:
     if mimic:
         return f"mimic/{mimic[1]}"
     nih = re.search(r"(?:^|/)(\d{8})_\d{3}\.png$", str(path))
-    return f"nih/{nih[1]}" if nih else f"{Path(root)}/{path}"
+    return f"nih/{nih[1]}" if nih else f"{Path(root)}/{name or path}"

@@ -84,7 +84,6 @@ def end_processes():
     # Caches of FSDP2 keep gloo's threads alive. One that frees a tensor while Python shuts down
     # aborts the process (before Python 3.14), so Python does not shut down.
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)
 
 
@@ -275,17 +274,11 @@ def run_main(main: Callable[[], None]):
     try:
         main()
     except InputError as error:
-        leave(f"error: {error}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        leave(f"error: {error.strerror}; make room and start the same command again")
+        sys.exit(f"error: {error.strerror}; make room and start the same command again")
     end_processes()
-
-
-def leave(message):
-    """Print one line and exit."""
-    print(message, file=sys.stderr, flush=True)
-    sys.exit(1)

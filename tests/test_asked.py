@@ -88,6 +88,12 @@ def test_a_box_that_reaches_outside_is_clipped_and_counted(tmp_path, capsys):
     assert "clipped" in capsys.readouterr().err
 
 
+def test_a_box_that_is_given_twice_counts_once(tmp_path):
+    assert boxes_of(tmp_path, [GOOD, [0.5, 0.5, 0.9, 0.9], GOOD]) == [
+        (tuple(GOOD), (0.5, 0.5, 0.9, 0.9))
+    ]
+
+
 def test_a_question_without_a_box_left_is_not_asked(tmp_path):
     assert boxes_of(tmp_path, [[0.5, 0.1, 0.2, 0.9]], "data.on_error=skip") == []
 

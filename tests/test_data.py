@@ -448,7 +448,7 @@ def test_null_is_nothing_and_patient_0_is_one(tmp_path):
     first, *others = load_split(own(tmp_path, *rows), "train")
     assert first.patient == f"{tmp_path}/0"
     for example in others:
-        assert (example.patient, example.thinking) == ("", "")
+        assert (example.patient, example.thinking) == (f"{tmp_path}/a.png", "")
         assert example.question in data.QUESTIONS["report"]
 
 

@@ -190,6 +190,19 @@ def test_mimic_cxr_from_r2gen(tmp_path):
         # What follows the findings is not theirs.
         ("FINDINGS: N.\nRECOMMENDATION: CT.", "N."),
         ("FINDINGS: O.\nNOTIFICATION: The team was told.", "O."),
+        (
+            "INDICATION: pain.\n\nREPORT:\n\nThe lungs are clear.\n\nCONCLUSION: S.",
+            "The lungs are clear.",
+        ),
+        # Paragraphs without a heading: the last one, if it stands below all headings.
+        (
+            "FINAL REPORT\n COMPARISON: None.\n\n A line.\n \n The lungs are clear.\n",
+            "The lungs are clear.",
+        ),
+        ("FINAL REPORT\n\nThe lungs are clear.", "The lungs are clear."),
+        ("The lungs are clear.\n\nCOMPARISON: None.", ""),
+        ("FINAL REPORT\n\nINDICATION: pain.", ""),
+        ("", ""),
     ],
 )
 def test_findings_section(text, section):
@@ -982,8 +995,8 @@ def test_ids_are_unique(tmp_path):
     config = load(f"data.path={tmp_path}", mixture, "data.on_error=skip")
     examples = load_split(config, "train")
     assert [e.id for e in examples] == ["a.0/1", "a.1/1"]
-    # No patient: no leak.
-    assert {e.patient for e in examples} == {""}
+    # Where no patient is named, the image is one.
+    assert [e.patient for e in examples] == [f"{tmp_path}/a/a.png", f"{tmp_path}/b/a/a.png"]
 
 
 def test_a_source_that_gives_nothing_is_an_error(tmp_path):
@@ -1123,6 +1136,36 @@ def test_patients_are_never_shared_between_splits(tmp_path, capsys):
     assert names == {"mimic/10000032", "mimic/10000764"}
     notice = "left out 1 examples of 1 patients that are also held out, such as mimic/10000898"
     assert notice in capsys.readouterr().err
+
+
+def test_an_image_of_a_held_out_split_is_not_trained_on(tmp_path, capsys):
+    """Reports and boxes in folders of their own, whose patients have names of their own."""
+    layouts.picture(tmp_path / "images" / "p10000032" / "a.png")
+    for name in "abc":
+        layouts.picture(tmp_path / "images" / f"{name}.png")
+    for folder, split, names, patient in [
+        ("reports", "train", "ab", "one"),
+        ("reports", "val", "c", "two"),
+        ("reports", "test", ["p10000032/a"], "three"),
+        ("boxes", "train", ["c", "a", "p10000032/a"], "four"),
+    ]:
+        rows = []
+        for name in names:
+            row = {"id": name, "images": [f"{name}.png"], "patient": patient + name}
+            asked = {"phrase": "it", "boxes": []} if folder == "boxes" else {"report": name}
+            rows.append(json.dumps(row | asked))
+        layouts.write(tmp_path / folder / f"{split}.jsonl", "\n".join(rows))
+    part = "{{source: jsonl, path: {}, images: {}}}"
+    reports, boxes = (part.format(name, tmp_path / "images") for name in ("reports", "boxes"))
+    held_out = [f"data.{split}=[{reports}]" for split in ("val", "test")]
+    config = load(f"data.path={tmp_path}", f"data.train=[{reports}, {boxes}]", *held_out)
+
+    kept = [e.id for e in load_split(config, "train")]
+    assert kept == ["reports/a", "reports/b", "boxes/a"]
+    assert "left out 2 examples" in capsys.readouterr().err
+    # Whatever the line says: paths of MIMIC-CXR name the patient.
+    (example,) = load_split(config, "test")
+    assert example.patient == "mimic/10000032"
 
 
 def test_reports_that_repeat_held_out_ones_are_counted_or_left_out(tmp_path, capsys):

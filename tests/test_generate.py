@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT, START
 
 import data
+import model
 from runtime.config import InputError, config_text, load_config
 from tools import generate
 
@@ -33,14 +34,8 @@ def test_it_answers_as_the_evaluation_decodes():
 
 def test_a_run_folder_says_how_its_model_answers(tmp_path):
     """A thinking model's reasoning stands apart from its report."""
-    run = tmp_path / "grpo"
-    run.mkdir()
-    settings = ["data.thinking=true", "grpo.max_new_tokens=120"]
-    config = load_config(ROOT / "config.yaml", settings)
-    (run / "config.yaml").write_text(config_text(config))
-    shutil.copytree(START, run / "step_000001")
-    (run / "last").symlink_to("step_000001")
-    thinking, answer, _ = generate.generate(str(run), ["phantom:20000003"])
+    run = run_of(tmp_path / "grpo", "data.thinking=true", "grpo.max_new_tokens=120")
+    thinking, answer, _ = generate.generate(run, ["phantom:20000003"])
     assert thinking.startswith("Heart:")
     assert "<think>" not in answer
 
@@ -55,6 +50,39 @@ def test_a_run_folder_says_how_its_model_answers(tmp_path):
 def test_what_is_missing_is_named(args, message):
     with pytest.raises(InputError, match=message):
         generate.generate(*args)
+
+
+def run_of(folder, *settings):
+    """A run folder of the built-in model with these settings."""
+    folder.mkdir()
+    config = load_config(ROOT / "config.yaml", settings)
+    (folder / "config.yaml").write_text(config_text(config))
+    shutil.copytree(START, folder / "step_000001")
+    (folder / "last").symlink_to("step_000001")
+    return str(folder)
+
+
+def test_a_broken_image_is_an_error_whatever_the_run_did_with_them(tmp_path):
+    (tmp_path / "film.png").write_bytes(b"no image")
+    run = run_of(tmp_path / "grpo", "data.on_error=skip")
+    with pytest.raises(InputError, match=r"film\.png"):
+        generate.generate(run, [str(tmp_path / "film.png")])
+
+
+def test_a_question_for_boxes_is_put_as_in_training(tmp_path, monkeypatch):
+    questions = []
+    encode = model.Policy.encode_here
+
+    def noted(policy, example):
+        questions.append(example.question)
+        return encode(policy, example)
+
+    monkeypatch.setattr(model.Policy, "encode_here", noted)
+    ask = "Where is the pacemaker?"
+    for init, said in (("base", f"{ask} {data.BOX_FORM}"), ("auto", ask)):
+        run = run_of(tmp_path / init, f"grpo.init={init}")
+        generate.generate(run, ["phantom:3"], ask)
+        assert questions.pop() == said
 
 
 def test_the_command_prints_the_boxes():

@@ -29,7 +29,8 @@ def generate(checkpoint: str, images: list[str], ask: str = "") -> tuple[str, st
     style = data.style_of(config)
     example = data.Example("generate", task, images, question, answer="", style=style)
 
-    (rollout,) = policy.sample([example], 1, config.grpo.max_new_tokens, temperature=0)
+    asked = data.with_box_form([example], config)
+    (rollout,) = policy.sample(asked, 1, config.grpo.max_new_tokens, temperature=0)
     _, thinking, answer = data.parse_output(rollout.texts[0], task, style)
     return thinking, answer, data.parse_boxes(answer)
 
@@ -40,7 +41,7 @@ def run_config(checkpoint: str) -> Config:
     for path in (folder / "config.yaml", folder.parent / "config.yaml"):
         if path.is_file():
             try:
-                return load_config(path)
+                return load_config(path, ["data.on_error=stop"])
             except InputError as error:
                 # A run of another version: its weights load, its settings do not.
                 warn0(f"{error}; the answer is taken to be plain")

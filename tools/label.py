@@ -38,7 +38,7 @@ def read_reports(path):
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot read ({reason_of(error)})") from None
     if rows and rows[0] and rows[0][0].strip().lower() in HEADERS:
-        rows = rows[1:]
+        del rows[0]
 
     for number, row in enumerate(rows, 1):
         if len(row) > 1:

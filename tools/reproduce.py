@@ -199,15 +199,15 @@ def read_state(run):
     path = run.folder / "state.json"
     if path.exists():
         found = json.loads(path.read_text())
-        if all(found.get(key) == state[key] for key in state):
+        if state.items() <= found.items():
             return found
     return state | {"done": False, "cpu_minutes": 0.0, "commit": ""}
 
 
 def clear_folder(run):
     """Delete what runs of another history or other code have left: nothing of it may go on."""
-    shutil.rmtree(run.folder / run.stage, ignore_errors=True)
-    shutil.rmtree(run.folder / "eval", ignore_errors=True)
+    for part in (run.stage, "eval"):
+        shutil.rmtree(run.folder / part, ignore_errors=True)
 
 
 def write_state(run, state):
@@ -287,12 +287,11 @@ def write_record(run):
     """What a run has measured: its start first, where it has one, then itself."""
     blocks = json.loads((run.folder / "eval" / "metrics.json").read_text())
     metrics, models = {}, []
-    for block in ("reports", "grounding"):
+    for block, prefix in {"reports": "", "grounding": "", "labels": "F1 of "}.items():
         for metric, by_model in blocks.get(block, {}).items():
             models = list(by_model)
-            metrics[metric] = [rounded(by_model[model]["value"]) for model in models]
-    for label, by_model in blocks.get("labels", {}).items():
-        metrics[f"F1 of {label}"] = [rounded(by_model[model]["value"]) for model in models]
+            values = [rounded(by_model[model]["value"]) for model in models]
+            metrics[prefix + metric] = values
     state = read_state(run)
     record = {
         "row": run.row,
@@ -395,8 +394,7 @@ def grid_text(grid, path):
     """RESULTS.md: the first check of each claim; then for each claim its verdicts, a table of its
     rows, and what they went through."""
     runs = all_runs(grid)
-    records = {key: read_record(run) for key, run in runs.items()}
-    records = {key: record for key, record in records.items() if record}
+    records = {key: record for key, run in runs.items() if (record := read_record(run))}
     minutes = [record["cpu_minutes"] for record in records.values()]
     commits = sorted({record["commit"] for record in records.values()})
     head = [
@@ -446,8 +444,8 @@ def verdict_cells(check, found, seeds):
 
 def interval_cell(differences):
     mean, low, high = interval(differences)
-    known = len(differences) > 1
-    return f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if known else "")
+    bounds = f" [{low:+.3f}, {high:+.3f}]" if len(differences) > 1 else ""
+    return f"{mean:+.3f}{bounds}"
 
 
 def values_by_seed(records, metric):
