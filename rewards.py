@@ -886,7 +886,6 @@ PATTERNS.append(compile_phrases("No Finding", other_finding, OTHER))
 for label, phrases in ANATOMY.items():
     PATTERNS.append(compile_phrases(label, partial(size_of, label), *phrases))
 
-
 if __name__ == "__main__":
     moved(
         "rewards.py",
