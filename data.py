@@ -422,7 +422,8 @@ def clean_study(study, skip):
             # Not all that is to be seen has its box.
             study.complete = False
         if kept:
-            boxes[key] = kept
+            # Of a box that is given twice, a perfect answer could match but one.
+            boxes[key] = list(dict.fromkeys(kept))
     study.boxes = boxes
     asked = []
     for item in study.asked:
@@ -723,8 +724,8 @@ def without_leaks(config: Config, parts: list[Part]) -> tuple[list[Part], list[s
     if leaked:
         names = {e.patient for e in leaked}
         notices.append(
-            f"left out {len(leaked)} examples of {len(names)} patients that are also held out, "
-            f"such as {min(names)}"
+            f"left out {len(leaked)} examples of {len(names)} patients, such as {min(names)}: they "
+            f"or their images are also held out"
         )
     if duplicates:
         fate = "are left out" if config.data.dedup else "stay (data.dedup=true leaves them out)"

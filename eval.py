@@ -145,11 +145,6 @@ def read_predictions(path: str, examples: list[Example]) -> dict[str, dict]:
             f"{missing[0]!r}"
         )
     records = {e.id: prediction_record(e, texts[e.id]) for e in examples}
-    if not any(record["valid"] for record in records.values()):
-        warn0(
-            f"{path}: no prediction has the format that data.thinking asks for (thinking or, with "
-            f"data.thinking=false, plain text)"
-        )
     surplus = [name for name in texts if name not in records]
     if surplus:
         warn0(

@@ -783,9 +783,12 @@ BE = r"(?:is|are|was|were|has|have|been)"
 # Cues before a mention.
 CUES_BEFORE = one_of(
     # Neither negates: "no change in the effusion", "partial clearing of the edema"
-    skip=r"(?:no|without) (?:\w+ ){0,2}(?:doubt|question|change|increase|decrease|"
-    r"(?:improvement|worsening|progression|difference|resolution|displacement) (?:of|in)|"
-    rf"enlargement of (?:\w+ ){{0,2}}{OTHER_NOUN})|"
+    skip=r"(?:no|without) (?:(?!or\b|and\b)\w+ ){0,2}(?:doubt|question|change|increase|decrease|"
+    r"displacement of (?:\w+ ){0,3}(?:tube|line|lead|catheter|wire)|"
+    # but "no worsening of the effusion or pneumothorax" denies the second
+    r"(?:(?:improvement|worsening|progression|difference|resolution) (?:of|in)|"
+    r"enlargement of (?:\w+ ){0,2}(?:effusion|pneumothora|ptx|mass|opaci|consolidat|nodul))"
+    r"(?!.{0,80}\bor\b))|"
     r"not (?:\w+ )?(?:change|only|increas|decreas|resolv|clear)|"
     # "no longer seen", of what stands before
     r"(?:not|no longer) (?:be )?(?:well |clearly )?"
@@ -806,11 +809,12 @@ CUES_BEFORE = one_of(
 CUES_AFTER = one_of(
     # "has not resolved" leaves it there, and "was not seen on the prior study", too.
     skip=rf"(?:{BE} )?(?:not|nearly|almost|partial\w*|incomplet\w*|mostly) (?:\w+ )?"
-    r"(?:resolv|clear(?!ly)|chang|remov|increas|decreas|improv|worsen|progress|enlarg|larger|"
-    r"smaller|different|moved|as \w+ as|(?:seen|present|visible|identified|visualized) "
-    r"(?:previously|(?:on|in) (?:the )?(?:prior|previous)))",
+    r"(?:resolv|clear(?!ly)|chang|remov|increas|decreas|improv|wors|progress|enlarg|larger|"
+    r"smaller|different|moved|healed|displaced|more\b|as (?!well|likely|probable|before)\w+|"
+    r"previously (?:seen|present|visible|identified)|(?:seen|present|visible|identified) "
+    r"(?:previously|before|(?:on|in) (?:the )?(?:\w+ )?(?:prior|previous)(?!.{0,60}\bn?or\b)))",
     # "cannot be excluded", "is not appreciated"
-    hedge=rf"(?:{BE} )?(?:not|cannot be) (?:\w+ )?(?:excluded|ruled)|versus|vs\b|and/or|"
+    hedge=rf"(?:{BE} )?(?:not|cannot be) (?:\w+ ){{0,2}}(?:excluded|ruled)|versus|vs\b|and/or|"
     r"not (?:well|clearly|appreciated)\b|"
     r"(?:is|are) (?:\w+ )?limited|consideration|in the differential|"
     r"(?:is|are) (?:\w+ ){0,2}(?:questioned|difficult|favou?red(?! to))|favou?red over|"
@@ -849,7 +853,8 @@ SENTENCE_END = re.compile(
 OPENING = (
     # "no edema, small effusion"
     r"(?:there|the|stable|mild|small|minimal|moderate|severe|persistent|bilateral|unchanged|old|"
-    r"healed|possibl\w*|likely|probabl\w*|heart|cardiac|lungs?|with|only|yet|may|might|could|"
+    r"healed|possibl\w*|likely|probabl\w*|(?:heart|cardiac)(?! failure)|lungs?|with|only|yet|may|"
+    r"might|could|"
     # "opacity without effusion, concerning for pneumonia"
     r"concern\w*|suspicious for|suggest\w*|consistent|compatible|worrisome|rais\w*|represent\w*|"
     r"reflect\w*|favou?r\w*|question\w*)\b|"
@@ -863,18 +868,25 @@ OPENING = (
     # "no edema, PICC tip in the SVC"
     r"tips?\b|terminat|in place|in the (?:svc|stomach)|above the carina)"
 )
+# "a pneumothorax after chest tube placement has resolved" goes on.
+NO_CUE_AHEAD = (
+    r"(?![^,]{0,100}\b(?:not|no longer|resolved|cleared|absent|gone|unlikely|excluded|ruled|"
+    r"enlarged|normal|stable|unchanged|or)\b)"
+)
 # Where cues stop: at a contrast, or a conjunction or comma that opens a new statement.
 CLAUSE_END = re.compile(
-    r"\b(?:but|however|although|though|which|that|otherwise|other than|except|aside|apart|beyond|"
-    r"despite|while|whereas|given|"
+    r"\b(?:but|however|although|though|which|that|otherwise|other than|except|aside|apart|while|"
+    r"whereas|given|"
     # "no pneumothorax following PICC placement", "no pneumothorax with the tube in place"
-    r"(?:following|after|status post) (?=(?:\w+ ){0,4}(?:placement|insertion))|"
-    r"with (?=(?:\w+ ){1,4}in place)|"
+    rf"(?:following|after|status post) (?=(?:\w+ ){{0,4}}(?:placement|insertion)\b{NO_CUE_AHEAD})|"
+    rf"with (?=(?:\w+ ){{1,4}}in place\b{NO_CUE_AHEAD})|"
     r"(?:and|with) (?=(?:there|the|mild|small|bilateral|is|are|has|have|"
     r"(?:stable|unchanged)(?! heart| cardi(?:ac|omed)| mediast))\b)|"
     # "no edema and basal atelectasis persists"
-    r"and (?=(?:\w+ ){1,4}persist|heart (?:size )?(?:is|appears)))|"
-    rf", ?(?:(?=(?:and )?(?:{OPENING}))|"
+    r"and (?=(?:\w+ ){1,4}persist)|"
+    # "no effusion and heart is enlarged", not "mediastinum and heart are normal"
+    r"(?<!mediastinum )(?<!contour )(?<!silhouette )and (?=heart (?:size )?(?:is|appears)))|"
+    rf", (?:(?=(?:and )?(?:{OPENING}))|"
     # "no edema is seen, PICC in the SVC"
     r"(?:(?<=seen, )|(?<=noted, )|(?<=identified, )|(?<=visualized, )|(?<=present, ))"
     r"(?!or\b|nor\b|and\b))"

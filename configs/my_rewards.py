@@ -31,15 +31,6 @@ def says_it_once(answer, **columns):
     return scores
 
 
-def as_long_as_the_reference(answer, reference, **columns):
-    """Words of the shorter text over words of the longer one; None without a reference."""
-    scores = []
-    for pair in zip(answer, reference):
-        shorter, longer = sorted(len(text.split()) for text in pair)
-        scores.append(shorter / longer if pair[1].split() else None)
-    return scores
-
-
 def called_normal(answer, **columns):
     """1 where a report says that nothing is there. With a weight of 0 it is only logged."""
     return list(extract_labels(answer)[:, 0] == POSITIVE)

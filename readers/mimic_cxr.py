@@ -37,7 +37,8 @@ HEADING = re.compile(
     re.M,
 )
 SECTIONS = {
-    "findings": "FINDINGS|REPORT|FINDINGS AND IMPRESSION|FINDINGS/IMPRESSION",
+    "findings": "FINDINGS|FINDINGS AND IMPRESSION|FINDINGS/IMPRESSION",
+    "report": "REPORT",
     "impression": "IMPRESSION|CONCLUSION|SUMMARY|OPINION",
     "other": (
         "EXAM|EXAMINATION|TYPE OF EXAMINATION|STUDY|INDICATION|CLINICAL INDICATION|HISTORY"
@@ -45,7 +46,8 @@ SECTIONS = {
         "|TECHNIQUE|RECOMMENDATION|NOTIFICATION|WET READ|ADDENDUM"
     ),
 }
-# Fewer words after the name of an examination, as in "CHEST, TWO VIEWS: 10:45", are no findings.
+# Fewer words after the name of an examination, as in "CHEST, TWO VIEWS: 10:45", are no findings;
+# fewer in a paragraph without a heading are a signature.
 MIN_WORDS = 5
 
 
@@ -159,7 +161,7 @@ def findings_section(text: str) -> str:
     for match in HEADING.finditer(text):
         found = section_of(match[1])
         # "CHEST:" is one of the parts of findings, too.
-        if found and not (found == "examination" and kind in ("findings", "impression")):
+        if found and not (found == "examination" and kind in ("findings", "report", "impression")):
             kind = found
             sections.append((match.start(), match.end(), kind))
     bodies = {}
@@ -167,13 +169,14 @@ def findings_section(text: str) -> str:
     ends = [start for start, *_ in sections[1:]] + [len(text)]
     for (_, start, kind), end in zip(sections, ends):
         body = text[start:end]
-        enough = MIN_WORDS if kind == "examination" else 1
+        enough = 1 if kind in ("findings", "impression") else MIN_WORDS
         if len(body.split()) >= enough:
             bodies.setdefault(kind, body)
     # What stands in paragraphs of its own below the last heading.
     _, *paragraphs = re.split(r"\n\s*\n", body.strip())
-    bodies["paragraph"] = "".join(paragraphs[-1:])
-    kinds = ("findings", "examination", "impression", "paragraph")
+    long = [text for text in paragraphs if len(text.split()) >= MIN_WORDS]
+    bodies["paragraph"] = "".join(long[-1:])
+    kinds = ("findings", "report", "examination", "impression", "paragraph")
     return next(bodies[kind] for kind in kinds if kind in bodies)
 
 

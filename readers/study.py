@@ -349,8 +349,7 @@ def clean_boxes(boxes: Iterable[Sequence], where: str, skip: Skip) -> list[Box]:
                 f"{where}: box {list(box)} is not x1 < x2, y1 < y2 inside the image (fractions "
                 f"from 0 to 1); it is {fate}"
             )
-    # Of a box that is given twice, a perfect answer could match but one.
-    return list(dict.fromkeys(kept))
+    return kept
 
 
 def patient_of(path: str | Path, root: str, name: str = "") -> str:
@@ -361,8 +360,8 @@ def patient_of(path: str | Path, root: str, name: str = "") -> str:
     chexpert = re.search(r"(?:^|/)(patient\d{5})/", str(path))
     if chexpert:
         return f"chexpert/{chexpert[1]}"
-    mimic = re.search(r"(?:^|/)p(\d{8})/", str(path))
+    mimic = re.search(r"(?:^|/)p(1\d{7})/", str(path))
     if mimic:
         return f"mimic/{mimic[1]}"
-    nih = re.search(r"(?:^|/)(\d{8})_\d{3}\.png$", str(path))
+    nih = re.search(r"(?:^|/)(000\d{5})_\d{3}\.png$", str(path))
     return f"nih/{nih[1]}" if nih else f"{Path(root)}/{name or path}"

@@ -75,16 +75,17 @@ def gather_rows(rows: list) -> tuple[list, slice]:
     return gather_lists(rows), slice(first, first + len(rows))
 
 
-def end_processes():
+def end_processes(status: int = 0):
     """The end of a process that others ran beside. Nothing after this call runs."""
     if not dist.is_initialized():
         return
-    # Else a process that ends early can take the others with it.
-    dist.destroy_process_group()
+    if status == 0:
+        # Else a process that ends early can take the others with it.
+        dist.destroy_process_group()
     # Caches of FSDP2 keep gloo's threads alive. One that frees a tensor while Python shuts down
     # aborts the process (before Python 3.14), so Python does not shut down.
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 # ------------------------------------------------------------------------------- sharded weights
@@ -274,11 +275,18 @@ def run_main(main: Callable[[], None]):
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        leave(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: {error.strerror}; make room and start the same command again")
+        leave(f"error: {error.strerror}; make room and start the same command again")
     end_processes()
+
+
+def leave(message):
+    """Print one line and exit."""
+    print(message, file=sys.stderr, flush=True)
+    end_processes(1)
+    sys.exit(1)

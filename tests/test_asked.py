@@ -88,12 +88,6 @@ def test_a_box_that_reaches_outside_is_clipped_and_counted(tmp_path, capsys):
     assert "clipped" in capsys.readouterr().err
 
 
-def test_a_box_that_is_given_twice_counts_once(tmp_path):
-    assert boxes_of(tmp_path, [GOOD, [0.5, 0.5, 0.9, 0.9], GOOD]) == [
-        (tuple(GOOD), (0.5, 0.5, 0.9, 0.9))
-    ]
-
-
 def test_a_question_without_a_box_left_is_not_asked(tmp_path):
     assert boxes_of(tmp_path, [[0.5, 0.1, 0.2, 0.9]], "data.on_error=skip") == []
 
@@ -106,6 +100,18 @@ def test_nothing_there_is_still_an_answer(tmp_path):
 def test_a_wrong_box_stops_a_run_that_is_to_stop(tmp_path, bad):
     with pytest.raises(InputError, match="inside the image"):
         boxes_of(tmp_path, [bad, GOOD])
+
+
+def test_a_box_that_coco_has_twice_counts_once(tmp_path):
+    """And all that is to be seen still has its box: detection stays a question."""
+    root = layouts.coco(tmp_path)
+    path = root / "annotations" / "instances_train2017.json"
+    once = data.load_split(load("data.source=coco", f"data.path={root}"), "train")
+    tree = json.loads(path.read_text())
+    tree["annotations"].append({**tree["annotations"][0], "id": 99})
+    path.write_text(json.dumps(tree))
+    assert data.load_split(load("data.source=coco", f"data.path={root}"), "train") == once
+    assert any(e.kind == "detection" for e in once)
 
 
 def test_a_wrong_number_in_coco_leaves_out_its_box_alone(tmp_path, capsys):

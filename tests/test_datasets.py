@@ -14,6 +14,7 @@ from PIL import Image
 import data
 from data import load_split, parse_boxes
 from readers.mimic_cxr import findings_section
+from readers.study import patient_of
 from readers.vindr_cxr import fuse_boxes
 from runtime.config import InputError, Source, config_text, load_config
 from tools import inspect_data
@@ -190,19 +191,25 @@ def test_mimic_cxr_from_r2gen(tmp_path):
         # What follows the findings is not theirs.
         ("FINDINGS: N.\nRECOMMENDATION: CT.", "N."),
         ("FINDINGS: O.\nNOTIFICATION: The team was told.", "O."),
+        # A heading that findings seldom have.
         (
-            "INDICATION: pain.\n\nREPORT:\n\nThe lungs are clear.\n\nCONCLUSION: S.",
-            "The lungs are clear.",
+            "INDICATION: pain.\n\nREPORT:\n\nThe lungs are clear again.\n\nCONCLUSION: S.",
+            "The lungs are clear again.",
         ),
+        ("REPORT: CHEST, TWO VIEWS OF ___\n\nFINDINGS: T.", "T."),
+        ("REPORT: ___\nIMPRESSION: U.", "U."),
         # Paragraphs without a heading: the last one, if it stands below all headings.
         (
-            "FINAL REPORT\n COMPARISON: None.\n\n A line.\n \n The lungs are clear.\n",
-            "The lungs are clear.",
+            "FINAL REPORT\n COMPARISON: None.\n\n A line.\n \n The lungs are clear again.\n",
+            "The lungs are clear again.",
         ),
-        ("FINAL REPORT\n\nThe lungs are clear.", "The lungs are clear."),
-        ("The lungs are clear.\n\nCOMPARISON: None.", ""),
+        ("FINAL REPORT\n\nThe lungs are clear again.", "The lungs are clear again."),
+        (
+            "HISTORY: pain.\n\nThe lungs are clear again.\n\nDr. V\n\n___",
+            "The lungs are clear again.",
+        ),
+        ("The lungs are clear again.\n\nCOMPARISON: None.", ""),
         ("FINAL REPORT\n\nINDICATION: pain.", ""),
-        ("", ""),
     ],
 )
 def test_findings_section(text, section):
@@ -1134,8 +1141,23 @@ def test_patients_are_never_shared_between_splits(tmp_path, capsys):
     config = load(f"data.path={root}", "data.train=[{source: chest_imagenome}]", *held_out)
     names = {e.patient for e in load_split(config, "train")}
     assert names == {"mimic/10000032", "mimic/10000764"}
-    notice = "left out 1 examples of 1 patients that are also held out, such as mimic/10000898"
+    notice = "left out 1 examples of 1 patients, such as mimic/10000898: they or their images are"
     assert notice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "patient"),
+    [
+        ("00000013_005.png", "nih/00000013"),
+        ("files/p10/p10000032/s50414267/a.jpg", "mimic/10000032"),
+        ("train/patient00001/study1/view1_frontal.jpg", "chexpert/patient00001"),
+        # Dates.
+        ("20240105_001.png", "data/A"),
+        ("scans/p20240105/a.png", "data/A"),
+    ],
+)
+def test_paths_of_known_datasets_name_the_patient(path, patient):
+    assert patient_of(path, "data", "A") == patient
 
 
 def test_an_image_of_a_held_out_split_is_not_trained_on(tmp_path, capsys):

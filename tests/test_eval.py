@@ -625,16 +625,6 @@ def test_bad_predictions_of_another_program(line, message, tmp_path):
         evaluation.read_predictions(path, examples(3))
 
 
-def test_plain_predictions_where_thinking_is_asked_for_are_said(tmp_path, capsys):
-    path = tmp_path / "p.jsonl"
-    write_predictions(path, 3, "Edema.")
-    evaluation.read_predictions(path, examples(3))
-    assert capsys.readouterr().err == ""
-    thinking = [dataclasses.replace(e, style="tags") for e in examples(3)]
-    evaluation.read_predictions(path, thinking)
-    assert "data.thinking=false" in capsys.readouterr().err
-
-
 def test_surplus_predictions_are_counted(tmp_path, capsys):
     path = tmp_path / "theirs.jsonl"
     write_predictions(path, 5, "Edema.")

@@ -728,14 +728,10 @@ def test_a_reward_that_cannot_be_loaded_is_named(own, tmp_path):
 
 def test_the_example_of_a_reward_file_works():
     name = str(ROOT / "configs" / "my_rewards.py")
-    cfg = config({f"{name}:says_it_once": 2.0, f"{name}:as_long_as_the_reference": 1.0}, {})
+    cfg = config({f"{name}:says_it_once": 2.0}, {})
     texts = ["No edema. no edema. Clear.", "", "One word."]
-    examples = [example(answer="a b c d e"), example(answer="a"), example()]
-    total, components = rewards.score_completions(texts, examples, cfg)
-    once, length = components.values()
-    assert once == pytest.approx([2 / 3, 0, 1])
-    assert length == pytest.approx([1, 0, math.nan], nan_ok=True)
-    assert total == pytest.approx([4 / 3 + 1, 0, 2])
+    total, _ = rewards.score_completions(texts, [example()] * 3, cfg)
+    assert total == pytest.approx([4 / 3, 0, 2])
 
 
 def test_half_of_the_example_reward_of_boxes_pays_half_for_nothing():

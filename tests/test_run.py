@@ -356,13 +356,15 @@ def handlers():
         (evaluation, "--checkpoint=/absent", "/absent"),
     ],
 )
-def test_user_errors_are_one_line(tmp_path, monkeypatch, handlers, script, override, message):
+def test_user_errors_are_one_line(
+    tmp_path, monkeypatch, capsys, handlers, script, override, message
+):
     config = str(ROOT / "config.yaml")
     monkeypatch.setattr(sys, "argv", [script.__name__, config, f"out={tmp_path}", *SHORT, override])
     with pytest.raises(SystemExit) as ended:
         run_main(script.main)
-    # Python prints it, and exits with status 1.
-    assert is_one_error_line(ended.value.code, message)
+    assert ended.value.code == 1
+    assert is_one_error_line(capsys.readouterr().err, message)
 
 
 @pytest.mark.parametrize(("on_error", "status"), [("stop", 1), ("skip", 0)])

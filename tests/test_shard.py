@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 import data
 import train_grpo
 from model import Rollout, load_or_resume, save_checkpoint
+from runtime.config import InputError
 from runtime.output import rank, world_size
-from runtime.processes import end_processes, gather_lists, gather_objects, init_processes
+from runtime.processes import end_processes, gather_lists, gather_objects, init_processes, run_main
 from tools.plan_memory import memory_plan
 
 pytestmark = pytest.mark.usefixtures("several_processes")
@@ -222,3 +223,20 @@ def test_saved_by_two_resumed_by_others(tmp_path, device):
 
 def test_threads_at_work_do_not_abort_a_finished_run():
     mp.spawn(process, (2, free_port(), leave_work_to_a_thread), nprocs=2)
+
+
+def fail():
+    """One process stops with an error, and the other waits for it."""
+
+    def main():
+        if rank() == 1:
+            raise InputError("no such file")
+        gather_objects(None)
+
+    run_main(main)
+
+
+def test_an_error_in_one_process_has_status_1():
+    with pytest.raises(mp.ProcessExitedException) as ended:
+        mp.spawn(process, (2, free_port(), fail), nprocs=2)
+    assert ended.value.exit_code == 1
