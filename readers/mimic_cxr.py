@@ -174,7 +174,7 @@ def findings_section(text: str) -> str:
             bodies.setdefault(kind, body)
     # What stands in paragraphs of its own below the last heading.
     _, *paragraphs = re.split(r"\n\s*\n", body.strip())
-    long = [text for text in paragraphs if len(text.split()) >= MIN_WORDS]
+    long = [part for part in paragraphs if len(part.split()) >= MIN_WORDS]
     bodies["paragraph"] = "".join(long[-1:])
     kinds = ("findings", "report", "examination", "impression", "paragraph")
     return next(bodies[kind] for kind in kinds if kind in bodies)
