@@ -150,8 +150,8 @@ def read_text(source, study, skip):
 
 
 def findings_section(text: str) -> str:
-    """The findings of a MIMIC-CXR report, else what follows the name of the examination, else the
-    impression, else the last paragraph, if it has no heading.
+    """The findings of a MIMIC-CXR report, else what follows "REPORT:", else what follows the name
+    of the examination, else the impression, else the last paragraph, if it has no heading.
 
     "LUNGS:" and the like are no sections: they stay in the findings.
     """

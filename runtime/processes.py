@@ -76,7 +76,7 @@ def gather_rows(rows: list) -> tuple[list, slice]:
 
 
 def end_processes(status: int = 0):
-    """The end of a process that others ran beside. Nothing after this call runs."""
+    """End this process at once, if others ran beside it: nothing after this call runs then."""
     if not dist.is_initialized():
         return
     if status == 0:

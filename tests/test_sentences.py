@@ -828,7 +828,6 @@ COMPARISONS = {
     "The edema is not as severe.": "edema P",
     "The fracture is not displaced.": "fracture P",
     "Consolidation not previously seen.": "consolidation P",
-    "The opacity was not seen on the most recent prior.": "opacity PN",
     "The opacity was not seen on the recent prior study.": "opacity P",
     "A small pneumothorax has not been entirely excluded.": "ptx U",
     "The effusion has not yet resolved.": "effusion P",

@@ -41,6 +41,7 @@ def run_config(checkpoint: str) -> Config:
     for path in (folder / "config.yaml", folder.parent / "config.yaml"):
         if path.is_file():
             try:
+                # There is one study: a run may skip such images, but here nothing would be left.
                 return load_config(path, ["data.on_error=stop"])
             except InputError as error:
                 # A run of another version: its weights load, its settings do not.
